@@ -1,0 +1,7 @@
+"""``python -m fastnorm``."""
+
+import sys
+
+from fastnorm.cli import main
+
+sys.exit(main())

@@ -1,0 +1,142 @@
+"""How many threads a call may use.
+
+The least of: ``set_num_threads`` or ``FASTNORM_NUM_THREADS`` where given, OpenMP's own limit in the
+calling thread (``OMP_NUM_THREADS``, threadpoolctl), the CPUs this process may run on, and the
+container's CPU quota rounded up. Inside a parallel region it is one. Calls that run at the same
+time share these threads.
+
+Under a quota OpenMP and Python still count every core of the machine, so the quota is read from the
+control group here.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from . import _core
+
+
+def set_num_threads(n: int) -> None:
+    """Let calls use at most `n` threads, in the whole process.
+
+    Parameters
+    ----------
+    n : int
+        At least 1. More than there are CPUs has no effect.
+
+    Raises
+    ------
+    TypeError
+        If `n` is not an integer.
+    ValueError
+        If `n` is less than 1.
+    """
+    _core.set_requested_threads(_checked("n", n))
+
+
+def get_num_threads() -> int:
+    """The number of threads that a large call made now, from this thread, may use."""
+    return _core.threads()["max"]
+
+
+@contextmanager
+def num_threads(n: int) -> Iterator[None]:
+    """Within the ``with`` block, let calls of the whole process use at most `n` threads."""
+    count = _checked("n", n)
+    before = _core.threads()["requested"] or 0
+    _core.set_requested_threads(count)
+    try:
+        yield
+    finally:
+        _core.set_requested_threads(before)
+
+
+def _checked(name: str, n: int) -> int:
+    try:
+        count = operator.index(n)
+    except TypeError:
+        raise TypeError(f"{name}: got {n!r}, wanted an integer of at least 1") from None
+    if count < 1:
+        raise ValueError(f"{name}: got {n!r}, wanted an integer of at least 1")
+    return min(count, 1 << 20)
+
+
+# ---- the container's CPU quota ----------------------------------------------------------------------
+
+
+def cpu_quota(root: str | os.PathLike[str] = "/") -> float | None:
+    """CPUs' worth of time this process's control groups allow; None where there is no limit.
+
+    Reads version 1 (``cpu.cfs_quota_us``) and version 2 (``cpu.max``) below `root`, of the group
+    and of all groups above it: the tightest counts. What is missing or garbled is no limit.
+    """
+    base = Path(root)
+    try:
+        lines = (base / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    found = [quota for line in lines for quota in _quotas_of(base / "sys/fs/cgroup", line)]
+    return min(found, default=None)
+
+
+def _quotas_of(mount: Path, line: str) -> Iterator[float]:
+    """The quotas along one line of /proc/self/cgroup: ``number:controllers:path``."""
+    _, _, rest = line.partition(":")
+    controllers, _, path = rest.partition(":")
+    if controllers == "":
+        tops, read = [mount, mount / "unified"], _quota_v2
+    elif "cpu" in controllers.split(","):
+        tops, read = [mount / "cpu", mount / controllers], _quota_v1
+    else:
+        return
+    steps = [part for part in path.split("/") if part not in ("", "..")]
+    for top in tops:
+        for depth in range(len(steps) + 1):
+            quota = read(top.joinpath(*steps[:depth]))
+            if quota is not None:
+                yield quota
+
+
+def _quota_v2(group: Path) -> float | None:
+    try:
+        quota, period = (group / "cpu.max").read_text().split()
+        return _ratio(quota, period)
+    except (OSError, ValueError):
+        return None
+
+
+def _quota_v1(group: Path) -> float | None:
+    try:
+        quota = (group / "cpu.cfs_quota_us").read_text()
+        return _ratio(quota, (group / "cpu.cfs_period_us").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _ratio(quota: str, period: str) -> float | None:
+    if quota.strip() == "max" or int(quota) <= 0 or int(period) <= 0:
+        return None
+    return int(quota) / int(period)
+
+
+def configure() -> None:
+    """Take over the quota and FASTNORM_NUM_THREADS; called once, at import."""
+    quota = cpu_quota()
+    if quota is not None:
+        _core.set_cpu_quota(max(1, math.ceil(quota)))
+    wanted = os.environ.get("FASTNORM_NUM_THREADS")
+    if wanted:
+        try:
+            count = int(wanted)
+        except ValueError:
+            count = 0
+        if count < 1:
+            raise ValueError(
+                f"FASTNORM_NUM_THREADS: got {wanted!r}, wanted an integer of at least 1"
+            )
+        set_num_threads(count)

@@ -1,0 +1,124 @@
+/* fastnorm.h: the public C interface of the fastnorm kernels.
+ *
+ * The contract, for every op and every instruction set:
+ *
+ *   - A row's result depends on the row, the parameters and eps alone: not on the number of rows,
+ *     the row's place, the number of threads, alignment, strides or the instruction set.
+ *   - Nothing here allocates, except fn_layer_norm_backward, which says so by its return value.
+ *   - Nothing here checks pointers: `x` holds rows x cols readable elements, `y` as many writable
+ *     ones. Checking belongs to the caller (for Python: fastnorm/_core.pyx).
+ *
+ * The order of every rounding is written down in row.h.
+ */
+#ifndef FASTNORM_H
+#define FASTNORM_H
+
+#include <stddef.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ---- What exists: one list each, from which tables, tests and benchmarks are made ------------- */
+
+#define FN_OPS(X) X(layer_norm) X(layer_norm_backward) X(moments)
+#define FN_DTYPES(X) X(f32) X(f64)
+
+typedef enum { FN_F32, FN_F64, FN_DTYPE_COUNT } fn_dtype;
+
+enum { FN_OK = 0, FN_NO_MEMORY = 1, FN_UNKNOWN_ISA = 2, FN_UNSUPPORTED_ISA = 3 };
+
+/* ---- Arguments -------------------------------------------------------------------------------- */
+
+/* How many rows there are, and how they are counted: row r is the r-th in C order over the outer
+ * dimensions and, innermost, `inner` rows that lie one stride apart. outer_ndim == 0: one stride
+ * reaches every row, and inner and outer_shape are not read. */
+typedef struct {
+    ptrdiff_t rows, cols;
+    ptrdiff_t inner;
+    ptrdiff_t outer_ndim;
+    const ptrdiff_t *outer_shape;
+} fn_shape;
+
+/* One array of rows. The `cols` elements of a row are contiguous; strides are in bytes and may be
+ * zero or negative. */
+typedef struct {
+    void *data;
+    ptrdiff_t stride;
+    const ptrdiff_t *outer_strides;
+} fn_rows;
+
+/* y = (x - mean) * rstd * weight + bias. weight and bias: cols elements of x's type, or NULL;
+ * mean and rstd: rows elements of x's type to be written, or NULL. y may be x itself. */
+typedef struct {
+    fn_shape shape;
+    fn_rows x, y;
+    const void *weight, *bias;
+    void *mean, *rstd;
+    double eps;
+    int y_is_warm; /* y's pages exist already: they may be written past the cache */
+    int stream;    /* set by the library */
+} fn_layer_norm_args;
+
+/* dx, dweight and dbias from dy. mean and rstd: rows elements as layer_norm wrote them; weight:
+ * cols elements or NULL for ones; dx.data, dweight, dbias: NULL where not wanted. */
+typedef struct {
+    fn_shape shape;
+    fn_rows dy, x, dx;
+    const void *weight, *mean, *rstd;
+    void *dweight, *dbias;
+    int dx_is_warm;
+    int stream;
+} fn_layer_norm_backward_args;
+
+/* Mean and population variance of each row; either may be NULL. */
+typedef struct {
+    fn_shape shape;
+    fn_rows x;
+    void *mean, *variance;
+} fn_moments_args;
+
+/* ---- Calls: `threads` is the most that may be used; 0 leaves it to the library ------------------ */
+
+void fn_layer_norm(fn_layer_norm_args *args, fn_dtype dtype, int threads);
+int fn_layer_norm_backward(fn_layer_norm_backward_args *args, fn_dtype dtype, int threads);
+void fn_moments(fn_moments_args *args, fn_dtype dtype, int threads);
+
+/* What a call would do; `bytes` counts what it reads and writes. The calls decide by the same
+ * functions. */
+typedef struct {
+    int threads;
+    int stream;         /* non-temporal stores */
+    const char *regime; /* a static string */
+    ptrdiff_t bytes;
+} fn_plan;
+
+fn_plan fn_plan_layer_norm(const fn_layer_norm_args *args, fn_dtype dtype, int threads);
+fn_plan fn_plan_layer_norm_backward(const fn_layer_norm_backward_args *args, fn_dtype dtype,
+                                    int threads);
+fn_plan fn_plan_moments(const fn_moments_args *args, fn_dtype dtype, int threads);
+
+/* ---- Instruction sets ------------------------------------------------------------------------- */
+
+int fn_isa_count(void);               /* how many are compiled in, best first */
+const char *fn_isa_name(int index);   /* NULL past the end */
+int fn_isa_supported(int index);      /* whether this CPU and its OS can run it */
+const char *fn_isa_active(void);
+int fn_isa_select(const char *name);  /* NULL: the best supported; FN_OK or FN_..._ISA */
+
+/* ---- Threads ---------------------------------------------------------------------------------- */
+
+int fn_openmp(void);                  /* whether OpenMP was compiled in */
+void fn_set_cpu_quota(int cpus);      /* the container's CPU quota, rounded up; 0: none */
+int fn_cpu_quota(void);
+int fn_cpu_affinity(void);            /* CPUs this thread may run on */
+int fn_openmp_limit(void);            /* omp_get_max_threads() of this thread; 1 without OpenMP */
+void fn_set_num_threads(int threads); /* 0: forget it */
+int fn_requested_threads(void);       /* what was set, or 0 */
+int fn_max_threads(void);             /* the least of all of these and OpenMP's own limit */
+void fn_force_partition(int parts);   /* for tests: split every call into so many parts; 0: off */
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,40 @@
+/* kernels.h: what an instruction set's file includes after its vocabulary: every op for every type,
+ * then the table of them. All of it is static but the table: nothing compiled with wide
+ * instructions may be found by the linker for anybody else. */
+#include <float.h>
+#include <math.h>
+#include <stdint.h>
+
+#include "isa.h"
+#include "names.h"
+
+#if defined(__FAST_MATH__)
+#error "fastnorm's results are defined to the bit: build it without -ffast-math"
+#endif
+
+#define COLD __attribute__((noinline, cold))
+
+#define T f32
+#include "kernels_of_type.h"
+#undef T
+#define T f64
+#include "kernels_of_type.h"
+#undef T
+
+#define FN_STRING_(word) #word
+#define FN_STRING(word) FN_STRING_(word)
+#define OF_EACH_TYPE(word) {[FN_F32] = word##_f32, [FN_F64] = word##_f64}
+/* An op's name reaches the table as it stands in FN_OPS: from here on the words are plain again. */
+#undef layer_norm
+#undef layer_norm_backward
+#undef moments
+#undef widen_add
+#undef narrow
+#define FN_KERNELS(op) .op = OF_EACH_TYPE(op),
+
+const fn_isa FN_PASTE(fn_isa, FN_ISA) = {
+    .name = FN_STRING(FN_ISA),
+    FN_OPS(FN_KERNELS)
+    .widen_add = OF_EACH_TYPE(widen_add),
+    .narrow = OF_EACH_TYPE(narrow),
+};

@@ -1,0 +1,8 @@
+/* kernels_of_type.h: every op for the type T. */
+#include "row.h"
+
+#include "op_stats.h"
+
+#include "op_layer_norm.h"
+#include "op_layer_norm_backward.h"
+#include "op_moments.h"

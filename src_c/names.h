@@ -1,0 +1,43 @@
+/* names.h: the words of the kernels, bound to the type that T names when they are used.
+ *
+ * kernels.h defines T as f32, then as f64, and includes the same text for each. */
+#ifndef FN_NAMES_H
+#define FN_NAMES_H
+
+#include <stddef.h>
+
+#define FN_PASTE_(a, b) a##_##b
+#define FN_PASTE(a, b) FN_PASTE_(a, b)
+#define FN_OF_T(word) FN_PASTE(word, T)
+
+typedef float element_f32;
+typedef double element_f64;
+enum { LANES_f32 = 64, LANES_f64 = 32, BLOCK = 1024 };
+
+/* Elements of a row, lanes of a block, vectors that hold them. */
+#define element FN_OF_T(element)
+#define LANES FN_OF_T(LANES)
+#define VW FN_OF_T(VW)
+#define VECTORS (LANES / VW)
+#define VECTORS_A_SWEEP FN_OF_T(VECTORS_A_SWEEP)
+
+#define vec FN_OF_T(vec)
+#define v_zero FN_OF_T(v_zero)
+#define v_set1 FN_OF_T(v_set1)
+#define v_load FN_OF_T(v_load)
+#define v_loadn FN_OF_T(v_loadn)
+#define v_store FN_OF_T(v_store)
+#define v_storen FN_OF_T(v_storen)
+#define v_stream FN_OF_T(v_stream)
+#define v_firstn FN_OF_T(v_firstn)
+#define v_add FN_OF_T(v_add)
+#define v_sub FN_OF_T(v_sub)
+#define v_mul FN_OF_T(v_mul)
+#define v_fma FN_OF_T(v_fma)
+#define v_fold FN_OF_T(v_fold)
+#define wide FN_OF_T(wide)
+#define wide_add FN_OF_T(wide_add)
+#define wide_vd8 FN_OF_T(wide_vd8)
+#define vd8_store_element FN_OF_T(vd8_store)
+
+#endif

@@ -1,0 +1,233 @@
+/* op_layer_norm_backward.h: dx, dweight and dbias of layer_norm over rows of T.
+ *
+ * With xh = (x - mean) * rstd and g = dy * weight:
+ *
+ *     dx = rstd * (g - mean(g) - xh * mean(g * xh))      dweight = sum dy * xh      dbias = sum dy
+ *
+ * The saved mean is only a pivot of the row's own precision: c = mean(x - pivot) is formed again
+ * and xh = (x - pivot)*rstd - c*rstd; with the rounded mean alone dx would err by 1e-3 at
+ * mean = 1e6 std.
+ *
+ * One call takes at most FN_BACKWARD_ROWS rows. Within it dweight and dbias are summed row after
+ * row, in T; the caller adds these partial sums in double, in an order that does not depend on the
+ * number of threads (parallel.c). */
+
+#define backward_row FN_OF_T(backward_row)
+typedef struct {
+    element pivot, rstd, shift; /* xh = (x - pivot)*rstd + shift */
+    element slope, base;        /* dx = (g + xh*slope)*rstd + base */
+    scale x, dy, dx;            /* powers of two for rows out of range, else 1 */
+} backward_row;
+
+#define dots_to_coefficients FN_OF_T(dots_to_coefficients)
+static inline void dots_to_coefficients(const double sums[3], double rstd, ptrdiff_t n,
+                                        backward_row *row)
+{
+    const double per_n = 1.0 / (double)n;
+    const double c = sums[0] * per_n;
+    const double mean_g = sums[1] * per_n;
+    const double mean_g_xh = (sums[2] - c * sums[1]) * per_n * rstd;
+    row->rstd = (element)rstd;
+    row->shift = (element)(0.0 - c * rstd);
+    row->slope = (element)(0.0 - mean_g_xh);
+    row->base = (element)(0.0 - mean_g * rstd);
+}
+
+/* Where rstd is of ordinary size and no sum overflowed, T's range suffices. The limits leave 2^20
+ * to the products of rstd, xh and g. */
+#define within_range FN_OF_T(within_range)
+static inline int within_range(const double sums[3], double rstd)
+{
+    const double limit = sizeof(element) == sizeof(float) ? 0x1p50 : 0x1p400;
+    return rstd <= limit && rstd >= 1 / limit && fabs(sums[0]) <= DBL_MAX &&
+           fabs(sums[1]) <= DBL_MAX && fabs(sums[2]) <= DBL_MAX;
+}
+
+#define careful_backward FN_OF_T(careful_backward)
+static COLD void careful_backward(const element *x, const element *dy, const element *w,
+                                  ptrdiff_t n, element mean, element rstd, backward_row *row)
+{
+    const double largest = row_largest(x, n), largest_dy = row_largest(dy, n);
+    double sums[3], r = rstd;
+    int up = 0, up_dy = 0;
+    if (largest <= DBL_MAX) up = exponent_to_one(largest);
+    if (largest_dy <= DBL_MAX) up_dy = exponent_to_one(largest_dy);
+    row->x = scale_to(up);
+    row->dy = scale_to(up_dy);
+    row->pivot = (element)ldexp(mean, up);
+    if (largest <= DBL_MAX && !(r <= (sizeof(element) == sizeof(float) ? FLT_MAX : DBL_MAX))) {
+        /* rstd did not fit T: eps was 0 or next to it, and x alone tells what rstd is. */
+        row_stats stats;
+        recentred_stats(x, n, 0, up, &stats);
+        r = stats.variance > 0 ? stats.reported_rstd : 0; /* constant: dx = 0, dweight = 0 */
+    }
+    r = ldexp(r, -up);
+    row_dots(x, dy, w, n, row->pivot, row->x, row->dy, 1, sums);
+    dots_to_coefficients(sums, r, n, row);
+    if (!(fabs(sums[0]) + fabs(sums[1]) + fabs(sums[2]) <= DBL_MAX)) row->base = (element)NAN;
+    row->dx = scale_to(up - up_dy);
+}
+
+/* ---- what one pass over x and dy can do with the coefficients ---------------------------------- */
+
+#define backward_sums FN_OF_T(backward_sums)
+typedef struct {
+    const element *w;
+    element *dweight, *dbias; /* sums so far */
+    int first;                /* nothing has been summed yet */
+} backward_sums;
+
+#define backward_vector FN_OF_T(backward_vector)
+static inline void backward_vector(const element *const *x, const element *const *dy,
+                                   element *const *dx, const backward_row *row, const int rows,
+                                   const backward_sums *sums, ptrdiff_t i, ptrdiff_t left,
+                                   const int has_w, const int want_dx, const int want_sums,
+                                   const int scaled)
+{
+    const vec w = has_w && want_dx ? load_some(sums->w + i, left) : v_zero();
+    vec dw = v_zero(), db = v_zero();
+    if (want_sums && !sums->first) {
+        dw = load_some(sums->dweight + i, left);
+        db = load_some(sums->dbias + i, left);
+    }
+    UNROLL for (int k = 0; k < rows; k++) {
+        const backward_row *c = &row[k];
+        const vec rstd = v_set1(c->rstd);
+        const vec d = v_sub(scale_by(load_some(x[k] + i, left), c->x, scaled), v_set1(c->pivot));
+        const vec xh = v_fma(d, rstd, v_set1(c->shift));
+        const vec plain = load_some(dy[k] + i, left);
+        if (want_sums) {
+            dw = v_fma(plain, xh, dw);
+            db = v_add(db, plain);
+        }
+        if (want_dx) {
+            vec g = scale_by(plain, c->dy, scaled);
+            if (has_w) g = v_mul(g, w);
+            g = v_fma(v_fma(xh, v_set1(c->slope), g), rstd, v_set1(c->base));
+            store_some(dx[k] + i, scale_by(g, c->dx, scaled), left);
+        }
+    }
+    if (want_sums) {
+        store_some(sums->dweight + i, dw, left);
+        store_some(sums->dbias + i, db, left);
+    }
+}
+
+#define backward_pass_with FN_OF_T(backward_pass_with)
+static inline void backward_pass_with(const element *const *x, const element *const *dy,
+                                      element *const *dx, const backward_row *row, const int rows,
+                                      const backward_sums *sums, ptrdiff_t n, const int has_w,
+                                      const int want_dx, const int want_sums, const int scaled)
+{
+    ptrdiff_t i = 0;
+    for (; i + VW <= n; i += VW)
+        backward_vector(x, dy, dx, row, rows, sums, i, VW, has_w, want_dx, want_sums, scaled);
+    if (i < n)
+        backward_vector(x, dy, dx, row, rows, sums, i, n - i, has_w, want_dx, want_sums, scaled);
+}
+
+#define backward_pass FN_OF_T(backward_pass)
+static inline void backward_pass(const element *const *x, const element *const *dy,
+                                 element *const *dx, const backward_row *row, const int rows,
+                                 const backward_sums *sums, ptrdiff_t n, const int scaled)
+{
+    if (!dx[0])
+        backward_pass_with(x, dy, dx, row, rows, sums, n, 0, 0, 1, scaled);
+    else if (sums->w && sums->dweight)
+        backward_pass_with(x, dy, dx, row, rows, sums, n, 1, 1, 1, scaled);
+    else if (sums->w)
+        backward_pass_with(x, dy, dx, row, rows, sums, n, 1, 1, 0, scaled);
+    else if (sums->dweight)
+        backward_pass_with(x, dy, dx, row, rows, sums, n, 0, 1, 1, scaled);
+    else
+        backward_pass_with(x, dy, dx, row, rows, sums, n, 0, 1, 0, scaled);
+}
+
+#define scaled_backward_pass FN_OF_T(scaled_backward_pass)
+static COLD void scaled_backward_pass(const element *const *x, const element *const *dy,
+                                      element *const *dx, const backward_row *row,
+                                      const backward_sums *sums, ptrdiff_t n)
+{
+    backward_pass(x, dy, dx, row, 1, sums, n, 1);
+}
+
+/* ---- the kernel ------------------------------------------------------------------------------- */
+
+#define BACKWARD_GROUP 4
+
+#define backward_group FN_OF_T(backward_group)
+static inline void backward_group(const fn_layer_norm_backward_args *a, ptrdiff_t row,
+                                  const int rows, backward_sums *sums)
+{
+    const element *x[BACKWARD_GROUP], *dy[BACKWARD_GROUP];
+    element *dx[BACKWARD_GROUP];
+    backward_row coefficients[BACKWARD_GROUP];
+    const element *mean = a->mean, *rstd = a->rstd;
+    const ptrdiff_t n = a->shape.cols;
+    const scale one = {1, 1};
+    int careful = 0;
+    for (int k = 0; k < rows; k++) {
+        x[k] = row_at(&a->shape, &a->x, row + k);
+        dy[k] = row_at(&a->shape, &a->dy, row + k);
+        dx[k] = a->dx.data ? row_at(&a->shape, &a->dx, row + k) : NULL;
+        backward_row *c = &coefficients[k];
+        *c = (backward_row){.pivot = mean[row + k], .x = one, .dy = one, .dx = one};
+        double dots[3];
+        if (a->weight)
+            row_dots(x[k], dy[k], a->weight, n, c->pivot, one, one, 0, dots);
+        else
+            row_dots(x[k], dy[k], NULL, n, c->pivot, one, one, 0, dots);
+        if (within_range(dots, rstd[row + k])) {
+            dots_to_coefficients(dots, rstd[row + k], n, c);
+        } else {
+            careful = 1;
+            careful_backward(x[k], dy[k], a->weight, n, mean[row + k], rstd[row + k], c);
+        }
+    }
+    if (!careful) {
+        backward_pass(x, dy, dx, coefficients, rows, sums, n, 0);
+        return;
+    }
+    for (int k = 0; k < rows; k++) {
+        scaled_backward_pass(x + k, dy + k, dx + k, coefficients + k, sums, n);
+        sums->first = 0;
+    }
+}
+
+/* At most FN_BACKWARD_ROWS rows; dweight and dbias, where not NULL, are overwritten with their
+ * sums over these rows. */
+#define layer_norm_backward FN_OF_T(layer_norm_backward)
+static void layer_norm_backward(const void *args, ptrdiff_t row0, ptrdiff_t row1, void *dweight,
+                                void *dbias)
+{
+    const fn_layer_norm_backward_args *a = args;
+    backward_sums sums = {.w = a->weight, .dweight = dweight, .dbias = dbias, .first = 1};
+    ptrdiff_t row = row0;
+    for (; row + BACKWARD_GROUP <= row1; row += BACKWARD_GROUP) {
+        backward_group(a, row, BACKWARD_GROUP, &sums);
+        sums.first = 0;
+    }
+    for (; row < row1; row++) {
+        backward_group(a, row, 1, &sums);
+        sums.first = 0;
+    }
+}
+
+/* ---- sums in double, for parallel.c ----------------------------------------------------------- */
+
+#define widen_add FN_OF_T(widen_add)
+static void widen_add(double *restrict into, const void *restrict from, ptrdiff_t n, int add)
+{
+    const element *p = from;
+    if (add)
+        for (ptrdiff_t i = 0; i < n; i++) into[i] += (double)p[i];
+    else
+        for (ptrdiff_t i = 0; i < n; i++) into[i] = (double)p[i];
+}
+
+#define narrow FN_OF_T(narrow)
+static void narrow(void *restrict into, const double *restrict from, ptrdiff_t n)
+{
+    element *p = into;
+    for (ptrdiff_t i = 0; i < n; i++) p[i] = (element)from[i];
+}

@@ -1,0 +1,128 @@
+/* op_stats.h: mean, variance and 1/sqrt(variance + eps) of rows of T: what layer_norm and moments
+ * share.
+ *
+ * Two passes with a corrected mean. With m0 = round(sum(x)/n) and d = x - m0, one pass gives
+ *
+ *     c = sum(d)/n        var = sum(d*d)/n - c*c        mean = m0 + c
+ *
+ * c is what rounding the mean to T lost; without it a row with |mean| = 1e7 std is wrong in its
+ * first digit. Rows that this does not serve go to careful_stats, one at a time: where m0 was too
+ * far off (c*c > var/4) it is moved by c and the pass is repeated; where the statistics leave the
+ * range of T the row is read through a power of two that brings max|x| into [0.5, 1). */
+
+/* What the affine pass needs of a row: y = ((x - pivot)*rstd + shift)*weight + bias, all of it on
+ * the scaled row where s is not 1. */
+#define row_stats FN_OF_T(row_stats)
+typedef struct {
+    element pivot, rstd, shift;
+    scale s;
+    double mean, variance, reported_rstd;
+} row_stats;
+
+/* Variances below this may have lost digits to underflow of the squares. */
+#define LEAST_VARIANCE (sizeof(element) == sizeof(float) ? 0x1p-80 : 0x1p-600)
+
+#define sums_to_stats FN_OF_T(sums_to_stats)
+static inline int sums_to_stats(double sum, double squares, double per_n, double eps,
+                                element pivot, row_stats *stats)
+{
+    const double c = sum * per_n;
+    const double variance = squares * per_n - c * c;
+    const double padded = variance + eps;
+    const double rstd = 1.0 / sqrt(padded);
+    stats->pivot = pivot;
+    stats->rstd = (element)rstd;
+    stats->shift = (element)(0.0 - c * rstd);
+    stats->mean = (double)pivot + c;
+    stats->variance = variance;
+    stats->reported_rstd = rstd;
+    return c * c <= variance * 0.25 && LEAST_VARIANCE <= padded && variance <= DBL_MAX;
+}
+
+/* One row; false where it needs careful_stats. */
+#define plain_stats FN_OF_T(plain_stats)
+static inline int plain_stats(const element *x, ptrdiff_t n, double eps, row_stats *stats)
+{
+    const double per_n = 1.0 / (double)n;
+    const element pivot = (element)(vd8_hsum(row_sum(x, n, (scale){1, 1}, 0)) * per_n);
+    vd8 sum, squares;
+    row_deviations(x, n, pivot, (scale){1, 1}, 0, &sum, &squares);
+    return sums_to_stats(vd8_hsum(sum), vd8_hsum(squares), per_n, eps, pivot, stats);
+}
+
+/* The recentred pass, on the row times 2^exponent. */
+#define recentred_stats FN_OF_T(recentred_stats)
+static void recentred_stats(const element *x, ptrdiff_t n, double eps, int exponent,
+                            row_stats *stats)
+{
+    const double per_n = 1.0 / (double)n;
+    const scale s = scale_to(exponent);
+    element pivot = (element)(vd8_hsum(row_sum(x, n, s, 1)) * per_n);
+    for (int pass = 0;; pass++) {
+        vd8 sum, squares;
+        row_deviations(x, n, pivot, s, 1, &sum, &squares);
+        const int good = sums_to_stats(vd8_hsum(sum), vd8_hsum(squares), per_n,
+                                       ldexp(eps, 2 * exponent), pivot, stats);
+        const element moved = (element)stats->mean;
+        if (good || pass == 3 || moved == pivot || moved != moved) break;
+        pivot = moved;
+    }
+    if (stats->variance <= 0) { /* constant: y is the bias, whatever 1/sqrt(eps) is */
+        stats->variance = 0;
+        stats->reported_rstd = 1.0 / sqrt(ldexp(eps, 2 * exponent));
+        stats->rstd = stats->shift = 0;
+    }
+    stats->s = s;
+    stats->mean = ldexp(stats->mean, -exponent);
+    stats->reported_rstd = ldexp(stats->reported_rstd, exponent);
+}
+
+#define careful_stats FN_OF_T(careful_stats)
+static COLD void careful_stats(const element *x, ptrdiff_t n, double eps, row_stats *stats)
+{
+    const double largest = row_largest(x, n);
+    if (!(largest <= DBL_MAX)) { /* NaN and infinity take the row with them */
+        *stats = (row_stats){NAN, NAN, NAN, {1, 1}, NAN, NAN, NAN};
+        return;
+    }
+    recentred_stats(x, n, eps, 0, stats);
+    if (stats->variance <= DBL_MAX && LEAST_VARIANCE <= stats->variance + eps) return;
+    const int exponent = exponent_to_one(largest);
+    recentred_stats(x, n, eps, exponent, stats);
+    stats->variance = ldexp(stats->variance, -2 * exponent);
+}
+
+/* ---- several rows at once --------------------------------------------------------------------- */
+
+/* Up to eight rows, whose scalar arithmetic is done as one vector. It rounds as sums_to_stats does.
+ * Returns a bit for each row that needs careful_stats. */
+#define group_stats FN_OF_T(group_stats)
+typedef struct {
+    element pivot[8], rstd[8], shift[8];
+    double c[8], reported_rstd[8];
+} group_stats;
+
+#define stats_of_group FN_OF_T(stats_of_group)
+static inline unsigned stats_of_group(const element *const x[8], const int rows, ptrdiff_t n,
+                                      double eps, group_stats *stats)
+{
+    const vd8 per_n = vd8_set1(1.0 / (double)n);
+    vd8 sums[8], squares[8];
+    for (int i = rows; i < 8; i++) sums[i] = squares[i] = vd8_set1(0);
+    for (int i = 0; i < rows; i++) sums[i] = row_sum(x[i], n, (scale){1, 1}, 0);
+    vd8_store_element(stats->pivot, vd8_mul(vd8_hsum8(sums), per_n));
+    for (int i = 0; i < rows; i++)
+        row_deviations(x[i], n, stats->pivot[i], (scale){1, 1}, 0, &sums[i], &squares[i]);
+    const vd8 c = vd8_mul(vd8_hsum8(sums), per_n), c2 = vd8_mul(c, c);
+    const vd8 variance = vd8_sub(vd8_mul(vd8_hsum8(squares), per_n), c2);
+    const vd8 padded = vd8_add(variance, vd8_set1(eps));
+    const vd8 rstd = vd8_div(vd8_set1(1), vd8_sqrt(padded));
+    vd8_store_element(stats->rstd, rstd);
+    vd8_store_element(stats->shift, vd8_sub(vd8_set1(0), vd8_mul(c, rstd)));
+    vd8_store_f64(stats->c, c);
+    vd8_store_f64(stats->reported_rstd, rstd);
+    const unsigned good = vd8_le(c2, vd8_mul(variance, vd8_set1(0.25))) &
+                          vd8_le(vd8_set1(LEAST_VARIANCE), padded) &
+                          vd8_le(variance, vd8_set1(DBL_MAX));
+    return ~good & ((1u << rows) - 1);
+}

@@ -1,0 +1,434 @@
+/* parallel.c: how rows are split over threads, how many threads there are, and what a fork does.
+ *
+ * Kernels take a range of rows and know nothing of this file. How the rows are cut changes no bit:
+ * forward results belong to one row, and backward's sums over rows are cut into blocks of
+ * FN_BACKWARD_ROWS rows and folded in one fixed tree (below). */
+#define _GNU_SOURCE
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "isa.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+/* ---- how many threads there may be ------------------------------------------------------------ */
+
+static atomic_int requested, quota, partition;
+/* Threads at work in calls that are running now, in the whole process. */
+static atomic_int busy;
+static _Thread_local int owns_a_team;
+
+int fn_openmp(void)
+{
+#ifdef _OPENMP
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+void fn_set_cpu_quota(int cpus)
+{
+    quota = cpus;
+}
+int fn_cpu_quota(void)
+{
+    return quota;
+}
+void fn_set_num_threads(int threads)
+{
+    requested = threads;
+}
+int fn_requested_threads(void)
+{
+    return requested;
+}
+void fn_force_partition(int parts)
+{
+    partition = parts;
+}
+
+int fn_cpu_affinity(void)
+{
+#ifdef __linux__
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+#endif
+    const long online = sysconf(_SC_NPROCESSORS_ONLN);
+    return online > 0 ? (int)online : 1;
+}
+
+static int least(int a, int b)
+{
+    return b > 0 && b < a ? b : a;
+}
+
+int fn_openmp_limit(void)
+{
+#ifdef _OPENMP
+    return omp_in_parallel() ? 1 : omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
+int fn_max_threads(void)
+{
+    return least(least(least(fn_openmp_limit(), fn_cpu_affinity()), quota), requested);
+}
+
+/* ---- fork ------------------------------------------------------------------------------------- */
+
+/* libgomp keeps its idle threads in a pool that a forked child inherits without the threads, and
+ * then waits for them for ever. Letting the pool go before the fork lets the child, and the parent,
+ * make a new one. Only the thread that forks lives on in the child, so only its pool counts. */
+#ifdef _OPENMP
+static void before_fork(void)
+{
+    if (owns_a_team && !omp_in_parallel()) omp_pause_resource_all(omp_pause_hard);
+    owns_a_team = 0;
+}
+
+/* What other threads had at work stays behind with them. */
+static void in_child(void)
+{
+    busy = 0;
+}
+
+static void register_fork_handlers(void)
+{
+    pthread_atfork(before_fork, NULL, in_child);
+}
+#endif
+
+/* ---- the split -------------------------------------------------------------------------------- */
+
+typedef struct {
+    void (*work)(void *context, int part, ptrdiff_t first, ptrdiff_t end);
+    void *context;
+    ptrdiff_t units;
+    int parts;
+} fn_split;
+
+static void run_part(const fn_split *split, int part)
+{
+    const ptrdiff_t share = split->units / split->parts, extra = split->units % split->parts;
+    const ptrdiff_t first = share * part + (part < extra ? part : extra);
+    split->work(split->context, part, first, first + share + (part < extra));
+}
+
+/* Units are cut into `parts` even ranges. Parts and threads are the same unless a test forces a
+ * partition on a machine with fewer cores. */
+static void run_split(const fn_split *split, int threads)
+{
+#ifdef _OPENMP
+    if (threads > 1) {
+        static pthread_once_t once = PTHREAD_ONCE_INIT;
+        pthread_once(&once, register_fork_handlers);
+        owns_a_team = 1;
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+        for (int part = 0; part < split->parts; part++) run_part(split, part);
+        return;
+    }
+#endif
+    (void)threads;
+    for (int part = 0; part < split->parts; part++) run_part(split, part);
+}
+
+/* Calls that run at the same time share the CPUs: a call takes as many threads as are left, and its
+ * own at the least. */
+static int take_threads(int wanted)
+{
+    int at_work = atomic_load_explicit(&busy, memory_order_relaxed);
+    for (;;) {
+        const int left = wanted - at_work;
+        const int taken = left > 1 ? left : 1;
+        if (atomic_compare_exchange_weak(&busy, &at_work, at_work + taken)) return taken;
+    }
+}
+
+static void give_back_threads(int taken)
+{
+    atomic_fetch_sub(&busy, taken);
+}
+
+static int forced_parts(ptrdiff_t units)
+{
+    return partition > 0 && units > 0 ? (int)(partition < units ? partition : units) : 0;
+}
+
+/* ---- what a call costs, and what it is worth --------------------------------------------------- */
+
+/* A second thread pays from about this many bytes: waking it takes some 2 to 10 us, in which one
+ * core moves 100 to 200 KB between registers and the L2 cache. */
+#define BYTES_A_THREAD ((ptrdiff_t)1 << 19)
+
+/* Outputs from this size on are written past the cache. It is less than a core's share of the last
+ * cache on most machines, and what cpuid says of that share cannot be trusted in a virtual one. */
+#define STREAM_BYTES ((ptrdiff_t)24 << 20)
+
+/* Rows narrower than this are dearer to write by whole lines than it saves. */
+#define STREAM_ROW_BYTES 256
+
+static ptrdiff_t element_size(fn_dtype dtype)
+{
+    return dtype == FN_F64 ? 8 : 4;
+}
+
+static int planned_threads(ptrdiff_t bytes, ptrdiff_t units, int threads)
+{
+    const int parts = forced_parts(units);
+    if (parts) return parts;
+    const ptrdiff_t worth = bytes / BYTES_A_THREAD;
+    if (worth < 2 || units < 2 || threads == 1) return 1;
+    ptrdiff_t most = least(fn_max_threads(), threads);
+    if (most > worth) most = worth;
+    return (int)(most < units ? most : units);
+}
+
+static int worth_streaming(const fn_shape *shape, const fn_rows *y, int warm, fn_dtype dtype)
+{
+    const ptrdiff_t row = shape->cols * element_size(dtype);
+    return warm && row >= STREAM_ROW_BYTES && row * shape->rows >= STREAM_BYTES &&
+           (uintptr_t)y->data % (uintptr_t)element_size(dtype) == 0;
+}
+
+fn_plan fn_plan_layer_norm(const fn_layer_norm_args *a, fn_dtype dtype, int threads)
+{
+    const ptrdiff_t bytes = 2 * a->shape.rows * a->shape.cols * element_size(dtype);
+    fn_plan plan = {.threads = planned_threads(bytes, a->shape.rows, threads), .bytes = bytes};
+    plan.stream = worth_streaming(&a->shape, &a->y, a->y_is_warm, dtype);
+    plan.regime = plan.stream                                    ? "stream"
+                  : a->shape.cols <= 1024 && a->shape.rows >= 4 ? "group"
+                                                                 : "row";
+    return plan;
+}
+
+fn_plan fn_plan_moments(const fn_moments_args *a, fn_dtype dtype, int threads)
+{
+    const ptrdiff_t bytes = a->shape.rows * a->shape.cols * element_size(dtype);
+    return (fn_plan){.threads = planned_threads(bytes, a->shape.rows, threads),
+                     .regime = "row",
+                     .bytes = bytes};
+}
+
+static ptrdiff_t backward_blocks(ptrdiff_t rows)
+{
+    return (rows + FN_BACKWARD_ROWS - 1) / FN_BACKWARD_ROWS;
+}
+
+fn_plan fn_plan_layer_norm_backward(const fn_layer_norm_backward_args *a, fn_dtype dtype,
+                                    int threads)
+{
+    const ptrdiff_t arrays = a->dx.data ? 3 : 2;
+    const ptrdiff_t bytes = arrays * a->shape.rows * a->shape.cols * element_size(dtype);
+    return (fn_plan){.threads = planned_threads(bytes, backward_blocks(a->shape.rows), threads),
+                     .regime = a->shape.rows >= 4 ? "group" : "row",
+                     .bytes = bytes};
+}
+
+/* ---- layer_norm and moments: rows are independent ---------------------------------------------- */
+
+typedef struct {
+    void (*kernel)(const void *args, ptrdiff_t, ptrdiff_t);
+    const void *args;
+} fn_rowwise;
+
+static void rowwise_work(void *context, int part, ptrdiff_t first, ptrdiff_t end)
+{
+    const fn_rowwise *call = context;
+    (void)part;
+    call->kernel(call->args, first, end);
+}
+
+static void run_rowwise(void (*kernel)(const void *, ptrdiff_t, ptrdiff_t), const void *args,
+                        ptrdiff_t rows, int threads)
+{
+    if (threads == 1) {
+        kernel(args, 0, rows);
+        return;
+    }
+    const int taken = partition > 0 ? threads : take_threads(threads);
+    fn_rowwise call = {kernel, args};
+    const fn_split split = {rowwise_work, &call, rows, taken};
+    run_split(&split, taken);
+    if (partition <= 0) give_back_threads(taken);
+}
+
+void fn_layer_norm(fn_layer_norm_args *args, fn_dtype dtype, int threads)
+{
+    const fn_plan plan = fn_plan_layer_norm(args, dtype, threads);
+    args->stream = plan.stream;
+    run_rowwise(fn_active_isa->layer_norm[dtype], args, args->shape.rows, plan.threads);
+}
+
+void fn_moments(fn_moments_args *args, fn_dtype dtype, int threads)
+{
+    const fn_plan plan = fn_plan_moments(args, dtype, threads);
+    run_rowwise(fn_active_isa->moments[dtype], args, args->shape.rows, plan.threads);
+}
+
+/* ---- layer_norm_backward: sums over rows -------------------------------------------------------
+ *
+ * Rows are cut into blocks of FN_BACKWARD_ROWS; block b is the leaf b of a binary tree, in which
+ * node i of a level is the sum of nodes 2i and 2i + 1 of the level below. A part keeps the nodes it
+ * could not yet pair, like the digits of a binary counter, so that it needs O(log rows) of them. At
+ * the end all parts' nodes are paired in order, and what has no partner is added from the right.
+ * Which sums are formed depends on the number of rows alone. */
+
+typedef struct {
+    ptrdiff_t index;
+    int level;
+    double *sums; /* dweight, then dbias */
+} fn_node;
+
+typedef struct {
+    fn_node *nodes;
+    int count;
+    double *storage; /* room for the sums of every node of this part */
+    void *run[2];    /* one block's dweight and dbias, in the rows' type */
+} fn_part_sums;
+
+typedef struct {
+    const fn_layer_norm_backward_args *args;
+    fn_dtype dtype;
+    fn_part_sums *parts;
+} fn_backward_call;
+
+static int digits(ptrdiff_t n)
+{
+    int count = 0;
+    for (; n; n >>= 1) count++;
+    return count;
+}
+
+/* The last node joins its left neighbour for as long as the two have one parent. */
+static void pair_up(fn_node *nodes, int *count, ptrdiff_t doubles)
+{
+    while (*count > 1) {
+        fn_node *left = &nodes[*count - 2], *right = &nodes[*count - 1];
+        if (left->level != right->level || left->index + 1 != right->index || left->index % 2)
+            return;
+        fn_active_isa->widen_add[FN_F64](left->sums, right->sums, doubles, 1);
+        left->index /= 2;
+        left->level++;
+        (*count)--;
+    }
+}
+
+static void backward_work(void *context, int part, ptrdiff_t first, ptrdiff_t end)
+{
+    const fn_backward_call *call = context;
+    const fn_layer_norm_backward_args *a = call->args;
+    const ptrdiff_t n = a->shape.cols;
+    fn_part_sums none = {0}, *sums = call->parts ? &call->parts[part] : &none;
+    for (ptrdiff_t block = first; block < end; block++) {
+        const ptrdiff_t row0 = block * FN_BACKWARD_ROWS;
+        const ptrdiff_t rest = a->shape.rows - row0;
+        const ptrdiff_t rows = rest < FN_BACKWARD_ROWS ? rest : FN_BACKWARD_ROWS;
+        fn_active_isa->layer_norm_backward[call->dtype](a, row0, row0 + rows, sums->run[0],
+                                                        sums->run[1]);
+        if (!sums->nodes) continue; /* dx alone */
+        double *node = sums->storage + 2 * n * sums->count;
+        for (int k = 0; k < 2; k++)
+            fn_active_isa->widen_add[call->dtype](node + k * n, sums->run[k], n, 0);
+        sums->nodes[sums->count++] = (fn_node){block, 0, node};
+        pair_up(sums->nodes, &sums->count, 2 * n);
+    }
+}
+
+static void fold_parts(const fn_backward_call *call, int parts, fn_node *all)
+{
+    const ptrdiff_t n = call->args->shape.cols;
+    int count = 0;
+    for (int part = 0; part < parts; part++)
+        for (int k = 0; k < call->parts[part].count; k++) {
+            all[count++] = call->parts[part].nodes[k];
+            pair_up(all, &count, 2 * n);
+        }
+    for (; count > 1; count--)
+        fn_active_isa->widen_add[FN_F64](all[count - 2].sums, all[count - 1].sums, 2 * n, 1);
+    void *results[2] = {call->args->dweight, call->args->dbias};
+    for (int k = 0; k < 2; k++)
+        if (results[k]) fn_active_isa->narrow[call->dtype](results[k], all[0].sums + k * n, n);
+}
+
+/* One block of memory, taken before anything is written: for each part its run, its nodes' sums and
+ * its nodes, then room for all nodes together. A part that starts at block 0 holds one node a level,
+ * another may hold two. */
+static void *lay_out(fn_backward_call *call, int parts, ptrdiff_t blocks, fn_node **all)
+{
+    const size_t n = (size_t)call->args->shape.cols, size = (size_t)element_size(call->dtype);
+    const size_t nodes = (size_t)digits(blocks) * (parts > 1 ? 2 : 1) + 1;
+    const size_t run_bytes = (2 * n * size + 63) / 64 * 64;
+    const size_t sums_bytes = nodes * 2 * n * sizeof(double);
+    const size_t part_bytes =
+        (run_bytes + sums_bytes + nodes * sizeof(fn_node) + sizeof(fn_part_sums) + 63) / 64 * 64;
+    char *memory = malloc((size_t)parts * (part_bytes + nodes * sizeof(fn_node)) + 64);
+    if (!memory) return NULL;
+    char *at = memory + (64 - (uintptr_t)memory % 64);
+    call->parts = (fn_part_sums *)(at + (size_t)parts * (run_bytes + sums_bytes));
+    fn_node *node = (fn_node *)(call->parts + parts);
+    for (int part = 0; part < parts; part++, at += run_bytes + sums_bytes, node += nodes)
+        call->parts[part] = (fn_part_sums){.nodes = node,
+                                           .storage = (double *)(at + run_bytes),
+                                           .run = {at, at + n * size}};
+    *all = node;
+    return memory;
+}
+
+/* One block: its sums are the result. What is not asked for goes to scratch. */
+static int backward_of_one_block(const fn_layer_norm_backward_args *a, fn_dtype dtype)
+{
+    void *scratch = NULL;
+    if (!a->dweight != !a->dbias) {
+        scratch = malloc((size_t)(a->shape.cols * element_size(dtype)));
+        if (!scratch) return FN_NO_MEMORY;
+    }
+    fn_active_isa->layer_norm_backward[dtype](a, 0, a->shape.rows,
+                                              a->dweight ? a->dweight : scratch,
+                                              a->dbias ? a->dbias : scratch);
+    free(scratch);
+    return FN_OK;
+}
+
+static void split_backward(fn_backward_call *call, ptrdiff_t blocks, int parts, int threads)
+{
+    const fn_split split = {backward_work, call, blocks, parts};
+    run_split(&split, threads);
+}
+
+static int backward_of_blocks(const fn_layer_norm_backward_args *a, fn_dtype dtype,
+                              ptrdiff_t blocks, int threads)
+{
+    fn_node *all;
+    fn_backward_call call = {.args = a, .dtype = dtype};
+    if (!a->dweight && !a->dbias) {
+        split_backward(&call, blocks, threads, threads);
+        return FN_OK;
+    }
+    void *memory = lay_out(&call, threads, blocks, &all);
+    if (!memory) return FN_NO_MEMORY;
+    split_backward(&call, blocks, threads, threads);
+    fold_parts(&call, threads, all);
+    free(memory);
+    return FN_OK;
+}
+
+int fn_layer_norm_backward(fn_layer_norm_backward_args *args, fn_dtype dtype, int threads)
+{
+    const fn_plan plan = fn_plan_layer_norm_backward(args, dtype, threads);
+    const ptrdiff_t blocks = backward_blocks(args->shape.rows);
+    if (blocks <= 1) return backward_of_one_block(args, dtype);
+    const int taken = plan.threads > 1 && partition <= 0 ? take_threads(plan.threads) : plan.threads;
+    const int status = backward_of_blocks(args, dtype, blocks, taken);
+    if (plan.threads > 1 && partition <= 0) give_back_threads(taken);
+    return status;
+}
