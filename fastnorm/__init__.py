@@ -1,5 +1,7 @@
 """fastnorm: normalization layers on NumPy arrays, fast and right for every finite input."""
 
+import importlib
+
 from . import _core, dispatch, threads
 from ._core import layer_norm, layer_norm_backward, moments
 from ._version import __version__
@@ -31,7 +33,5 @@ __all__ = [
 def __getattr__(name: str) -> object:
     # The reference is for tests and readers: not every import pays for it.
     if name == "reference":
-        from . import reference
-
-        return reference
+        return importlib.import_module(".reference", __name__)
     raise AttributeError(f"module 'fastnorm' has no attribute {name!r}")

@@ -657,7 +657,10 @@ def moments_rows(ndarray x, mean, variance, bint plan=False):
     args.variance = <void *>parameter_data(variance)
     if plan:
         return plan_dict(fn_plan_moments(&args, dtype, 0), args.shape)
-    with nogil:
+    if args.shape.rows * args.shape.cols * (8 if dtype == FN_F64 else 4) >= GIL_BYTES:
+        with nogil:
+            fn_moments(&args, dtype, 0)
+    else:
         fn_moments(&args, dtype, 0)
 
 

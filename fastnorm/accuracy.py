@@ -4,16 +4,18 @@ For float32 the allowed error is 1e-6 times
 
     y         |weight| max(1, max|xh|) + |bias|     (for unit weights: max(1, max|y|))
     dx        rstd max|g|, with g = dy weight
-    dweight   the sum of the magnitudes of its terms dy xh
-    dbias     the sum of the magnitudes of its terms dy
+    dweight   the sum over rows of |dy| max(1, |xh|)
+    dbias     the sum over rows of |dy|
 
-with xh the normalised row and each maximum taken over the row. For float64 it is as many ulps.
-Everything is compared with `fastnorm.reference`; rows are the last axis.
+with xh the normalised row; max|..| is taken over the row. For float64 it is as many ulps. An xh
+next to 0 is the difference of x and a mean of the row's size: it is known to digits of the row, not
+to digits of its own, hence the 1 for y and for dweight. Everything is compared with
+`fastnorm.reference`; rows are the last axis.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,13 +38,26 @@ def layer_norm_error(
     y: Array, x: Array, weight: Array | None = None, bias: Array | None = None, eps: float = 1e-5
 ) -> float:
     """The largest error of y = layer_norm(x, x.shape[-1], weight, bias, eps); inf for a NaN."""
-    worst = 0.0
+    return layer_norm_errors([y], x, weight, bias, eps)[0]
+
+
+def layer_norm_errors(
+    ys: Sequence[Array],
+    x: Array,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    eps: float = 1e-5,
+) -> list[float]:
+    """The same for several results of one call."""
+    worst = [0.0] * len(ys)
     for rows in _chunks(x):
         xh = reference.layer_norm(_rows(x)[rows], eps=eps)
         w = 1.0 if weight is None else weight.astype(np.float64)
         b = 0.0 if bias is None else bias.astype(np.float64)
         scale = np.abs(w) * np.maximum(1, _largest(xh)) + np.abs(b)
-        worst = max(worst, _ratio(_rows(y)[rows] - (xh * w + b), scale))
+        exact = xh * w + b
+        for k, y in enumerate(ys):
+            worst[k] = max(worst[k], _ratio(_rows(y)[rows] - exact, scale))
     return worst
 
 
@@ -67,7 +82,8 @@ def layer_norm_backward_errors(
         scale = rstd[:, None] * _largest(dy_rows * w)
         dx_error = max(dx_error, _ratio(_rows(dx)[rows] - exact[0], scale))
         sums += exact[1:]
-        magnitudes += np.abs(dy_rows * xh).sum(0), np.abs(dy_rows).sum(0)
+        terms = np.abs(dy_rows) * np.maximum(1, np.abs(xh)), np.abs(dy_rows)
+        magnitudes += terms[0].sum(0), terms[1].sum(0)
     errors = np.stack([dweight, dbias]) - sums
     return dx_error, _ratio(errors[0], magnitudes[0]), _ratio(errors[1], magnitudes[1])
 

@@ -244,6 +244,7 @@ _explained = {
 }
 
 _REGIMES = {
+    "narrow": "narrow: rows of a few vectors go eight at a time, in registers",
     "group": "group: rows of at most 1024 elements go several at a time",
     "row": "row: one row at a time",
     "stream": "stream: the output is large and its pages exist, so it is written past the cache",

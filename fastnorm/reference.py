@@ -104,7 +104,7 @@ def layer_norm_backward(
     *,
     axis: Axes = None,
     output_mask: Sequence[bool] = (True, True, True),
-) -> tuple[Float64 | None, Float64 | None, Float64 | None]:
+) -> tuple[Any, Any, Any]:
     """The gradients of `layer_norm` with respect to x, weight and bias.
 
     With g = dy * weight, and means over the row::
@@ -194,7 +194,7 @@ def moments(x: ArrayLike, axis: Axes = None) -> tuple[Float64, Float64]:
         )
 
 
-# ---- rows: which elements belong together ---------------------------------------------------------
+# ---- rows: which elements belong together -------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ def _layout(x: ArrayLike, normalized_shape: Axes, axis: Axes) -> _Layout:
     return _Layout(array.shape, tuple(range(first, array.ndim)))
 
 
-# ---- the arithmetic of a row ----------------------------------------------------------------------
+# ---- the arithmetic of a row --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ and for a ratio the median of the rounds' ratios.
 from __future__ import annotations
 
 import statistics
+import time
 import timeit
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -30,14 +31,19 @@ def interleave(
     rounds: int = ROUNDS,
     least: float = 0.0,
     tick: Callable[[], None] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds a call of each contender, one number a round.
 
     seconds is shared out evenly over all contenders and rounds; a contender runs for at least
-    `least` seconds a round, and at least once. tick is called after each round.
+    `least` seconds a round, and at least once. tick is called after each round. A clock of CPU time
+    leaves out what other processes took; it is of use with one thread only.
     """
     share = max(seconds / (rounds * len(contenders)), least)
-    timers = {name: timeit.Timer(c.statement, globals=c.names) for name, c in contenders.items()}
+    timers = {
+        name: timeit.Timer(contender.statement, timer=clock, globals=contender.names)
+        for name, contender in contenders.items()
+    }
     loops = {name: _loops(timer, share) for name, timer in timers.items()}
     times: dict[str, list[float]] = {name: [] for name in timers}
     order = list(timers)
@@ -52,6 +58,14 @@ def interleave(
 def median_ratio(times: Sequence[float], base: Sequence[float]) -> float:
     """The median over the rounds of times / base."""
     return statistics.median(t / b for t, b in zip(times, base, strict=True))
+
+
+def duration(seconds: float) -> str:
+    """Three digits and a unit."""
+    for unit, size in (("ns", 1e-9), ("µs", 1e-6), ("ms", 1e-3)):
+        if seconds < 999.5 * size:
+            return f"{seconds / size:#.3g}".rstrip(".") + f" {unit}"
+    return f"{seconds:#.3g} s"
 
 
 def _loops(timer: timeit.Timer, share: float) -> int:

@@ -57,7 +57,7 @@ typedef struct {
     void *mean, *rstd;
     double eps;
     int y_is_warm; /* y's pages exist already: they may be written past the cache */
-    int stream;    /* set by the library */
+    int stream, fetch; /* set by the library: how y is written, whether rows are fetched ahead */
 } fn_layer_norm_args;
 
 /* dx, dweight and dbias from dy. mean and rstd: rows elements as layer_norm wrote them; weight:
@@ -67,8 +67,6 @@ typedef struct {
     fn_rows dy, x, dx;
     const void *weight, *mean, *rstd;
     void *dweight, *dbias;
-    int dx_is_warm;
-    int stream;
 } fn_layer_norm_backward_args;
 
 /* Mean and population variance of each row; either may be NULL. */

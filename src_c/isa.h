@@ -11,6 +11,7 @@
 
 typedef struct {
     const char *name;
+    ptrdiff_t narrow_cols[FN_DTYPE_COUNT]; /* rows up to this width go in registers */
     /* The op's arguments, then the rows first .. end - 1 to do. */
     void (*layer_norm[FN_DTYPE_COUNT])(const void *, ptrdiff_t, ptrdiff_t);
     void (*moments[FN_DTYPE_COUNT])(const void *, ptrdiff_t, ptrdiff_t);
@@ -23,17 +24,22 @@ typedef struct {
 
 extern const fn_isa *fn_active_isa;
 
-static inline void *row_at(const fn_shape *shape, const fn_rows *rows, ptrdiff_t row)
+static __attribute__((noinline, unused)) void *row_at_outer(const fn_shape *shape,
+                                                             const fn_rows *rows, ptrdiff_t row)
 {
-    char *data = rows->data;
-    if (!shape->outer_ndim) return data + row * rows->stride;
+    char *data = (char *)rows->data + row % shape->inner * rows->stride;
     ptrdiff_t outer = row / shape->inner;
-    data += row % shape->inner * rows->stride;
     for (ptrdiff_t d = shape->outer_ndim - 1; d >= 0; d--) {
         data += outer % shape->outer_shape[d] * rows->outer_strides[d];
         outer /= shape->outer_shape[d];
     }
     return data;
+}
+
+static inline void *row_at(const fn_shape *shape, const fn_rows *rows, ptrdiff_t row)
+{
+    if (shape->outer_ndim) return row_at_outer(shape, rows, row);
+    return (char *)rows->data + row * rows->stride;
 }
 
 #endif

@@ -12,8 +12,6 @@
 #error "fastnorm's results are defined to the bit: build it without -ffast-math"
 #endif
 
-#define COLD __attribute__((noinline, cold))
-
 #define T f32
 #include "kernels_of_type.h"
 #undef T
@@ -23,6 +21,7 @@
 
 #define FN_STRING_(word) #word
 #define FN_STRING(word) FN_STRING_(word)
+enum { narrow_cols_f32 = VW_f32 > 1 ? 4 * VW_f32 : 0, narrow_cols_f64 = VW_f64 > 1 ? 4 * VW_f64 : 0 };
 #define OF_EACH_TYPE(word) {[FN_F32] = word##_f32, [FN_F64] = word##_f64}
 /* An op's name reaches the table as it stands in FN_OPS: from here on the words are plain again. */
 #undef layer_norm
@@ -34,6 +33,7 @@
 
 const fn_isa FN_PASTE(fn_isa, FN_ISA) = {
     .name = FN_STRING(FN_ISA),
+    .narrow_cols = OF_EACH_TYPE(narrow_cols),
     FN_OPS(FN_KERNELS)
     .widen_add = OF_EACH_TYPE(widen_add),
     .narrow = OF_EACH_TYPE(narrow),

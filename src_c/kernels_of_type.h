@@ -3,6 +3,8 @@
 
 #include "op_stats.h"
 
+#include "affine.h"
+
 #include "op_layer_norm.h"
 #include "op_layer_norm_backward.h"
 #include "op_moments.h"

@@ -6,6 +6,13 @@
 
 #include <stddef.h>
 
+/* Where code is repeated and where it is shared is decided here, not by the compiler: what is INLINE
+ * is repeated for each set of constants it is called with, what is OUTLINE stands once. */
+#define INLINE static inline __attribute__((always_inline))
+#define OUTLINE static __attribute__((noinline))
+#define COLD __attribute__((noinline, cold))
+#define NO_UNROLL _Pragma("GCC unroll 1")
+
 #define FN_PASTE_(a, b) a##_##b
 #define FN_PASTE(a, b) FN_PASTE_(a, b)
 #define FN_OF_T(word) FN_PASTE(word, T)
@@ -35,9 +42,14 @@ enum { LANES_f32 = 64, LANES_f64 = 32, BLOCK = 1024 };
 #define v_mul FN_OF_T(v_mul)
 #define v_fma FN_OF_T(v_fma)
 #define v_fold FN_OF_T(v_fold)
+#define quarter FN_OF_T(quarter)
+#define quarter_hsum FN_OF_T(quarter_hsum)
+#define quarter_hsum8 FN_OF_T(quarter_hsum8)
 #define wide FN_OF_T(wide)
+#define wide_zero FN_OF_T(wide_zero)
 #define wide_add FN_OF_T(wide_add)
-#define wide_vd8 FN_OF_T(wide_vd8)
+#define wide_hsum FN_OF_T(wide_hsum)
+#define vd8_load_element FN_OF_T(vd8_load)
 #define vd8_store_element FN_OF_T(vd8_store)
 
 #endif

@@ -1,82 +1,24 @@
 /* op_layer_norm.h: y = (x - mean) * rstd * weight + bias over rows of T.
  *
- * Three regimes, which differ in speed and not in a bit:
+ * Four regimes, which differ in speed and not in a bit:
  *
- *   group    rows of at most GROUP_COLS elements, eight or four at a time: the scalar arithmetic of
- *            the group is one vector's, and the parameters are loaded once for several rows
+ *   narrow   rows of at most four vectors, eight at a time, in registers
+ *   group    rows of one block, four at a time: the scalar arithmetic of the group is one vector's,
+ *            and the parameters are loaded once for several rows
  *   row      wider rows, one at a time
  *   stream   outputs larger than the cache, one row at a time, written by whole cache lines past
- *            the cache while the next row is fetched
- */
+ *            the cache while a row to come is fetched
+ *
+ * Each goes through rows in three steps: start (the pivot), middle (variance and rstd) and finish
+ * (the output). A step ends in a chain of scalar operations of some hundred cycles that the next
+ * one waits for; so while it runs, another group's step is done: start of one group, finish of the
+ * group before it, middle of the first. */
 
-/* Eight rows of 256 elements, or four of 1,024, leave room in L1 for the output. */
-#define EIGHT_ROWS_COLS (1024 / (ptrdiff_t)sizeof(element))
-#define GROUP_COLS BLOCK
+/* In plain C there is nothing to gain from registers. */
+#define NARROW_COLS (VW > 1 ? 4 * VW : 0)
 
-/* ---- y = ((x - pivot)*rstd + shift)*weight + bias --------------------------------------------- */
-
-#define normalise FN_OF_T(normalise)
-static inline vec normalise(vec x, vec pivot, vec rstd, vec shift)
-{
-    return v_fma(v_sub(x, pivot), rstd, shift);
-}
-
-#define scale_and_shift FN_OF_T(scale_and_shift)
-static inline vec scale_and_shift(vec h, vec w, vec b, const int has_w, const int has_b)
-{
-    if (has_w && has_b) return v_fma(h, w, b);
-    if (has_w) return v_mul(h, w);
-    return has_b ? v_add(h, b) : h;
-}
-
-#define affine_vector FN_OF_T(affine_vector)
-static inline void affine_vector(const element *const *x, element *const *y, const int rows,
-                                 ptrdiff_t i, ptrdiff_t left, const vec *pivot, const vec *rstd,
-                                 const vec *shift, const element *w, const element *b,
-                                 const int has_w, const int has_b)
-{
-    const vec wv = has_w ? load_some(w + i, left) : v_zero();
-    const vec bv = has_b ? load_some(b + i, left) : v_zero();
-    vec out[AFFINE_ROWS];
-    /* All loads before all stores: y may be x, and rows may lie 4,096 bytes apart. */
-    UNROLL for (int r = 0; r < rows; r++)
-        out[r] = scale_and_shift(normalise(load_some(x[r] + i, left), pivot[r], rstd[r], shift[r]),
-                                 wv, bv, has_w, has_b);
-    UNROLL for (int r = 0; r < rows; r++) store_some(y[r] + i, out[r], left);
-}
-
-/* `rows` rows side by side; rows is a constant of at most AFFINE_ROWS wherever this is called. */
-#define affine_rows_with FN_OF_T(affine_rows_with)
-static inline void affine_rows_with(const element *const *x, element *const *y, const int rows,
-                                    ptrdiff_t n, const element *pivot, const element *rstd,
-                                    const element *shift, const element *w, const element *b,
-                                    const int has_w, const int has_b)
-{
-    vec p[AFFINE_ROWS], r[AFFINE_ROWS], s[AFFINE_ROWS];
-    UNROLL for (int k = 0; k < rows; k++) {
-        p[k] = v_set1(pivot[k]);
-        r[k] = v_set1(rstd[k]);
-        s[k] = v_set1(shift[k]);
-    }
-    ptrdiff_t i = 0;
-    for (; i + VW <= n; i += VW) affine_vector(x, y, rows, i, VW, p, r, s, w, b, has_w, has_b);
-    if (i < n) affine_vector(x, y, rows, i, n - i, p, r, s, w, b, has_w, has_b);
-}
-
-#define affine_rows FN_OF_T(affine_rows)
-static inline void affine_rows(const element *const *x, element *const *y, const int rows,
-                               ptrdiff_t n, const element *pivot, const element *rstd,
-                               const element *shift, const element *w, const element *b)
-{
-    if (w && b)
-        affine_rows_with(x, y, rows, n, pivot, rstd, shift, w, b, 1, 1);
-    else if (w)
-        affine_rows_with(x, y, rows, n, pivot, rstd, shift, w, b, 1, 0);
-    else if (b)
-        affine_rows_with(x, y, rows, n, pivot, rstd, shift, w, b, 0, 1);
-    else
-        affine_rows_with(x, y, rows, n, pivot, rstd, shift, w, b, 0, 0);
-}
+/* Four rows a group, or two where four and those that follow them would crowd each other out of L1. */
+#define FOUR_ROWS_BYTES 1024
 
 /* ---- rows that need care ---------------------------------------------------------------------- */
 
@@ -101,11 +43,38 @@ static COLD void careful_row(const fn_layer_norm_args *a, ptrdiff_t row)
     if (a->rstd) ((element *)a->rstd)[row] = (element)stats.reported_rstd;
 }
 
-/* ---- group ------------------------------------------------------------------------------------ */
+#define affine_row FN_OF_T(affine_row)
+OUTLINE void affine_row(const fn_layer_norm_args *args, ptrdiff_t row, element pivot, element rstd,
+                        element shift)
+{
+    affine a = {.w = args->weight, .b = args->bias};
+    a.x[0] = row_at(&args->shape, &args->x, row);
+    a.y[0] = row_at(&args->shape, &args->y, row);
+    a.pivot[0] = v_set1(pivot);
+    a.rstd[0] = v_set1(rstd);
+    a.shift[0] = v_set1(shift);
+    if (args->fetch) {
+        a.x_ahead = 2 * args->x.stride; /* the next row has been started already */
+        a.y_ahead = args->y.stride;
+    }
+    affine_pass(&a, 1, args->shape.cols);
+}
+
+/* Rows of a group that cannot go side by side. */
+#define careful_group FN_OF_T(careful_group)
+static COLD void careful_group(const fn_layer_norm_args *a, ptrdiff_t row, int rows,
+                               const group_stats *stats)
+{
+    for (int i = 0; i < rows; i++)
+        if (stats->careful >> i & 1)
+            careful_row(a, row + i);
+        else
+            affine_row(a, row + i, stats->pivot[i], stats->rstd[i], stats->shift[i]);
+}
 
 #define store_group_stats FN_OF_T(store_group_stats)
-static inline void store_group_stats(const fn_layer_norm_args *a, ptrdiff_t row, int rows,
-                                     const group_stats *stats)
+OUTLINE void store_group_stats(const fn_layer_norm_args *a, ptrdiff_t row, int rows,
+                               const group_stats *stats)
 {
     element *mean = a->mean, *rstd = a->rstd;
     for (int i = 0; mean && i < rows; i++)
@@ -113,191 +82,273 @@ static inline void store_group_stats(const fn_layer_norm_args *a, ptrdiff_t row,
     for (int i = 0; rstd && i < rows; i++) rstd[row + i] = (element)stats->reported_rstd[i];
 }
 
-#define layer_norm_group FN_OF_T(layer_norm_group)
-static inline void layer_norm_group(const fn_layer_norm_args *a, ptrdiff_t row, const int rows)
+/* ---- narrow ----------------------------------------------------------------------------------- */
+
+/* What a run of narrow rows shares. */
+#define narrow_rows FN_OF_T(narrow_rows)
+typedef struct {
+    const fn_layer_norm_args *a;
+    parts p;
+    vec w[4], b[4];
+    vd8 per_n;
+} narrow_rows;
+
+#define narrow_x FN_OF_T(narrow_x)
+INLINE const element *narrow_x(const narrow_rows *s, ptrdiff_t row)
 {
-    const element *x[8];
-    element *y[8];
-    group_stats stats;
-    for (int i = 0; i < rows; i++) {
-        x[i] = row_at(&a->shape, &a->x, row + i);
-        y[i] = row_at(&a->shape, &a->y, row + i);
-    }
-    const unsigned careful = stats_of_group(x, rows, a->shape.cols, a->eps, &stats);
-    if (a->mean || a->rstd) store_group_stats(a, row, rows, &stats);
-    if (!careful) {
-        for (int i = 0; i < rows; i += AFFINE_ROWS)
-            affine_rows(x + i, y + i, AFFINE_ROWS, a->shape.cols, stats.pivot + i, stats.rstd + i,
-                        stats.shift + i, a->weight, a->bias);
+    return (const element *)((const char *)s->a->x.data + row * s->a->x.stride);
+}
+
+#define narrow_start FN_OF_T(narrow_start)
+INLINE void narrow_start(const narrow_rows *s, ptrdiff_t row, const int few, group_stats *stats)
+{
+    quarter sums[8];
+    UNROLL for (int i = 0; i < 8; i++) sums[i] = few_sum(narrow_x(s, row + i), s->p, few);
+    group_pivots(sums, s->per_n, stats);
+}
+
+#define narrow_middle FN_OF_T(narrow_middle)
+INLINE void narrow_middle(const narrow_rows *s, ptrdiff_t row, const int few, group_stats *stats)
+{
+    quarter sums[8], squares[8];
+    UNROLL for (int i = 0; i < 8; i++)
+        few_deviations(narrow_x(s, row + i), s->p, few, stats->pivot[i], &sums[i], &squares[i]);
+    group_rstds(sums, squares, s->per_n, s->a->eps, stats);
+}
+
+#define narrow_finish FN_OF_T(narrow_finish)
+INLINE void narrow_finish(const narrow_rows *s, ptrdiff_t row, const int few,
+                          const group_stats *stats)
+{
+    const fn_layer_norm_args *a = s->a;
+    char *y = (char *)a->y.data + row * a->y.stride;
+    if (stats->careful) {
+        careful_group(a, row, 8, stats);
         return;
     }
-    for (int i = 0; i < rows; i++)
-        if (careful >> i & 1)
-            careful_row(a, row + i);
-        else
-            affine_rows(x + i, y + i, 1, a->shape.cols, stats.pivot + i, stats.rstd + i,
-                        stats.shift + i, a->weight, a->bias);
+    UNROLL for (int i = 0; i < 8; i++) {
+        const element *x = narrow_x(s, row + i);
+        const vec pivot = v_set1(stats->pivot[i]), rstd = v_set1(stats->rstd[i]);
+        const vec shift = v_set1(stats->shift[i]);
+        UNROLL for (int k = 0; k < few; k++)
+            v_storen((element *)(y + i * a->y.stride) + k * VW,
+                     v_fma(normalise(v_loadn(x + k * VW, s->p.n[k]), pivot, rstd, shift), s->w[k],
+                           s->b[k]),
+                     s->p.n[k]);
+    }
 }
 
-/* ---- row -------------------------------------------------------------------------------------- */
-
-#define store_row_stats FN_OF_T(store_row_stats)
-static inline void store_row_stats(const fn_layer_norm_args *a, ptrdiff_t row,
-                                   const row_stats *stats)
+/* A weight of 1 and a bias of -0 change no bit, so they stand for those that are absent. Returns
+ * the first row that is left. */
+#define layer_norm_narrow FN_OF_T(layer_norm_narrow)
+INLINE ptrdiff_t layer_norm_narrow(const fn_layer_norm_args *a, ptrdiff_t row, ptrdiff_t end,
+                                   const int few)
 {
-    if (a->mean) ((element *)a->mean)[row] = (element)stats->mean;
-    if (a->rstd) ((element *)a->rstd)[row] = (element)stats->reported_rstd;
+    const element *w = a->weight, *b = a->bias;
+    narrow_rows s = {
+        .a = a, .p = parts_of(a->shape.cols), .per_n = vd8_set1(1.0 / (double)a->shape.cols)};
+    group_stats stats[2];
+    UNROLL for (int k = 0; k < few; k++) {
+        s.w[k] = w ? v_loadn(w + k * VW, s.p.n[k]) : v_set1(1);
+        s.b[k] = b ? v_loadn(b + k * VW, s.p.n[k]) : v_set1((element)-0.0);
+    }
+    const ptrdiff_t first = row;
+    for (int now = 0; row + 8 <= end; row += 8, now = !now) {
+        narrow_start(&s, row, few, &stats[now]);
+        if (row > first) narrow_finish(&s, row - 8, few, &stats[!now]);
+        narrow_middle(&s, row, few, &stats[now]);
+        if (a->mean || a->rstd) store_group_stats(a, row, 8, &stats[now]);
+        if (row + 16 > end) narrow_finish(&s, row, few, &stats[now]);
+    }
+    return row;
 }
 
-#define layer_norm_row FN_OF_T(layer_norm_row)
-static inline void layer_norm_row(const fn_layer_norm_args *a, ptrdiff_t row)
+/* ---- group ------------------------------------------------------------------------------------ */
+
+/* The rows that a group lacks of eight are copies. */
+#define copy_rows FN_OF_T(copy_rows)
+INLINE void copy_rows(quarter sums[8], const int rows)
+{
+    UNROLL for (int i = rows; i < 8; i++) sums[i] = sums[i - rows];
+}
+
+#define group_start FN_OF_T(group_start)
+INLINE void group_start(const fn_layer_norm_args *a, ptrdiff_t row, const int rows, vd8 per_n,
+                        group_stats *stats)
+{
+    quarter sums[8];
+    NO_UNROLL for (int i = 0; i < rows; i++)
+        sums[i] = block_sum(row_at(&a->shape, &a->x, row + i), a->shape.cols, (scale){1, 1}, 0);
+    copy_rows(sums, rows);
+    group_pivots(sums, per_n, stats);
+}
+
+#define group_middle FN_OF_T(group_middle)
+INLINE void group_middle(const fn_layer_norm_args *a, ptrdiff_t row, const int rows, vd8 per_n,
+                         group_stats *stats)
+{
+    quarter sums[8], squares[8];
+    NO_UNROLL for (int i = 0; i < rows; i++)
+        block_deviations(row_at(&a->shape, &a->x, row + i), a->shape.cols,
+                         v_set1(stats->pivot[i]), (scale){1, 1}, 0, &sums[i], &squares[i]);
+    copy_rows(sums, rows);
+    copy_rows(squares, rows);
+    group_rstds(sums, squares, per_n, a->eps, stats);
+    stats->careful &= (1u << rows) - 1;
+}
+
+#define group_affine FN_OF_T(group_affine)
+INLINE void group_affine(const fn_layer_norm_args *args, ptrdiff_t row, const int rows,
+                          const group_stats *stats)
+{
+    const int together = rows < AFFINE_ROWS ? rows : AFFINE_ROWS;
+    affine a = {.w = args->weight, .b = args->bias};
+    if (args->fetch) {
+        a.x_ahead = args->x.stride * 2 * rows; /* the next group has been started already */
+        a.y_ahead = args->y.stride * rows;
+    }
+    for (int first = 0; first < rows; first += together) {
+        UNROLL for (int r = 0; r < together; r++) {
+            a.x[r] = row_at(&args->shape, &args->x, row + first + r);
+            a.y[r] = row_at(&args->shape, &args->y, row + first + r);
+            a.pivot[r] = v_set1(stats->pivot[first + r]);
+            a.rstd[r] = v_set1(stats->rstd[first + r]);
+            a.shift[r] = v_set1(stats->shift[first + r]);
+        }
+        affine_pass(&a, together, args->shape.cols);
+    }
+}
+
+#define group_affine_4 FN_OF_T(group_affine_4)
+OUTLINE void group_affine_4(const fn_layer_norm_args *a, ptrdiff_t row, const group_stats *stats)
+{
+    group_affine(a, row, 4, stats);
+}
+
+#define group_affine_2 FN_OF_T(group_affine_2)
+OUTLINE void group_affine_2(const fn_layer_norm_args *a, ptrdiff_t row, const group_stats *stats)
+{
+    group_affine(a, row, 2, stats);
+}
+
+#define group_finish FN_OF_T(group_finish)
+INLINE void group_finish(const fn_layer_norm_args *a, ptrdiff_t row, const int rows,
+                         const group_stats *stats)
+{
+    if (stats->careful)
+        careful_group(a, row, rows, stats);
+    else if (rows == 4)
+        group_affine_4(a, row, stats);
+    else
+        group_affine_2(a, row, stats);
+}
+
+#define layer_norm_group FN_OF_T(layer_norm_group)
+INLINE ptrdiff_t layer_norm_group(const fn_layer_norm_args *a, ptrdiff_t row, ptrdiff_t end,
+                                  const int rows)
+{
+    const vd8 per_n = vd8_set1(1.0 / (double)a->shape.cols);
+    const ptrdiff_t first = row;
+    group_stats stats[2];
+    for (int now = 0; row + rows <= end; row += rows, now = !now) {
+        group_start(a, row, rows, per_n, &stats[now]);
+        if (row > first) group_finish(a, row - rows, rows, &stats[!now]);
+        group_middle(a, row, rows, per_n, &stats[now]);
+        if (a->mean || a->rstd) store_group_stats(a, row, rows, &stats[now]);
+        if (row + 2 * rows > end) group_finish(a, row, rows, &stats[now]);
+    }
+    return row;
+}
+
+/* ---- row and stream --------------------------------------------------------------------------- */
+
+/* Rows up to this many bytes are fetched whole while another row is written. */
+#define FETCHED_ROW_BYTES (1 << 17)
+
+#define row_middle FN_OF_T(row_middle)
+INLINE int row_middle(const fn_layer_norm_args *a, ptrdiff_t row, element pivot, row_stats *stats)
 {
     const element *x = row_at(&a->shape, &a->x, row);
-    element *y = row_at(&a->shape, &a->y, row);
-    row_stats stats;
-    if (!plain_stats(x, a->shape.cols, a->eps, &stats)) {
-        careful_row(a, row);
-        return;
-    }
-    store_row_stats(a, row, &stats);
-    affine_rows(&x, &y, 1, a->shape.cols, &stats.pivot, &stats.rstd, &stats.shift, a->weight,
-                a->bias);
+    const int plain = plain_stats(x, a->shape.cols, pivot, a->eps, stats);
+    if (plain && a->mean) ((element *)a->mean)[row] = (element)stats->mean;
+    if (plain && a->rstd) ((element *)a->rstd)[row] = (element)stats->reported_rstd;
+    return plain;
 }
 
-/* ---- stream ----------------------------------------------------------------------------------- */
-
-#define LINE (64 / (ptrdiff_t)sizeof(element))
-
-/* The cache line that two rows share, held back until it is whole: elements from .. to of it are
- * known. Writing its two parts apart would cost more than the rest of the row saves. */
-#define carry FN_OF_T(carry)
-typedef struct {
-    element held[LINE];
-    element *line;
-    ptrdiff_t from, to;
-} carry;
-
-#define release_carry FN_OF_T(release_carry)
-static inline void release_carry(carry *c)
-{
-    if (c->line && c->from == 0 && c->to == LINE)
-        UNROLL for (int k = 0; k < LINE; k += VW) v_stream(c->line + k, v_load(c->held + k));
-    else if (c->line)
-        for (ptrdiff_t i = c->from; i < c->to; i++) c->line[i] = c->held[i];
-    c->line = NULL;
-}
-
-#define streamed_row FN_OF_T(streamed_row)
-typedef struct {
-    const element *x, *w, *b, *next;
-    vec pivot, rstd, shift;
-    int near;
-} streamed_row;
-
-#define streamed_vector FN_OF_T(streamed_vector)
-static inline vec streamed_vector(const streamed_row *s, ptrdiff_t i, ptrdiff_t left,
-                                  const int has_w, const int has_b)
-{
-    const vec wv = has_w ? load_some(s->w + i, left) : v_zero();
-    const vec bv = has_b ? load_some(s->b + i, left) : v_zero();
-    const vec h = normalise(load_some(s->x + i, left), s->pivot, s->rstd, s->shift);
-    return scale_and_shift(h, wv, bv, has_w, has_b);
-}
-
-/* Elements i .. i + count - 1 of the row into c->held[at ...]. */
-#define hold_elements FN_OF_T(hold_elements)
-static inline void hold_elements(carry *c, ptrdiff_t at, const streamed_row *s, ptrdiff_t i,
-                                 ptrdiff_t count, const int has_w, const int has_b)
-{
-    for (ptrdiff_t k = 0; k < count; k += VW)
-        store_some(c->held + at + k, streamed_vector(s, i + k, count - k, has_w, has_b), count - k);
-    c->to = at + count;
-}
-
-#define stream_row_with FN_OF_T(stream_row_with)
-static inline void stream_row_with(const streamed_row *s, element *y, ptrdiff_t n, carry *c,
-                                   const int has_w, const int has_b)
-{
-    ptrdiff_t i = 0;
-    const ptrdiff_t offset = (ptrdiff_t)((uintptr_t)y % 64 / sizeof(element));
-    if (offset) {
-        if (c->line != y - offset || c->to != offset) {
-            release_carry(c);
-            c->line = y - offset;
-            c->from = offset;
-        }
-        i = n < LINE - offset ? n : LINE - offset;
-        hold_elements(c, offset, s, 0, i, has_w, has_b);
-        if (c->to < LINE) return;
-    }
-    release_carry(c);
-    for (; i + LINE <= n; i += LINE) {
-        if (s->next && s->near)
-            __builtin_prefetch(s->next + i, 0, 3);
-        else if (s->next)
-            __builtin_prefetch(s->next + i, 0, 2);
-        UNROLL for (int k = 0; k < LINE; k += VW)
-            v_stream(y + i + k, streamed_vector(s, i + k, VW, has_w, has_b));
-    }
-    if (i == n) return;
-    c->line = y + i;
-    c->from = 0;
-    hold_elements(c, 0, s, i, n - i, has_w, has_b);
-}
-
-#define layer_norm_stream FN_OF_T(layer_norm_stream)
-static inline void layer_norm_stream(const fn_layer_norm_args *a, ptrdiff_t row0, ptrdiff_t row1)
+#define stream_row FN_OF_T(stream_row)
+INLINE void stream_row(const fn_layer_norm_args *a, ptrdiff_t row, ptrdiff_t end,
+                       const row_stats *stats, carry *c)
 {
     const ptrdiff_t n = a->shape.cols, bytes = n * (ptrdiff_t)sizeof(element);
+    const int fetch = row + 2 < end && bytes <= FETCHED_ROW_BYTES;
+    const streamed s = {
+        .x = row_at(&a->shape, &a->x, row),
+        .w = a->weight,
+        .b = a->bias,
+        .next = fetch ? row_at(&a->shape, &a->x, row + 2) : NULL,
+        .near = bytes <= 1 << 12,
+        .pivot = v_set1(stats->pivot),
+        .rstd = v_set1(stats->rstd),
+        .shift = v_set1(stats->shift),
+    };
+    stream_pass(&s, row_at(&a->shape, &a->y, row), n, c);
+}
+
+#define row_finish FN_OF_T(row_finish)
+OUTLINE void row_finish(const fn_layer_norm_args *a, ptrdiff_t row, ptrdiff_t end, int plain,
+                        const row_stats *stats, carry *c)
+{
+    if (!plain) {
+        release_carry(c);
+        careful_row(a, row);
+    } else if (a->stream) {
+        stream_row(a, row, end, stats, c);
+    } else {
+        affine_row(a, row, stats->pivot, stats->rstd, stats->shift);
+    }
+}
+
+#define layer_norm_rows FN_OF_T(layer_norm_rows)
+INLINE void layer_norm_rows(const fn_layer_norm_args *a, ptrdiff_t row, ptrdiff_t end)
+{
+    const ptrdiff_t n = a->shape.cols, first = row;
+    row_stats stats[2];
+    int plain[2];
     carry c = {.line = NULL};
-    for (ptrdiff_t row = row0; row < row1; row++) {
-        const element *x = row_at(&a->shape, &a->x, row);
-        element *y = row_at(&a->shape, &a->y, row);
-        row_stats stats;
-        if (!plain_stats(x, n, a->eps, &stats)) {
-            release_carry(&c);
-            careful_row(a, row);
-            continue;
-        }
-        store_row_stats(a, row, &stats);
-        const streamed_row s = {
-            .x = x,
-            .w = a->weight,
-            .b = a->bias,
-            /* Prefetch the next row into L1 where it and the parameters fit, else into L2. */
-            .next = row + 1 < row1 && bytes <= 1 << 18 ? row_at(&a->shape, &a->x, row + 1) : NULL,
-            .near = bytes <= 1 << 12,
-            .pivot = v_set1(stats.pivot),
-            .rstd = v_set1(stats.rstd),
-            .shift = v_set1(stats.shift),
-        };
-        if (s.w && s.b)
-            stream_row_with(&s, y, n, &c, 1, 1);
-        else if (s.w)
-            stream_row_with(&s, y, n, &c, 1, 0);
-        else if (s.b)
-            stream_row_with(&s, y, n, &c, 0, 1);
-        else
-            stream_row_with(&s, y, n, &c, 0, 0);
+    for (int now = 0; row < end; row++, now = !now) {
+        const element pivot = row_pivot(row_at(&a->shape, &a->x, row), n);
+        if (row > first) row_finish(a, row - 1, end, plain[!now], &stats[!now], &c);
+        plain[now] = row_middle(a, row, pivot, &stats[now]);
+        if (row + 1 == end) row_finish(a, row, end, plain[now], &stats[now], &c);
     }
     release_carry(&c);
-    v_fence();
+    if (a->stream) v_fence();
 }
 
 /* ---- the kernel ------------------------------------------------------------------------------- */
+
+/* As many rows as fill groups; returns the first row that is left. */
+#define layer_norm_groups FN_OF_T(layer_norm_groups)
+OUTLINE ptrdiff_t layer_norm_groups(const fn_layer_norm_args *a, ptrdiff_t row, ptrdiff_t end)
+{
+    const ptrdiff_t n = a->shape.cols;
+    if (n <= NARROW_COLS && end - row >= 8 && !a->shape.outer_ndim) {
+        if (n <= VW)
+            row = layer_norm_narrow(a, row, end, 1);
+        else if (n <= 2 * VW)
+            row = layer_norm_narrow(a, row, end, 2);
+        else
+            row = layer_norm_narrow(a, row, end, 4);
+    }
+    if (n <= BLOCK && n * (ptrdiff_t)sizeof(element) <= FOUR_ROWS_BYTES)
+        row = layer_norm_group(a, row, end, 4);
+    return n <= BLOCK ? layer_norm_group(a, row, end, 2) : row;
+}
 
 #define layer_norm FN_OF_T(layer_norm)
 static void layer_norm(const void *args, ptrdiff_t row0, ptrdiff_t row1)
 {
     const fn_layer_norm_args *a = args;
-    ptrdiff_t row = row0;
-    if (a->stream) {
-        layer_norm_stream(a, row0, row1);
-        return;
-    }
-    if (a->shape.cols <= EIGHT_ROWS_COLS)
-        for (; row + 8 <= row1; row += 8) layer_norm_group(a, row, 8);
-    if (a->shape.cols <= GROUP_COLS)
-        for (; row + 4 <= row1; row += 4) layer_norm_group(a, row, 4);
-    for (; row < row1; row++) layer_norm_row(a, row);
+    if (!a->stream && row1 - row0 > 1) row0 = layer_norm_groups(a, row0, row1);
+    layer_norm_rows(a, row0, row1);
 }

@@ -20,8 +20,7 @@ typedef struct {
 } backward_row;
 
 #define dots_to_coefficients FN_OF_T(dots_to_coefficients)
-static inline void dots_to_coefficients(const double sums[3], double rstd, ptrdiff_t n,
-                                        backward_row *row)
+INLINE void dots_to_coefficients(const double sums[3], double rstd, ptrdiff_t n, backward_row *row)
 {
     const double per_n = 1.0 / (double)n;
     const double c = sums[0] * per_n;
@@ -33,39 +32,42 @@ static inline void dots_to_coefficients(const double sums[3], double rstd, ptrdi
     row->base = (element)(0.0 - mean_g * rstd);
 }
 
-/* Where rstd is of ordinary size and no sum overflowed, T's range suffices. The limits leave 2^20
- * to the products of rstd, xh and g. */
+/* Whether T's range sufficed: rstd is of ordinary size, no sum overflowed, and g is not so small
+ * that its products with x - mean may have underflowed. (g at least as large as the means, which
+ * may be small for other reasons; such rows take the careful way for nothing.) */
 #define within_range FN_OF_T(within_range)
-static inline int within_range(const double sums[3], double rstd)
+INLINE int within_range(const double sums[3], double rstd, ptrdiff_t n)
 {
-    const double limit = sizeof(element) == sizeof(float) ? 0x1p50 : 0x1p400;
-    return rstd <= limit && rstd >= 1 / limit && fabs(sums[0]) <= DBL_MAX &&
-           fabs(sums[1]) <= DBL_MAX && fabs(sums[2]) <= DBL_MAX;
+    const int is_float = sizeof(element) == sizeof(float);
+    const double limit = is_float ? 0x1p50 : 0x1p400, least = is_float ? 0x1p-77 : 0x1p-600;
+    const double g = fabs(sums[1]) + fabs(sums[2]) * rstd;
+    return rstd <= limit && rstd >= 1 / limit && fabs(sums[0]) <= DBL_MAX && g <= DBL_MAX &&
+           g >= least * (double)n;
 }
 
+/* Rows that overflow or underflow: x and dy are read through powers of two that bring the largest
+ * of each into [0.5, 1). */
 #define careful_backward FN_OF_T(careful_backward)
 static COLD void careful_backward(const element *x, const element *dy, const element *w,
                                   ptrdiff_t n, element mean, element rstd, backward_row *row)
 {
     const double largest = row_largest(x, n), largest_dy = row_largest(dy, n);
-    double sums[3], r = rstd;
-    int up = 0, up_dy = 0;
-    if (largest <= DBL_MAX) up = exponent_to_one(largest);
-    if (largest_dy <= DBL_MAX) up_dy = exponent_to_one(largest_dy);
+    const int up = largest <= DBL_MAX ? exponent_to_one(largest) : 0;
+    const int up_dy = largest_dy <= DBL_MAX ? exponent_to_one(largest_dy) : 0;
+    double sums[3], scaled_rstd = ldexp((double)rstd, -up);
     row->x = scale_to(up);
     row->dy = scale_to(up_dy);
-    row->pivot = (element)ldexp(mean, up);
-    if (largest <= DBL_MAX && !(r <= (sizeof(element) == sizeof(float) ? FLT_MAX : DBL_MAX))) {
+    row->dx = scale_to(up - up_dy);
+    row->pivot = (element)ldexp((double)mean, up);
+    if (largest <= DBL_MAX && !(scaled_rstd <= DBL_MAX)) {
         /* rstd did not fit T: eps was 0 or next to it, and x alone tells what rstd is. */
         row_stats stats;
         recentred_stats(x, n, 0, up, &stats);
-        r = stats.variance > 0 ? stats.reported_rstd : 0; /* constant: dx = 0, dweight = 0 */
+        scaled_rstd = stats.variance > 0 ? stats.reported_rstd : 0; /* constant: no gradient */
     }
-    r = ldexp(r, -up);
     row_dots(x, dy, w, n, row->pivot, row->x, row->dy, 1, sums);
-    dots_to_coefficients(sums, r, n, row);
+    dots_to_coefficients(sums, scaled_rstd, n, row);
     if (!(fabs(sums[0]) + fabs(sums[1]) + fabs(sums[2]) <= DBL_MAX)) row->base = (element)NAN;
-    row->dx = scale_to(up - up_dy);
 }
 
 /* ---- what one pass over x and dy can do with the coefficients ---------------------------------- */
@@ -78,13 +80,13 @@ typedef struct {
 } backward_sums;
 
 #define backward_vector FN_OF_T(backward_vector)
-static inline void backward_vector(const element *const *x, const element *const *dy,
-                                   element *const *dx, const backward_row *row, const int rows,
-                                   const backward_sums *sums, ptrdiff_t i, ptrdiff_t left,
-                                   const int has_w, const int want_dx, const int want_sums,
-                                   const int scaled)
+INLINE void backward_vector(const element *const *x, const element *const *dy, element *const *dx,
+                            const backward_row *row, const int rows, const backward_sums *sums,
+                            ptrdiff_t i, ptrdiff_t left, const int want_dx, const int want_sums,
+                            const int scaled)
 {
-    const vec w = has_w && want_dx ? load_some(sums->w + i, left) : v_zero();
+    /* A weight of 1 changes no bit. */
+    const vec w = want_dx && sums->w ? load_some(sums->w + i, left) : v_set1(1);
     vec dw = v_zero(), db = v_zero();
     if (want_sums && !sums->first) {
         dw = load_some(sums->dweight + i, left);
@@ -101,10 +103,9 @@ static inline void backward_vector(const element *const *x, const element *const
             db = v_add(db, plain);
         }
         if (want_dx) {
-            vec g = scale_by(plain, c->dy, scaled);
-            if (has_w) g = v_mul(g, w);
-            g = v_fma(v_fma(xh, v_set1(c->slope), g), rstd, v_set1(c->base));
-            store_some(dx[k] + i, scale_by(g, c->dx, scaled), left);
+            const vec g = v_mul(scale_by(plain, c->dy, scaled), w);
+            const vec out = v_fma(v_fma(xh, v_set1(c->slope), g), rstd, v_set1(c->base));
+            store_some(dx[k] + i, scale_by(out, c->dx, scaled), left);
         }
     }
     if (want_sums) {
@@ -114,33 +115,30 @@ static inline void backward_vector(const element *const *x, const element *const
 }
 
 #define backward_pass_with FN_OF_T(backward_pass_with)
-static inline void backward_pass_with(const element *const *x, const element *const *dy,
-                                      element *const *dx, const backward_row *row, const int rows,
-                                      const backward_sums *sums, ptrdiff_t n, const int has_w,
-                                      const int want_dx, const int want_sums, const int scaled)
+INLINE void backward_pass_with(const element *const *x, const element *const *dy,
+                               element *const *dx, const backward_row *row, const int rows,
+                               const backward_sums *all, ptrdiff_t n, const int want_dx,
+                               const int want_sums, const int scaled)
 {
+    const backward_sums sums = *all; /* so that it stays in registers whatever dx points to */
     ptrdiff_t i = 0;
     for (; i + VW <= n; i += VW)
-        backward_vector(x, dy, dx, row, rows, sums, i, VW, has_w, want_dx, want_sums, scaled);
+        backward_vector(x, dy, dx, row, rows, &sums, i, VW, want_dx, want_sums, scaled);
     if (i < n)
-        backward_vector(x, dy, dx, row, rows, sums, i, n - i, has_w, want_dx, want_sums, scaled);
+        backward_vector(x, dy, dx, row, rows, &sums, i, n - i, want_dx, want_sums, scaled);
 }
 
 #define backward_pass FN_OF_T(backward_pass)
-static inline void backward_pass(const element *const *x, const element *const *dy,
-                                 element *const *dx, const backward_row *row, const int rows,
-                                 const backward_sums *sums, ptrdiff_t n, const int scaled)
+INLINE void backward_pass(const element *const *x, const element *const *dy, element *const *dx,
+                          const backward_row *row, const int rows, const backward_sums *sums,
+                          ptrdiff_t n, const int scaled)
 {
     if (!dx[0])
-        backward_pass_with(x, dy, dx, row, rows, sums, n, 0, 0, 1, scaled);
-    else if (sums->w && sums->dweight)
-        backward_pass_with(x, dy, dx, row, rows, sums, n, 1, 1, 1, scaled);
-    else if (sums->w)
-        backward_pass_with(x, dy, dx, row, rows, sums, n, 1, 1, 0, scaled);
+        backward_pass_with(x, dy, dx, row, rows, sums, n, 0, 1, scaled);
     else if (sums->dweight)
-        backward_pass_with(x, dy, dx, row, rows, sums, n, 0, 1, 1, scaled);
+        backward_pass_with(x, dy, dx, row, rows, sums, n, 1, 1, scaled);
     else
-        backward_pass_with(x, dy, dx, row, rows, sums, n, 0, 1, 0, scaled);
+        backward_pass_with(x, dy, dx, row, rows, sums, n, 1, 0, scaled);
 }
 
 #define scaled_backward_pass FN_OF_T(scaled_backward_pass)
@@ -155,8 +153,19 @@ static COLD void scaled_backward_pass(const element *const *x, const element *co
 
 #define BACKWARD_GROUP 4
 
+#define plain_dots FN_OF_T(plain_dots)
+OUTLINE void plain_dots(const element *x, const element *dy, const element *w, ptrdiff_t n,
+                        element pivot, double sums[3])
+{
+    const scale one = {1, 1};
+    if (w)
+        row_dots(x, dy, w, n, pivot, one, one, 0, sums);
+    else
+        row_dots(x, dy, NULL, n, pivot, one, one, 0, sums);
+}
+
 #define backward_group FN_OF_T(backward_group)
-static inline void backward_group(const fn_layer_norm_backward_args *a, ptrdiff_t row,
+INLINE void backward_group(const fn_layer_norm_backward_args *a, ptrdiff_t row,
                                   const int rows, backward_sums *sums)
 {
     const element *x[BACKWARD_GROUP], *dy[BACKWARD_GROUP];
@@ -173,11 +182,8 @@ static inline void backward_group(const fn_layer_norm_backward_args *a, ptrdiff_
         backward_row *c = &coefficients[k];
         *c = (backward_row){.pivot = mean[row + k], .x = one, .dy = one, .dx = one};
         double dots[3];
-        if (a->weight)
-            row_dots(x[k], dy[k], a->weight, n, c->pivot, one, one, 0, dots);
-        else
-            row_dots(x[k], dy[k], NULL, n, c->pivot, one, one, 0, dots);
-        if (within_range(dots, rstd[row + k])) {
+        plain_dots(x[k], dy[k], a->weight, n, c->pivot, dots);
+        if (within_range(dots, rstd[row + k], n)) {
             dots_to_coefficients(dots, rstd[row + k], n, c);
         } else {
             careful = 1;
@@ -216,18 +222,22 @@ static void layer_norm_backward(const void *args, ptrdiff_t row0, ptrdiff_t row1
 /* ---- sums in double, for parallel.c ----------------------------------------------------------- */
 
 #define widen_add FN_OF_T(widen_add)
-static void widen_add(double *restrict into, const void *restrict from, ptrdiff_t n, int add)
+static void widen_add(double *into, const void *from, ptrdiff_t n, int add)
 {
     const element *p = from;
-    if (add)
-        for (ptrdiff_t i = 0; i < n; i++) into[i] += (double)p[i];
-    else
-        for (ptrdiff_t i = 0; i < n; i++) into[i] = (double)p[i];
+    const vd8 zero = vd8_set1(-0.0);
+    ptrdiff_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        vd8_store_f64(into + i,
+                      vd8_add(add ? vd8_load_f64(into + i) : zero, vd8_load_element(p + i)));
+    for (; i < n; i++) into[i] = (add ? into[i] : -0.0) + (double)p[i];
 }
 
 #define narrow FN_OF_T(narrow)
-static void narrow(void *restrict into, const double *restrict from, ptrdiff_t n)
+static void narrow(void *into, const double *from, ptrdiff_t n)
 {
     element *p = into;
-    for (ptrdiff_t i = 0; i < n; i++) p[i] = (element)from[i];
+    ptrdiff_t i = 0;
+    for (; i + 8 <= n; i += 8) vd8_store_element(p + i, vd8_load_f64(from + i));
+    for (; i < n; i++) p[i] = (element)from[i];
 }

@@ -7,7 +7,9 @@ static void moments(const void *args, ptrdiff_t row0, ptrdiff_t row1)
     for (ptrdiff_t row = row0; row < row1; row++) {
         const element *x = row_at(&a->shape, &a->x, row);
         row_stats stats;
-        if (!plain_stats(x, a->shape.cols, 0, &stats)) careful_stats(x, a->shape.cols, 0, &stats);
+        const element pivot = row_pivot(x, a->shape.cols);
+        if (!plain_stats(x, a->shape.cols, pivot, 0, &stats))
+            careful_stats(x, a->shape.cols, 0, &stats);
         if (a->mean) ((element *)a->mean)[row] = (element)stats.mean;
         if (a->variance) ((element *)a->variance)[row] = (element)stats.variance;
     }

@@ -23,7 +23,7 @@ typedef struct {
 #define LEAST_VARIANCE (sizeof(element) == sizeof(float) ? 0x1p-80 : 0x1p-600)
 
 #define sums_to_stats FN_OF_T(sums_to_stats)
-static inline int sums_to_stats(double sum, double squares, double per_n, double eps,
+INLINE int sums_to_stats(double sum, double squares, double per_n, double eps,
                                 element pivot, row_stats *stats)
 {
     const double c = sum * per_n;
@@ -39,42 +39,62 @@ static inline int sums_to_stats(double sum, double squares, double per_n, double
     return c * c <= variance * 0.25 && LEAST_VARIANCE <= padded && variance <= DBL_MAX;
 }
 
-/* One row; false where it needs careful_stats. */
-#define plain_stats FN_OF_T(plain_stats)
-static inline int plain_stats(const element *x, ptrdiff_t n, double eps, row_stats *stats)
+/* The first pass over one row. */
+#define row_pivot FN_OF_T(row_pivot)
+OUTLINE element row_pivot(const element *x, ptrdiff_t n)
 {
-    const double per_n = 1.0 / (double)n;
-    const element pivot = (element)(vd8_hsum(row_sum(x, n, (scale){1, 1}, 0)) * per_n);
-    vd8 sum, squares;
-    row_deviations(x, n, pivot, (scale){1, 1}, 0, &sum, &squares);
-    return sums_to_stats(vd8_hsum(sum), vd8_hsum(squares), per_n, eps, pivot, stats);
+    return (element)(row_sum(x, n, (scale){1, 1}, 0) * (1.0 / (double)n));
 }
 
-/* The recentred pass, on the row times 2^exponent. */
+/* The second; false where the row needs careful_stats. */
+#define plain_stats FN_OF_T(plain_stats)
+OUTLINE int plain_stats(const element *x, ptrdiff_t n, element pivot, double eps, row_stats *stats)
+{
+    double sum, squares;
+    row_deviations(x, n, pivot, (scale){1, 1}, 0, &sum, &squares);
+    return sums_to_stats(sum, squares, 1.0 / (double)n, eps, pivot, stats);
+}
+
+/* eps for a row times 2^exponent. Where it overflows it is all that counts, and where it underflows
+ * it counts nothing. */
+#define scaled_rstd FN_OF_T(scaled_rstd)
+static double scaled_rstd(double variance, double eps, int exponent)
+{
+    const double scaled_eps = ldexp(eps, 2 * exponent);
+    if (scaled_eps > DBL_MAX) return ldexp(1.0 / sqrt(eps), -exponent);
+    return 1.0 / sqrt(variance + scaled_eps);
+}
+
+/* The recentred pass on the row times 2^exponent; what it stores is the scaled row's. */
 #define recentred_stats FN_OF_T(recentred_stats)
-static void recentred_stats(const element *x, ptrdiff_t n, double eps, int exponent,
-                            row_stats *stats)
+static COLD void recentred_stats(const element *x, ptrdiff_t n, double eps, int exponent,
+                                 row_stats *stats)
 {
     const double per_n = 1.0 / (double)n;
     const scale s = scale_to(exponent);
-    element pivot = (element)(vd8_hsum(row_sum(x, n, s, 1)) * per_n);
+    element pivot = (element)(row_sum(x, n, s, 1) * per_n);
+    double c;
     for (int pass = 0;; pass++) {
-        vd8 sum, squares;
+        double sum, squares;
         row_deviations(x, n, pivot, s, 1, &sum, &squares);
-        const int good = sums_to_stats(vd8_hsum(sum), vd8_hsum(squares), per_n,
-                                       ldexp(eps, 2 * exponent), pivot, stats);
+        c = sum * per_n;
+        stats->variance = squares * per_n - c * c;
+        stats->mean = (double)pivot + c;
         const element moved = (element)stats->mean;
-        if (good || pass == 3 || moved == pivot || moved != moved) break;
+        if (c * c <= stats->variance * 0.25 || pass == 3 || moved == pivot || moved != moved) break;
         pivot = moved;
     }
-    if (stats->variance <= 0) { /* constant: y is the bias, whatever 1/sqrt(eps) is */
-        stats->variance = 0;
-        stats->reported_rstd = 1.0 / sqrt(ldexp(eps, 2 * exponent));
-        stats->rstd = stats->shift = 0;
-    }
+    stats->pivot = pivot;
     stats->s = s;
-    stats->mean = ldexp(stats->mean, -exponent);
-    stats->reported_rstd = ldexp(stats->reported_rstd, exponent);
+    if (stats->variance <= 0) { /* constant: y is the bias, even where rstd is infinite */
+        stats->variance = 0;
+        stats->reported_rstd = ldexp(1.0 / sqrt(eps), -exponent);
+        stats->rstd = stats->shift = 0;
+    } else {
+        stats->reported_rstd = scaled_rstd(stats->variance, eps, exponent);
+        stats->rstd = (element)stats->reported_rstd;
+        stats->shift = (element)(0.0 - c * stats->reported_rstd);
+    }
 }
 
 #define careful_stats FN_OF_T(careful_stats)
@@ -89,40 +109,48 @@ static COLD void careful_stats(const element *x, ptrdiff_t n, double eps, row_st
     if (stats->variance <= DBL_MAX && LEAST_VARIANCE <= stats->variance + eps) return;
     const int exponent = exponent_to_one(largest);
     recentred_stats(x, n, eps, exponent, stats);
+    stats->mean = ldexp(stats->mean, -exponent);
     stats->variance = ldexp(stats->variance, -2 * exponent);
+    stats->reported_rstd = ldexp(stats->reported_rstd, exponent);
 }
 
 /* ---- several rows at once --------------------------------------------------------------------- */
 
-/* Up to eight rows, whose scalar arithmetic is done as one vector. It rounds as sums_to_stats does.
- * Returns a bit for each row that needs careful_stats. */
+/* Four or eight rows of one block, whose scalar arithmetic is done as one vector. It rounds as
+ * sums_to_stats does. */
 #define group_stats FN_OF_T(group_stats)
 typedef struct {
     element pivot[8], rstd[8], shift[8];
     double c[8], reported_rstd[8];
+    unsigned careful; /* a bit for each row that needs careful_stats */
 } group_stats;
 
-#define stats_of_group FN_OF_T(stats_of_group)
-static inline unsigned stats_of_group(const element *const x[8], const int rows, ptrdiff_t n,
-                                      double eps, group_stats *stats)
+/* What has been stored is to be loaded element by element, which costs nothing; left alone, the
+ * compiler takes it out of registers by two shuffles each. */
+#define KEEP_IN_MEMORY(p) __asm__ volatile("" : : "r"(p) : "memory")
+
+#define group_pivots FN_OF_T(group_pivots)
+INLINE void group_pivots(const quarter sums[8], vd8 per_n, group_stats *stats)
 {
-    const vd8 per_n = vd8_set1(1.0 / (double)n);
-    vd8 sums[8], squares[8];
-    for (int i = rows; i < 8; i++) sums[i] = squares[i] = vd8_set1(0);
-    for (int i = 0; i < rows; i++) sums[i] = row_sum(x[i], n, (scale){1, 1}, 0);
-    vd8_store_element(stats->pivot, vd8_mul(vd8_hsum8(sums), per_n));
-    for (int i = 0; i < rows; i++)
-        row_deviations(x[i], n, stats->pivot[i], (scale){1, 1}, 0, &sums[i], &squares[i]);
-    const vd8 c = vd8_mul(vd8_hsum8(sums), per_n), c2 = vd8_mul(c, c);
-    const vd8 variance = vd8_sub(vd8_mul(vd8_hsum8(squares), per_n), c2);
+    const vd8 total = vd8_add(quarter_hsum8(sums), vd8_set1(0)); /* -0 becomes +0 */
+    vd8_store_element(stats->pivot, vd8_mul(total, per_n));
+    KEEP_IN_MEMORY(stats);
+}
+
+#define group_rstds FN_OF_T(group_rstds)
+INLINE void group_rstds(const quarter sums[8], const quarter squares[8], vd8 per_n, double eps,
+                        group_stats *stats)
+{
+    const vd8 c = vd8_mul(quarter_hsum8(sums), per_n), c2 = vd8_mul(c, c);
+    const vd8 variance = vd8_sub(vd8_mul(quarter_hsum8(squares), per_n), c2);
     const vd8 padded = vd8_add(variance, vd8_set1(eps));
     const vd8 rstd = vd8_div(vd8_set1(1), vd8_sqrt(padded));
     vd8_store_element(stats->rstd, rstd);
     vd8_store_element(stats->shift, vd8_sub(vd8_set1(0), vd8_mul(c, rstd)));
     vd8_store_f64(stats->c, c);
     vd8_store_f64(stats->reported_rstd, rstd);
-    const unsigned good = vd8_le(c2, vd8_mul(variance, vd8_set1(0.25))) &
-                          vd8_le(vd8_set1(LEAST_VARIANCE), padded) &
-                          vd8_le(variance, vd8_set1(DBL_MAX));
-    return ~good & ((1u << rows) - 1);
+    stats->careful = 0xff & ~(vd8_le(c2, vd8_mul(variance, vd8_set1(0.25))) &
+                              vd8_le(vd8_set1(LEAST_VARIANCE), padded) &
+                              vd8_le(variance, vd8_set1(DBL_MAX)));
+    KEEP_IN_MEMORY(stats);
 }

@@ -177,6 +177,10 @@ static int forced_parts(ptrdiff_t units)
 /* Rows narrower than this are dearer to write by whole lines than it saves. */
 #define STREAM_ROW_BYTES 256
 
+/* Calls that move this much do not stay in the L2 cache: rows to come are fetched while others are
+ * computed. */
+#define FETCH_BYTES ((ptrdiff_t)1 << 19)
+
 static ptrdiff_t element_size(fn_dtype dtype)
 {
     return dtype == FN_F64 ? 8 : 4;
@@ -200,14 +204,21 @@ static int worth_streaming(const fn_shape *shape, const fn_rows *y, int warm, fn
            (uintptr_t)y->data % (uintptr_t)element_size(dtype) == 0;
 }
 
+/* As op_layer_norm.h chooses. */
+static const char *regime_of(const fn_shape *shape, fn_dtype dtype, int stream)
+{
+    if (stream) return "stream";
+    if (shape->cols <= fn_active_isa->narrow_cols[dtype] && shape->rows >= 8 && !shape->outer_ndim)
+        return "narrow";
+    return shape->cols <= 1024 && shape->rows > 1 ? "group" : "row";
+}
+
 fn_plan fn_plan_layer_norm(const fn_layer_norm_args *a, fn_dtype dtype, int threads)
 {
     const ptrdiff_t bytes = 2 * a->shape.rows * a->shape.cols * element_size(dtype);
     fn_plan plan = {.threads = planned_threads(bytes, a->shape.rows, threads), .bytes = bytes};
     plan.stream = worth_streaming(&a->shape, &a->y, a->y_is_warm, dtype);
-    plan.regime = plan.stream                                    ? "stream"
-                  : a->shape.cols <= 1024 && a->shape.rows >= 4 ? "group"
-                                                                 : "row";
+    plan.regime = regime_of(&a->shape, dtype, plan.stream);
     return plan;
 }
 
@@ -266,6 +277,7 @@ void fn_layer_norm(fn_layer_norm_args *args, fn_dtype dtype, int threads)
 {
     const fn_plan plan = fn_plan_layer_norm(args, dtype, threads);
     args->stream = plan.stream;
+    args->fetch = plan.bytes >= FETCH_BYTES && !args->shape.outer_ndim;
     run_rowwise(fn_active_isa->layer_norm[dtype], args, args->shape.rows, plan.threads);
 }
 

@@ -5,12 +5,12 @@
  *   - A row's elements are numbered 0 .. n-1 and cut into blocks of 1,024.
  *   - Within a block there are 64 lanes (32 for double). Lane j starts at +0 and takes elements j,
  *     j + LANES, j + 2 LANES, ... in that order, in the row's own type.
- *   - The block's lanes are folded to a quarter: (j, j + LANES/2), then (j, j + LANES/4), still in
- *     the row's type, and widened to double. Blocks are added to each other there, in order.
- *   - What is left is folded in double: (j, j + 8) for float, (j, j + 4), (j, j + 2), (j, j + 1).
+ *   - The block's lanes are folded to a quarter: (j, j + LANES/2), then (j, j + LANES/4), in T.
+ *   - A row of one block goes on halving in T to one sum. Rows of more blocks widen each block's
+ *     quarter to double, add blocks there in order, and halve the total in double.
  *
- * So the rounding error of a sum grows with 16 + 2 additions in float (32 + 2 in double), then with
- * the number of blocks in double: it stays near one ulp of the row's type up to millions of
+ * So the rounding error of a sum grows with 16 + 6 additions in float (32 + 5 in double), and from
+ * there with the number of blocks in double only: it stays near one ulp of T up to millions of
  * elements. Elements past a row's end count as +0, which changes no sum that started at +0.
  * Fused multiply-adds stand where v_fma is written and nowhere else (-ffp-contract=off). */
 
@@ -22,19 +22,19 @@ typedef struct {
 } scale;
 
 #define scale_by FN_OF_T(scale_by)
-static inline vec scale_by(vec v, scale s, const int scaled)
+INLINE vec scale_by(vec v, scale s, const int scaled)
 {
     return scaled ? v_mul(v_mul(v, v_set1(s.first)), v_set1(s.second)) : v;
 }
 
 #define load_some FN_OF_T(load_some)
-static inline vec load_some(const element *p, ptrdiff_t n)
+INLINE vec load_some(const element *p, ptrdiff_t n)
 {
     return n >= VW ? v_load(p) : v_loadn(p, n);
 }
 
 #define store_some FN_OF_T(store_some)
-static inline void store_some(element *p, vec v, ptrdiff_t n)
+INLINE void store_some(element *p, vec v, ptrdiff_t n)
 {
     if (n >= VW)
         v_store(p, v);
@@ -45,12 +45,12 @@ static inline void store_some(element *p, vec v, ptrdiff_t n)
 /* ---- sum(x) ----------------------------------------------------------------------------------- */
 
 #define block_sum FN_OF_T(block_sum)
-static inline wide block_sum(const element *x, ptrdiff_t n, scale s, const int scaled)
+INLINE quarter block_sum(const element *x, ptrdiff_t n, scale s, const int scaled)
 {
     vec sum[VECTORS];
     UNROLL for (int k = 0; k < VECTORS; k++) sum[k] = v_zero();
     ptrdiff_t i = 0;
-    for (; i + LANES <= n; i += LANES)
+    NO_UNROLL for (; i + LANES <= n; i += LANES)
         UNROLL for (int k = 0; k < VECTORS; k++)
             sum[k] = v_add(sum[k], scale_by(v_load(x + i + k * VW), s, scaled));
     UNROLL for (int k = 0; k < VECTORS; k++) {
@@ -58,24 +58,30 @@ static inline wide block_sum(const element *x, ptrdiff_t n, scale s, const int s
         if (left <= 0) break;
         sum[k] = v_add(sum[k], scale_by(load_some(x + i + k * VW, left), s, scaled));
     }
-    return v_fold(sum);
+    return v_fold(sum, VECTORS);
 }
 
+/* A block's length, from i on. */
+#define block_length FN_OF_T(block_length)
+INLINE ptrdiff_t block_length(ptrdiff_t n, ptrdiff_t i) { return n - i < BLOCK ? n - i : BLOCK; }
+
 #define row_sum FN_OF_T(row_sum)
-static inline vd8 row_sum(const element *x, ptrdiff_t n, scale s, const int scaled)
+INLINE double row_sum(const element *x, ptrdiff_t n, scale s, const int scaled)
 {
-    if (n <= BLOCK) return wide_vd8(block_sum(x, n, s, scaled));
-    wide sum = block_sum(x, BLOCK, s, scaled);
-    for (ptrdiff_t i = BLOCK; i < n; i += BLOCK)
-        sum = wide_add(sum, block_sum(x + i, n - i < BLOCK ? n - i : BLOCK, s, scaled));
-    return wide_vd8(sum);
+    wide total = wide_zero();
+    for (ptrdiff_t i = 0; i < n; i += BLOCK) {
+        const quarter sum = block_sum(x + i, block_length(n, i), s, scaled);
+        if (n <= BLOCK) return quarter_hsum(sum);
+        total = wide_add(total, sum);
+    }
+    return wide_hsum(total);
 }
 
 /* ---- sum(x - pivot) and sum((x - pivot)^2) ---------------------------------------------------- */
 
 #define block_deviations FN_OF_T(block_deviations)
-static inline void block_deviations(const element *x, ptrdiff_t n, vec pivot, scale s,
-                                    const int scaled, wide *sum, wide *squares)
+INLINE void block_deviations(const element *x, ptrdiff_t n, vec pivot, scale s,
+                                    const int scaled, quarter *sum, quarter *squares)
 {
     vec d_sum[VECTORS], d_squares[VECTORS];
     UNROLL for (int v = 0; v < VECTORS; v += VECTORS_A_SWEEP) {
@@ -83,7 +89,7 @@ static inline void block_deviations(const element *x, ptrdiff_t n, vec pivot, sc
         UNROLL for (int k = 0; k < VECTORS_A_SWEEP; k++) a[k] = q[k] = v_zero();
         const element *p = x + v * VW;
         ptrdiff_t i = 0;
-        for (; i + LANES <= n; i += LANES)
+        NO_UNROLL for (; i + LANES <= n; i += LANES)
             UNROLL for (int k = 0; k < VECTORS_A_SWEEP; k++) {
                 const vec d = v_sub(scale_by(v_load(p + i + k * VW), s, scaled), pivot);
                 a[k] = v_add(a[k], d);
@@ -102,39 +108,85 @@ static inline void block_deviations(const element *x, ptrdiff_t n, vec pivot, sc
             d_squares[v + k] = q[k];
         }
     }
-    *sum = v_fold(d_sum);
-    *squares = v_fold(d_squares);
+    *sum = v_fold(d_sum, VECTORS);
+    *squares = v_fold(d_squares, VECTORS);
 }
 
 #define row_deviations FN_OF_T(row_deviations)
-static inline void row_deviations(const element *x, ptrdiff_t n, element pivot, scale s,
-                                  const int scaled, vd8 *sum, vd8 *squares)
+INLINE void row_deviations(const element *x, ptrdiff_t n, element pivot, scale s, const int scaled,
+                           double *sum, double *squares)
 {
     const vec m = v_set1(pivot);
-    wide a, q;
-    block_deviations(x, n < BLOCK ? n : BLOCK, m, s, scaled, &a, &q);
-    for (ptrdiff_t i = BLOCK; i < n; i += BLOCK) {
-        wide block_a, block_q;
-        block_deviations(x + i, n - i < BLOCK ? n - i : BLOCK, m, s, scaled, &block_a, &block_q);
-        a = wide_add(a, block_a);
-        q = wide_add(q, block_q);
+    wide total_a = wide_zero(), total_q = total_a;
+    for (ptrdiff_t i = 0; i < n; i += BLOCK) {
+        quarter a, q;
+        block_deviations(x + i, block_length(n, i), m, s, scaled, &a, &q);
+        if (n <= BLOCK) {
+            *sum = quarter_hsum(a);
+            *squares = quarter_hsum(q);
+            return;
+        }
+        total_a = wide_add(total_a, a);
+        total_q = wide_add(total_q, q);
     }
-    *sum = wide_vd8(a);
-    *squares = wide_vd8(q);
+    *sum = wide_hsum(total_a);
+    *squares = wide_hsum(total_q);
+}
+
+/* ---- the same of rows of at most 1, 2 or 4 vectors ---------------------------------------------- */
+
+/* How many elements each of a narrow row's vectors holds. */
+#define parts FN_OF_T(parts)
+typedef struct {
+    ptrdiff_t n[4];
+} parts;
+
+#define parts_of FN_OF_T(parts_of)
+INLINE parts parts_of(ptrdiff_t n)
+{
+    parts p;
+    for (int k = 0; k < 4; k++) {
+        const ptrdiff_t left = n - k * VW;
+        p.n[k] = left < 0 ? 0 : left > VW ? VW : left;
+    }
+    return p;
+}
+
+/* The lanes that such a row leaves out would add +0: that matters to the sign of a zero sum only,
+ * which the last addition makes +0. */
+#define few_sum FN_OF_T(few_sum)
+INLINE quarter few_sum(const element *x, parts p, const int count)
+{
+    vec v[4];
+    UNROLL for (int k = 0; k < count; k++) v[k] = v_loadn(x + k * VW, p.n[k]);
+    return v_fold(v, count);
+}
+
+#define few_deviations FN_OF_T(few_deviations)
+INLINE void few_deviations(const element *x, parts p, const int count, element pivot, quarter *sum,
+                           quarter *squares)
+{
+    vec d[4], q[4];
+    UNROLL for (int k = 0; k < count; k++) {
+        d[k] = v_firstn(v_sub(v_loadn(x + k * VW, p.n[k]), v_set1(pivot)), p.n[k]);
+        q[k] = v_mul(d[k], d[k]);
+    }
+    *sum = v_fold(d, count);
+    *squares = v_fold(q, count);
 }
 
 /* ---- sum(x - pivot), sum(g) and sum(g (x - pivot)), g = dy * weight ---------------------------- */
 
 #define block_dots FN_OF_T(block_dots)
-static inline void block_dots(const element *x, const element *dy, const element *w, ptrdiff_t n,
-                              vec pivot, scale sx, scale sdy, const int scaled, wide total[3])
+INLINE void block_dots(const element *x, const element *dy, const element *w, ptrdiff_t n,
+                              vec pivot, scale sx, scale sdy, const int scaled, quarter total[3])
 {
     vec d_sum[VECTORS], g_sum[VECTORS], gd_sum[VECTORS];
     UNROLL for (int v = 0; v < VECTORS; v += VECTORS_A_SWEEP) {
         vec a[VECTORS_A_SWEEP], b[VECTORS_A_SWEEP], c[VECTORS_A_SWEEP];
         UNROLL for (int k = 0; k < VECTORS_A_SWEEP; k++) a[k] = b[k] = c[k] = v_zero();
         ptrdiff_t i = v * VW;
-        for (; i - v * VW + LANES <= n; i += LANES)
+        NO_UNROLL for (; i - v * VW + LANES <= n; i += LANES)
             UNROLL for (int k = 0; k < VECTORS_A_SWEEP; k++) {
                 const ptrdiff_t at = i + k * VW;
                 const vec d = v_sub(scale_by(v_load(x + at), sx, scaled), pivot);
@@ -161,25 +213,28 @@ static inline void block_dots(const element *x, const element *dy, const element
             gd_sum[v + k] = c[k];
         }
     }
-    total[0] = v_fold(d_sum);
-    total[1] = v_fold(g_sum);
-    total[2] = v_fold(gd_sum);
+    total[0] = v_fold(d_sum, VECTORS);
+    total[1] = v_fold(g_sum, VECTORS);
+    total[2] = v_fold(gd_sum, VECTORS);
 }
 
 #define row_dots FN_OF_T(row_dots)
-static inline void row_dots(const element *x, const element *dy, const element *w, ptrdiff_t n,
+INLINE void row_dots(const element *x, const element *dy, const element *w, ptrdiff_t n,
                             element pivot, scale sx, scale sdy, const int scaled, double sums[3])
 {
     const vec m = v_set1(pivot);
     wide total[3];
-    block_dots(x, dy, w, n < BLOCK ? n : BLOCK, m, sx, sdy, scaled, total);
-    for (ptrdiff_t i = BLOCK; i < n; i += BLOCK) {
-        wide block[3];
-        block_dots(x + i, dy + i, w ? w + i : NULL, n - i < BLOCK ? n - i : BLOCK, m, sx, sdy,
-                   scaled, block);
+    for (int k = 0; k < 3; k++) total[k] = wide_zero();
+    for (ptrdiff_t i = 0; i < n; i += BLOCK) {
+        quarter block[3];
+        block_dots(x + i, dy + i, w ? w + i : NULL, block_length(n, i), m, sx, sdy, scaled, block);
+        if (n <= BLOCK) {
+            for (int k = 0; k < 3; k++) sums[k] = quarter_hsum(block[k]);
+            return;
+        }
         for (int k = 0; k < 3; k++) total[k] = wide_add(total[k], block[k]);
     }
-    for (int k = 0; k < 3; k++) sums[k] = vd8_hsum(wide_vd8(total[k]));
+    for (int k = 0; k < 3; k++) sums[k] = wide_hsum(total[k]);
 }
 
 /* ---- scaling into range ----------------------------------------------------------------------- */

@@ -2,6 +2,8 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+#include "names.h"
+
 #define FN_ISA avx2
 #define VECTORS_A_SWEEP_f32 4
 #define VECTORS_A_SWEEP_f64 4
@@ -14,46 +16,50 @@ typedef struct {
     __m256d lo, hi;
 } vd8;
 
-static inline vd8 vd8_set1(double a) { return (vd8){_mm256_set1_pd(a), _mm256_set1_pd(a)}; }
-static inline vd8 vd8_load(const double *p)
+INLINE vd8 vd8_set1(double a) { return (vd8){_mm256_set1_pd(a), _mm256_set1_pd(a)}; }
+INLINE vd8 vd8_load_f64(const double *p)
 {
     return (vd8){_mm256_loadu_pd(p), _mm256_loadu_pd(p + 4)};
 }
-static inline void vd8_store_f32(float *p, vd8 a)
+INLINE vd8 vd8_load_f32(const float *p)
+{
+    return (vd8){_mm256_cvtps_pd(_mm_loadu_ps(p)), _mm256_cvtps_pd(_mm_loadu_ps(p + 4))};
+}
+INLINE void vd8_store_f32(float *p, vd8 a)
 {
     _mm_storeu_ps(p, _mm256_cvtpd_ps(a.lo));
     _mm_storeu_ps(p + 4, _mm256_cvtpd_ps(a.hi));
 }
-static inline void vd8_store_f64(double *p, vd8 a)
+INLINE void vd8_store_f64(double *p, vd8 a)
 {
     _mm256_storeu_pd(p, a.lo);
     _mm256_storeu_pd(p + 4, a.hi);
 }
-static inline vd8 vd8_add(vd8 a, vd8 b)
+INLINE vd8 vd8_add(vd8 a, vd8 b)
 {
     return (vd8){_mm256_add_pd(a.lo, b.lo), _mm256_add_pd(a.hi, b.hi)};
 }
-static inline vd8 vd8_sub(vd8 a, vd8 b)
+INLINE vd8 vd8_sub(vd8 a, vd8 b)
 {
     return (vd8){_mm256_sub_pd(a.lo, b.lo), _mm256_sub_pd(a.hi, b.hi)};
 }
-static inline vd8 vd8_mul(vd8 a, vd8 b)
+INLINE vd8 vd8_mul(vd8 a, vd8 b)
 {
     return (vd8){_mm256_mul_pd(a.lo, b.lo), _mm256_mul_pd(a.hi, b.hi)};
 }
-static inline vd8 vd8_div(vd8 a, vd8 b)
+INLINE vd8 vd8_div(vd8 a, vd8 b)
 {
     return (vd8){_mm256_div_pd(a.lo, b.lo), _mm256_div_pd(a.hi, b.hi)};
 }
-static inline vd8 vd8_sqrt(vd8 a) { return (vd8){_mm256_sqrt_pd(a.lo), _mm256_sqrt_pd(a.hi)}; }
-static inline unsigned vd8_le(vd8 a, vd8 b)
+INLINE vd8 vd8_sqrt(vd8 a) { return (vd8){_mm256_sqrt_pd(a.lo), _mm256_sqrt_pd(a.hi)}; }
+INLINE unsigned vd8_le(vd8 a, vd8 b)
 {
     const int lo = _mm256_movemask_pd(_mm256_cmp_pd(a.lo, b.lo, _CMP_LE_OQ));
     const int hi = _mm256_movemask_pd(_mm256_cmp_pd(a.hi, b.hi, _CMP_LE_OQ));
     return (unsigned)(lo | hi << 4);
 }
 
-static inline double vd8_hsum(vd8 a)
+INLINE double vd8_hsum(vd8 a)
 {
     const __m256d b = _mm256_add_pd(a.lo, a.hi);
     const __m128d c = _mm_add_pd(_mm256_castpd256_pd128(b), _mm256_extractf128_pd(b, 1));
@@ -61,7 +67,7 @@ static inline double vd8_hsum(vd8 a)
 }
 
 /* Sums of four vectors of four, each as (j, j + 2), (j, j + 1). */
-static inline __m256d hsum4(__m256d a, __m256d b, __m256d c, __m256d d)
+INLINE __m256d hsum4(__m256d a, __m256d b, __m256d c, __m256d d)
 {
     const __m256d ac = _mm256_add_pd(_mm256_permute2f128_pd(a, c, 0x20),
                                      _mm256_permute2f128_pd(a, c, 0x31));
@@ -70,7 +76,7 @@ static inline __m256d hsum4(__m256d a, __m256d b, __m256d c, __m256d d)
     return _mm256_add_pd(_mm256_unpacklo_pd(ac, bd), _mm256_unpackhi_pd(ac, bd));
 }
 
-static inline vd8 vd8_hsum8(const vd8 r[8])
+INLINE vd8 vd8_hsum8(const vd8 r[8])
 {
     __m256d half[8];
     UNROLL for (int j = 0; j < 8; j++) half[j] = _mm256_add_pd(r[j].lo, r[j].hi);
@@ -84,52 +90,87 @@ typedef __m256 vec_f32;
 #define VW_f32 8
 
 static const int32_t first_lanes_f32[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
-static inline __m256i first_f32(ptrdiff_t n)
+INLINE __m256i first_f32(ptrdiff_t n)
 {
     return _mm256_loadu_si256((const __m256i *)(first_lanes_f32 + 8 - n));
 }
-static inline vec_f32 v_zero_f32(void) { return _mm256_setzero_ps(); }
-static inline vec_f32 v_set1_f32(float a) { return _mm256_set1_ps(a); }
-static inline vec_f32 v_load_f32(const float *p) { return _mm256_loadu_ps(p); }
-static inline vec_f32 v_loadn_f32(const float *p, ptrdiff_t n)
+INLINE vec_f32 v_zero_f32(void) { return _mm256_setzero_ps(); }
+INLINE vec_f32 v_set1_f32(float a) { return _mm256_set1_ps(a); }
+INLINE vec_f32 v_load_f32(const float *p) { return _mm256_loadu_ps(p); }
+INLINE vec_f32 v_loadn_f32(const float *p, ptrdiff_t n)
 {
     return _mm256_maskload_ps(p, first_f32(n));
 }
-static inline void v_store_f32(float *p, vec_f32 a) { _mm256_storeu_ps(p, a); }
-static inline void v_storen_f32(float *p, vec_f32 a, ptrdiff_t n)
+INLINE void v_store_f32(float *p, vec_f32 a) { _mm256_storeu_ps(p, a); }
+INLINE void v_storen_f32(float *p, vec_f32 a, ptrdiff_t n)
 {
     _mm256_maskstore_ps(p, first_f32(n), a);
 }
-static inline void v_stream_f32(float *p, vec_f32 a) { _mm256_stream_ps(p, a); }
-static inline vec_f32 v_firstn_f32(vec_f32 a, ptrdiff_t n)
+INLINE void v_stream_f32(float *p, vec_f32 a) { _mm256_stream_ps(p, a); }
+INLINE vec_f32 v_firstn_f32(vec_f32 a, ptrdiff_t n)
 {
     return _mm256_and_ps(a, _mm256_castsi256_ps(first_f32(n)));
 }
-static inline vec_f32 v_add_f32(vec_f32 a, vec_f32 b) { return _mm256_add_ps(a, b); }
-static inline vec_f32 v_sub_f32(vec_f32 a, vec_f32 b) { return _mm256_sub_ps(a, b); }
-static inline vec_f32 v_mul_f32(vec_f32 a, vec_f32 b) { return _mm256_mul_ps(a, b); }
-static inline vec_f32 v_fma_f32(vec_f32 a, vec_f32 b, vec_f32 c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE vec_f32 v_add_f32(vec_f32 a, vec_f32 b) { return _mm256_add_ps(a, b); }
+INLINE vec_f32 v_sub_f32(vec_f32 a, vec_f32 b) { return _mm256_sub_ps(a, b); }
+INLINE vec_f32 v_mul_f32(vec_f32 a, vec_f32 b) { return _mm256_mul_ps(a, b); }
+INLINE vec_f32 v_fma_f32(vec_f32 a, vec_f32 b, vec_f32 c) { return _mm256_fmadd_ps(a, b, c); }
 
+typedef struct {
+    __m256 lo, hi;
+} quarter_f32;
 typedef struct {
     vd8 lo, hi;
 } wide_f32;
 
-static inline vd8 widen_f32(__m256 a)
+INLINE quarter_f32 v_fold_f32(const vec_f32 *a, const int count)
+{
+    if (count == 1) return (quarter_f32){a[0], _mm256_setzero_ps()};
+    if (count == 2) return (quarter_f32){a[0], a[1]};
+    if (count == 4) return (quarter_f32){_mm256_add_ps(a[0], a[2]), _mm256_add_ps(a[1], a[3])};
+    return (quarter_f32){_mm256_add_ps(_mm256_add_ps(a[0], a[4]), _mm256_add_ps(a[2], a[6])),
+                         _mm256_add_ps(_mm256_add_ps(a[1], a[5]), _mm256_add_ps(a[3], a[7]))};
+}
+
+INLINE double quarter_hsum_f32(quarter_f32 a)
+{
+    const __m256 b = _mm256_add_ps(a.lo, a.hi);
+    const __m128 c = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+    const __m128 d = _mm_add_ps(c, _mm_movehl_ps(c, c));
+    return (double)_mm_cvtss_f32(_mm_add_ss(d, _mm_movehdup_ps(d)));
+}
+
+INLINE vd8 widen_f32(__m256 a)
 {
     return (vd8){_mm256_cvtps_pd(_mm256_castps256_ps128(a)),
                  _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1))};
 }
-static inline wide_f32 v_fold_f32(const vec_f32 a[8])
+
+/* Two rows' 8 sums to 4 of each, then two such pairs to 2 of each. */
+INLINE __m256 four_of_each(__m256 a, __m256 b)
 {
-    const __m256 lo = _mm256_add_ps(_mm256_add_ps(a[0], a[4]), _mm256_add_ps(a[2], a[6]));
-    const __m256 hi = _mm256_add_ps(_mm256_add_ps(a[1], a[5]), _mm256_add_ps(a[3], a[7]));
-    return (wide_f32){widen_f32(lo), widen_f32(hi)};
+    return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
 }
-static inline wide_f32 wide_add_f32(wide_f32 a, wide_f32 b)
+INLINE __m256 two_of_each(__m256 a, __m256 b)
 {
-    return (wide_f32){vd8_add(a.lo, b.lo), vd8_add(a.hi, b.hi)};
+    return _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
 }
-static inline vd8 wide_vd8_f32(wide_f32 a) { return vd8_add(a.lo, a.hi); }
+
+INLINE vd8 quarter_hsum8_f32(const quarter_f32 r[8])
+{
+    __m256 s[8];
+    UNROLL for (int j = 0; j < 8; j++) s[j] = _mm256_add_ps(r[j].lo, r[j].hi);
+    const __m256 a = two_of_each(four_of_each(s[0], s[4]), four_of_each(s[1], s[5]));
+    const __m256 b = two_of_each(four_of_each(s[2], s[6]), four_of_each(s[3], s[7]));
+    return widen_f32(_mm256_add_ps(_mm256_shuffle_ps(a, b, 0x88), _mm256_shuffle_ps(a, b, 0xdd)));
+}
+
+INLINE wide_f32 wide_zero_f32(void) { return (wide_f32){vd8_set1(0), vd8_set1(0)}; }
+INLINE wide_f32 wide_add_f32(wide_f32 a, quarter_f32 q)
+{
+    return (wide_f32){vd8_add(a.lo, widen_f32(q.lo)), vd8_add(a.hi, widen_f32(q.hi))};
+}
+INLINE double wide_hsum_f32(wide_f32 a) { return vd8_hsum(vd8_add(a.lo, a.hi)); }
 
 /* ---- double ----------------------------------------------------------------------------------- */
 
@@ -137,40 +178,47 @@ typedef __m256d vec_f64;
 #define VW_f64 4
 
 static const int64_t first_lanes_f64[8] = {-1, -1, -1, -1};
-static inline __m256i first_f64(ptrdiff_t n)
+INLINE __m256i first_f64(ptrdiff_t n)
 {
     return _mm256_loadu_si256((const __m256i *)(first_lanes_f64 + 4 - n));
 }
-static inline vec_f64 v_zero_f64(void) { return _mm256_setzero_pd(); }
-static inline vec_f64 v_set1_f64(double a) { return _mm256_set1_pd(a); }
-static inline vec_f64 v_load_f64(const double *p) { return _mm256_loadu_pd(p); }
-static inline vec_f64 v_loadn_f64(const double *p, ptrdiff_t n)
+INLINE vec_f64 v_zero_f64(void) { return _mm256_setzero_pd(); }
+INLINE vec_f64 v_set1_f64(double a) { return _mm256_set1_pd(a); }
+INLINE vec_f64 v_load_f64(const double *p) { return _mm256_loadu_pd(p); }
+INLINE vec_f64 v_loadn_f64(const double *p, ptrdiff_t n)
 {
     return _mm256_maskload_pd(p, first_f64(n));
 }
-static inline void v_store_f64(double *p, vec_f64 a) { _mm256_storeu_pd(p, a); }
-static inline void v_storen_f64(double *p, vec_f64 a, ptrdiff_t n)
+INLINE void v_store_f64(double *p, vec_f64 a) { _mm256_storeu_pd(p, a); }
+INLINE void v_storen_f64(double *p, vec_f64 a, ptrdiff_t n)
 {
     _mm256_maskstore_pd(p, first_f64(n), a);
 }
-static inline void v_stream_f64(double *p, vec_f64 a) { _mm256_stream_pd(p, a); }
-static inline vec_f64 v_firstn_f64(vec_f64 a, ptrdiff_t n)
+INLINE void v_stream_f64(double *p, vec_f64 a) { _mm256_stream_pd(p, a); }
+INLINE vec_f64 v_firstn_f64(vec_f64 a, ptrdiff_t n)
 {
     return _mm256_and_pd(a, _mm256_castsi256_pd(first_f64(n)));
 }
-static inline vec_f64 v_add_f64(vec_f64 a, vec_f64 b) { return _mm256_add_pd(a, b); }
-static inline vec_f64 v_sub_f64(vec_f64 a, vec_f64 b) { return _mm256_sub_pd(a, b); }
-static inline vec_f64 v_mul_f64(vec_f64 a, vec_f64 b) { return _mm256_mul_pd(a, b); }
-static inline vec_f64 v_fma_f64(vec_f64 a, vec_f64 b, vec_f64 c) { return _mm256_fmadd_pd(a, b, c); }
+INLINE vec_f64 v_add_f64(vec_f64 a, vec_f64 b) { return _mm256_add_pd(a, b); }
+INLINE vec_f64 v_sub_f64(vec_f64 a, vec_f64 b) { return _mm256_sub_pd(a, b); }
+INLINE vec_f64 v_mul_f64(vec_f64 a, vec_f64 b) { return _mm256_mul_pd(a, b); }
+INLINE vec_f64 v_fma_f64(vec_f64 a, vec_f64 b, vec_f64 c) { return _mm256_fmadd_pd(a, b, c); }
 
-typedef vd8 wide_f64;
+typedef vd8 quarter_f64, wide_f64;
 
-static inline wide_f64 v_fold_f64(const vec_f64 a[8])
+INLINE quarter_f64 v_fold_f64(const vec_f64 *a, const int count)
 {
+    if (count == 1) return (vd8){a[0], _mm256_setzero_pd()};
+    if (count == 2) return (vd8){a[0], a[1]};
+    if (count == 4) return (vd8){_mm256_add_pd(a[0], a[2]), _mm256_add_pd(a[1], a[3])};
     return (vd8){_mm256_add_pd(_mm256_add_pd(a[0], a[4]), _mm256_add_pd(a[2], a[6])),
                  _mm256_add_pd(_mm256_add_pd(a[1], a[5]), _mm256_add_pd(a[3], a[7]))};
 }
-static inline wide_f64 wide_add_f64(wide_f64 a, wide_f64 b) { return vd8_add(a, b); }
-static inline vd8 wide_vd8_f64(wide_f64 a) { return a; }
 
-static inline void v_fence(void) { _mm_sfence(); }
+INLINE double quarter_hsum_f64(quarter_f64 a) { return vd8_hsum(a); }
+INLINE vd8 quarter_hsum8_f64(const quarter_f64 r[8]) { return vd8_hsum8(r); }
+INLINE wide_f64 wide_zero_f64(void) { return vd8_set1(0); }
+INLINE wide_f64 wide_add_f64(wide_f64 a, quarter_f64 q) { return vd8_add(a, q); }
+INLINE double wide_hsum_f64(wide_f64 a) { return vd8_hsum(a); }
+
+INLINE void v_fence(void) { _mm_sfence(); }

@@ -2,6 +2,8 @@
  * word means. */
 #include <immintrin.h>
 
+#include "names.h"
+
 #define FN_ISA avx512
 #define VECTORS_A_SWEEP_f32 4
 #define VECTORS_A_SWEEP_f64 4
@@ -12,18 +14,19 @@
 
 typedef __m512d vd8;
 
-static inline vd8 vd8_set1(double a) { return _mm512_set1_pd(a); }
-static inline vd8 vd8_load(const double *p) { return _mm512_loadu_pd(p); }
-static inline void vd8_store_f32(float *p, vd8 a) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(a)); }
-static inline void vd8_store_f64(double *p, vd8 a) { _mm512_storeu_pd(p, a); }
-static inline vd8 vd8_add(vd8 a, vd8 b) { return _mm512_add_pd(a, b); }
-static inline vd8 vd8_sub(vd8 a, vd8 b) { return _mm512_sub_pd(a, b); }
-static inline vd8 vd8_mul(vd8 a, vd8 b) { return _mm512_mul_pd(a, b); }
-static inline vd8 vd8_div(vd8 a, vd8 b) { return _mm512_div_pd(a, b); }
-static inline vd8 vd8_sqrt(vd8 a) { return _mm512_sqrt_pd(a); }
-static inline unsigned vd8_le(vd8 a, vd8 b) { return _mm512_cmp_pd_mask(a, b, _CMP_LE_OQ); }
+INLINE vd8 vd8_set1(double a) { return _mm512_set1_pd(a); }
+INLINE vd8 vd8_load_f64(const double *p) { return _mm512_loadu_pd(p); }
+INLINE vd8 vd8_load_f32(const float *p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
+INLINE void vd8_store_f32(float *p, vd8 a) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(a)); }
+INLINE void vd8_store_f64(double *p, vd8 a) { _mm512_storeu_pd(p, a); }
+INLINE vd8 vd8_add(vd8 a, vd8 b) { return _mm512_add_pd(a, b); }
+INLINE vd8 vd8_sub(vd8 a, vd8 b) { return _mm512_sub_pd(a, b); }
+INLINE vd8 vd8_mul(vd8 a, vd8 b) { return _mm512_mul_pd(a, b); }
+INLINE vd8 vd8_div(vd8 a, vd8 b) { return _mm512_div_pd(a, b); }
+INLINE vd8 vd8_sqrt(vd8 a) { return _mm512_sqrt_pd(a); }
+INLINE unsigned vd8_le(vd8 a, vd8 b) { return _mm512_cmp_pd_mask(a, b, _CMP_LE_OQ); }
 
-static inline double vd8_hsum(vd8 a)
+INLINE double vd8_hsum(vd8 a)
 {
     const __m256d b = _mm256_add_pd(_mm512_castpd512_pd256(a), _mm512_extractf64x4_pd(a, 1));
     const __m128d c = _mm_add_pd(_mm256_castpd256_pd128(b), _mm256_extractf128_pd(b, 1));
@@ -31,17 +34,17 @@ static inline double vd8_hsum(vd8 a)
 }
 
 /* Halves of two vectors side by side, added: four sums of each from eight. */
-static inline __m512d add_halves(__m512d a, __m512d b)
+INLINE __m512d add_halves(__m512d a, __m512d b)
 {
     return _mm512_add_pd(_mm512_shuffle_f64x2(a, b, 0x44), _mm512_shuffle_f64x2(a, b, 0xee));
 }
 
-static inline __m512d add_quarters(__m512d a, __m512d b)
+INLINE __m512d add_quarters(__m512d a, __m512d b)
 {
     return _mm512_add_pd(_mm512_shuffle_f64x2(a, b, 0x88), _mm512_shuffle_f64x2(a, b, 0xdd));
 }
 
-static inline vd8 vd8_hsum8(const vd8 r[8])
+INLINE vd8 vd8_hsum8(const vd8 r[8])
 {
     const __m512d p04 = add_halves(r[0], r[4]), p15 = add_halves(r[1], r[5]);
     const __m512d p26 = add_halves(r[2], r[6]), p37 = add_halves(r[3], r[7]);
@@ -56,80 +59,120 @@ static inline vd8 vd8_hsum8(const vd8 r[8])
 typedef __m512 vec_f32;
 #define VW_f32 16
 
-static inline __mmask16 first_f32(ptrdiff_t n) { return (__mmask16)_bzhi_u32(0xffff, (unsigned)n); }
-static inline vec_f32 v_zero_f32(void) { return _mm512_setzero_ps(); }
-static inline vec_f32 v_set1_f32(float a) { return _mm512_set1_ps(a); }
-static inline vec_f32 v_load_f32(const float *p) { return _mm512_loadu_ps(p); }
-static inline vec_f32 v_loadn_f32(const float *p, ptrdiff_t n)
+INLINE __mmask16 first_f32(ptrdiff_t n) { return (__mmask16)_bzhi_u32(0xffff, (unsigned)n); }
+INLINE vec_f32 v_zero_f32(void) { return _mm512_setzero_ps(); }
+INLINE vec_f32 v_set1_f32(float a) { return _mm512_set1_ps(a); }
+INLINE vec_f32 v_load_f32(const float *p) { return _mm512_loadu_ps(p); }
+INLINE vec_f32 v_loadn_f32(const float *p, ptrdiff_t n)
 {
     return _mm512_maskz_loadu_ps(first_f32(n), p);
 }
-static inline void v_store_f32(float *p, vec_f32 a) { _mm512_storeu_ps(p, a); }
-static inline void v_storen_f32(float *p, vec_f32 a, ptrdiff_t n)
+INLINE void v_store_f32(float *p, vec_f32 a) { _mm512_storeu_ps(p, a); }
+INLINE void v_storen_f32(float *p, vec_f32 a, ptrdiff_t n)
 {
     _mm512_mask_storeu_ps(p, first_f32(n), a);
 }
-static inline void v_stream_f32(float *p, vec_f32 a) { _mm512_stream_ps(p, a); }
-static inline vec_f32 v_firstn_f32(vec_f32 a, ptrdiff_t n)
+INLINE void v_stream_f32(float *p, vec_f32 a) { _mm512_stream_ps(p, a); }
+INLINE vec_f32 v_firstn_f32(vec_f32 a, ptrdiff_t n)
 {
     return _mm512_maskz_mov_ps(first_f32(n), a);
 }
-static inline vec_f32 v_add_f32(vec_f32 a, vec_f32 b) { return _mm512_add_ps(a, b); }
-static inline vec_f32 v_sub_f32(vec_f32 a, vec_f32 b) { return _mm512_sub_ps(a, b); }
-static inline vec_f32 v_mul_f32(vec_f32 a, vec_f32 b) { return _mm512_mul_ps(a, b); }
-static inline vec_f32 v_fma_f32(vec_f32 a, vec_f32 b, vec_f32 c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE vec_f32 v_add_f32(vec_f32 a, vec_f32 b) { return _mm512_add_ps(a, b); }
+INLINE vec_f32 v_sub_f32(vec_f32 a, vec_f32 b) { return _mm512_sub_ps(a, b); }
+INLINE vec_f32 v_mul_f32(vec_f32 a, vec_f32 b) { return _mm512_mul_ps(a, b); }
+INLINE vec_f32 v_fma_f32(vec_f32 a, vec_f32 b, vec_f32 c) { return _mm512_fmadd_ps(a, b, c); }
 
+typedef __m512 quarter_f32;
 typedef struct {
     vd8 lo, hi;
 } wide_f32;
 
-static inline wide_f32 v_fold_f32(const vec_f32 a[4])
+INLINE quarter_f32 v_fold_f32(const vec_f32 *a, const int count)
 {
-    const __m512 s = _mm512_add_ps(_mm512_add_ps(a[0], a[2]), _mm512_add_ps(a[1], a[3]));
-    return (wide_f32){_mm512_cvtps_pd(_mm512_castps512_ps256(s)),
-                      _mm512_cvtps_pd(_mm512_extractf32x8_ps(s, 1))};
+    if (count == 1) return a[0];
+    if (count == 2) return _mm512_add_ps(a[0], a[1]);
+    return _mm512_add_ps(_mm512_add_ps(a[0], a[2]), _mm512_add_ps(a[1], a[3]));
 }
-static inline wide_f32 wide_add_f32(wide_f32 a, wide_f32 b)
+
+INLINE double quarter_hsum_f32(quarter_f32 a)
 {
-    return (wide_f32){vd8_add(a.lo, b.lo), vd8_add(a.hi, b.hi)};
+    const __m256 b = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+    const __m128 c = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+    const __m128 d = _mm_add_ps(c, _mm_movehl_ps(c, c));
+    return (double)_mm_cvtss_f32(_mm_add_ss(d, _mm_movehdup_ps(d)));
 }
-static inline vd8 wide_vd8_f32(wide_f32 a) { return vd8_add(a.lo, a.hi); }
+
+/* The second half of each 128 bits of two vectors, added to the first: sums of 2 from sums of 4. */
+#define ADD_SECOND_128(a, b, first, second)                                                        \
+    _mm512_add_ps(_mm512_shuffle_f32x4(a, b, first), _mm512_shuffle_f32x4(a, b, second))
+
+INLINE vd8 quarter_hsum8_f32(const quarter_f32 r[8])
+{
+    const __m512 p04 = ADD_SECOND_128(r[0], r[4], 0x44, 0xee);
+    const __m512 p15 = ADD_SECOND_128(r[1], r[5], 0x44, 0xee);
+    const __m512 p26 = ADD_SECOND_128(r[2], r[6], 0x44, 0xee);
+    const __m512 p37 = ADD_SECOND_128(r[3], r[7], 0x44, 0xee);
+    const __m512 p0426 = ADD_SECOND_128(p04, p26, 0x88, 0xdd);
+    const __m512 p1537 = ADD_SECOND_128(p15, p37, 0x88, 0xdd);
+    const __m512 pairs = _mm512_add_ps(_mm512_shuffle_ps(p0426, p1537, 0x44),
+                                       _mm512_shuffle_ps(p0426, p1537, 0xee));
+    const __m512 sums = _mm512_add_ps(_mm512_shuffle_ps(pairs, pairs, 0x88),
+                                      _mm512_shuffle_ps(pairs, pairs, 0xdd));
+    /* 128 bits each: rows 0 1, 4 5, 2 3, 6 7 */
+    const __m512i order = _mm512_setr_epi64(0, 4, 2, 6, 0, 0, 0, 0);
+    const __m512d ordered = _mm512_permutexvar_pd(order, _mm512_castps_pd(sums));
+    return _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_castpd512_pd256(ordered)));
+}
+
+INLINE wide_f32 wide_zero_f32(void) { return (wide_f32){vd8_set1(0), vd8_set1(0)}; }
+INLINE wide_f32 wide_add_f32(wide_f32 a, quarter_f32 q)
+{
+    return (wide_f32){vd8_add(a.lo, _mm512_cvtps_pd(_mm512_castps512_ps256(q))),
+                      vd8_add(a.hi, _mm512_cvtps_pd(_mm512_extractf32x8_ps(q, 1)))};
+}
+INLINE double wide_hsum_f32(wide_f32 a) { return vd8_hsum(vd8_add(a.lo, a.hi)); }
 
 /* ---- double ----------------------------------------------------------------------------------- */
 
 typedef __m512d vec_f64;
 #define VW_f64 8
 
-static inline __mmask8 first_f64(ptrdiff_t n) { return (__mmask8)_bzhi_u32(0xff, (unsigned)n); }
-static inline vec_f64 v_zero_f64(void) { return _mm512_setzero_pd(); }
-static inline vec_f64 v_set1_f64(double a) { return _mm512_set1_pd(a); }
-static inline vec_f64 v_load_f64(const double *p) { return _mm512_loadu_pd(p); }
-static inline vec_f64 v_loadn_f64(const double *p, ptrdiff_t n)
+INLINE __mmask8 first_f64(ptrdiff_t n) { return (__mmask8)_bzhi_u32(0xff, (unsigned)n); }
+INLINE vec_f64 v_zero_f64(void) { return _mm512_setzero_pd(); }
+INLINE vec_f64 v_set1_f64(double a) { return _mm512_set1_pd(a); }
+INLINE vec_f64 v_load_f64(const double *p) { return _mm512_loadu_pd(p); }
+INLINE vec_f64 v_loadn_f64(const double *p, ptrdiff_t n)
 {
     return _mm512_maskz_loadu_pd(first_f64(n), p);
 }
-static inline void v_store_f64(double *p, vec_f64 a) { _mm512_storeu_pd(p, a); }
-static inline void v_storen_f64(double *p, vec_f64 a, ptrdiff_t n)
+INLINE void v_store_f64(double *p, vec_f64 a) { _mm512_storeu_pd(p, a); }
+INLINE void v_storen_f64(double *p, vec_f64 a, ptrdiff_t n)
 {
     _mm512_mask_storeu_pd(p, first_f64(n), a);
 }
-static inline void v_stream_f64(double *p, vec_f64 a) { _mm512_stream_pd(p, a); }
-static inline vec_f64 v_firstn_f64(vec_f64 a, ptrdiff_t n)
+INLINE void v_stream_f64(double *p, vec_f64 a) { _mm512_stream_pd(p, a); }
+INLINE vec_f64 v_firstn_f64(vec_f64 a, ptrdiff_t n)
 {
     return _mm512_maskz_mov_pd(first_f64(n), a);
 }
-static inline vec_f64 v_add_f64(vec_f64 a, vec_f64 b) { return _mm512_add_pd(a, b); }
-static inline vec_f64 v_sub_f64(vec_f64 a, vec_f64 b) { return _mm512_sub_pd(a, b); }
-static inline vec_f64 v_mul_f64(vec_f64 a, vec_f64 b) { return _mm512_mul_pd(a, b); }
-static inline vec_f64 v_fma_f64(vec_f64 a, vec_f64 b, vec_f64 c) { return _mm512_fmadd_pd(a, b, c); }
+INLINE vec_f64 v_add_f64(vec_f64 a, vec_f64 b) { return _mm512_add_pd(a, b); }
+INLINE vec_f64 v_sub_f64(vec_f64 a, vec_f64 b) { return _mm512_sub_pd(a, b); }
+INLINE vec_f64 v_mul_f64(vec_f64 a, vec_f64 b) { return _mm512_mul_pd(a, b); }
+INLINE vec_f64 v_fma_f64(vec_f64 a, vec_f64 b, vec_f64 c) { return _mm512_fmadd_pd(a, b, c); }
 
-typedef vd8 wide_f64;
+typedef vd8 quarter_f64, wide_f64;
 
-static inline wide_f64 v_fold_f64(const vec_f64 a[4])
+INLINE quarter_f64 v_fold_f64(const vec_f64 *a, const int count)
 {
+    if (count == 1) return a[0];
+    if (count == 2) return _mm512_add_pd(a[0], a[1]);
     return _mm512_add_pd(_mm512_add_pd(a[0], a[2]), _mm512_add_pd(a[1], a[3]));
 }
-static inline wide_f64 wide_add_f64(wide_f64 a, wide_f64 b) { return vd8_add(a, b); }
-static inline vd8 wide_vd8_f64(wide_f64 a) { return a; }
 
-static inline void v_fence(void) { _mm_sfence(); }
+INLINE double quarter_hsum_f64(quarter_f64 a) { return vd8_hsum(a); }
+INLINE vd8 quarter_hsum8_f64(const quarter_f64 r[8]) { return vd8_hsum8(r); }
+INLINE wide_f64 wide_zero_f64(void) { return vd8_set1(0); }
+INLINE wide_f64 wide_add_f64(wide_f64 a, quarter_f64 q) { return vd8_add(a, q); }
+INLINE double wide_hsum_f64(wide_f64 a) { return vd8_hsum(a); }
+
+INLINE void v_fence(void) { _mm_sfence(); }

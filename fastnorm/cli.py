@@ -1,0 +1,154 @@
+"""The command line: ``python -m fastnorm info``, ``demo`` and ``bench``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import fastnorm
+
+# What an extra brings, by the name it is imported under.
+PACKAGES = {"rich": "rich", "matplotlib": "matplotlib", "sklearn": "scikit-learn"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code: 0 done, 1 a check failed, 2 it could not run."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except ModuleNotFoundError as missing:
+        package = PACKAGES.get((missing.name or "").partition(".")[0])
+        if package is None:
+            raise
+        print(
+            f"fastnorm {options.command} needs {package}: "
+            f"pip install 'fastnorm-kernels[{options.command}]'",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastnorm", description="Normalization layers on NumPy arrays."
+    )
+    parser.add_argument("--version", action="version", version=f"fastnorm {fastnorm.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    info = commands.add_parser("info", help="what was built and what this machine has")
+    info.add_argument("--json", action="store_true", help="print JSON")
+    info.set_defaults(run=_info)
+
+    demo = commands.add_parser(
+        "demo",
+        help="train a small network on handwritten digits, with and without layer norm",
+        description="Trains a small network on scikit-learn's handwritten digits at batch sizes "
+        "1, 4 and 64, with and without layer norm, and checks every normalised batch, forward "
+        "and backward, against the float64 reference.",
+    )
+    demo.add_argument(
+        "--plot",
+        metavar="FILE",
+        type=_plot_file,
+        default="fastnorm-demo.png",
+        help="where the plot goes (default: %(default)s)",
+    )
+    demo.add_argument("--quick", action="store_true", help="three epochs in place of twelve")
+    demo.set_defaults(run=_demo)
+
+    bench = commands.add_parser(
+        "bench",
+        help="time the ops on this machine, next to the libraries that are installed",
+        description="Times an op next to NumPy, torch, ONNX Runtime and Numba, as far as they are "
+        "installed, and a memory copy. All run in one process, in turns; medians are shown.",
+    )
+    bench.add_argument("--op", default="layer_norm", choices=fastnorm._core.OPS)
+    bench.add_argument("--dtype", default="float32", choices=fastnorm._core.DTYPES)
+    bench.add_argument(
+        "--shapes", metavar="ROWSxCOLS", type=_shape, nargs="+", help="for example 1x768 32x768"
+    )
+    bench.add_argument(
+        "--threads", type=_positive(int), default=1, help="for every library (default: 1)"
+    )
+    bench.add_argument(
+        "--align",
+        type=int,
+        default=64,
+        choices=(64, 48, 32, 16, 8),
+        help="addresses of all arrays, modulo 64 (default: 64, a cache line)",
+    )
+    bench.add_argument(
+        "--seconds", type=_positive(float), metavar="S", help="for each shape (default: 3)"
+    )
+    bench.add_argument("--quick", action="store_true", help="a few shapes, half a second each")
+    bench.add_argument(
+        "--json", metavar="FILE", type=_new_file, help="write the results there; - for stdout"
+    )
+    bench.add_argument(
+        "--plot", metavar="FILE", type=_plot_file, help="draw the results (.png, .svg or .pdf)"
+    )
+    bench.set_defaults(run=_bench)
+    return parser
+
+
+def _shape(text: str) -> tuple[int, int]:
+    rows, _, cols = text.partition("x")
+    if not (rows.isdecimal() and cols.isdecimal() and int(rows) and int(cols)):
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted ROWSxCOLS, for example 32x768")
+    return int(rows), int(cols)
+
+
+def _positive(kind: type[int] | type[float]):  # type: ignore[no-untyped-def]
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = kind(0)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"got {text!r}, wanted a positive {kind.__name__}")
+        return value
+
+    return parse
+
+
+# A measurement takes its time: what would fail after it is refused before it.
+
+
+def _new_file(text: str) -> str:
+    if not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a file in a folder that exists")
+    return text
+
+
+def _plot_file(text: str) -> str:
+    if Path(text).suffix not in (".png", ".svg", ".pdf"):
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a name in .png, .svg or .pdf")
+    return _new_file(text)
+
+
+def _info(options: argparse.Namespace) -> int:
+    if options.json:
+        print(json.dumps(fastnorm.show_config(mode="dicts"), indent=2))
+    else:
+        fastnorm.show_config()
+    return 0
+
+
+# The commands' own modules need packages that fastnorm itself does not: imported when called.
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from fastnorm import demo
+
+    return demo.run(options.plot, quick=options.quick)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from fastnorm import bench
+
+    return bench.run(options)

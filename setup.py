@@ -1,0 +1,145 @@
+"""Builds fastnorm._core: one Cython file and the C kernels, each instruction set with its flags.
+
+All else about the project is in pyproject.toml. Switches, read from the environment:
+
+    FASTNORM_BUILD_OPENMP=0                     without OpenMP: one thread
+    FASTNORM_BUILD_WERROR=1                     warnings in src_c are errors
+    FASTNORM_BUILD_SANITIZE=address,undefined   gcc's and clang's sanitizers
+    FASTNORM_BUILD_COVERAGE=1                   for gcov
+"""
+
+import os
+import sys
+import sysconfig
+from glob import glob
+from pathlib import Path
+
+import numpy as np
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+from setuptools.modified import newer_group
+
+# -O3 makes the plain C kernels a tenth faster and twice as large. They are the last resort of CPUs
+# without SIMD, and every wheel carries them.
+SCALAR = ["-O2", "-ftree-vectorize"]
+ISA_FLAGS = {
+    "x86_64": {
+        "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mbmi2"],
+        "avx2": ["-mavx2", "-mfma"],
+        "scalar": SCALAR,
+    },
+    "aarch64": {"neon": [], "scalar": SCALAR},
+}
+
+# The results are defined to the bit: a fused multiply-add stands where it is written and nowhere
+# else.
+ARITHMETIC = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+
+# Python's own flags may name the CPU that Python was built for. What is outside the kernels must
+# run on every CPU; which kernels run is decided at run time.
+BASELINE = {"x86_64": ["-march=x86-64", "-mtune=generic"]}
+
+WARNINGS = ["-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Wstrict-prototypes"]
+
+
+def switch(name, default):
+    value = os.environ.get(name, default)
+    if value not in ("0", "1"):
+        raise SystemExit(f"{name}: got {value!r}, wanted 0 or 1")
+    return value == "1"
+
+
+def machine():
+    name = sysconfig.get_platform().rpartition("-")[2]
+    return "aarch64" if name == "arm64" else name
+
+
+def kernel_sources():
+    """The C files of this machine's build, each with the flags that it alone gets."""
+    isas = ISA_FLAGS.get(machine(), {"scalar": SCALAR})
+    common = {"src_c/dispatch.c": [], "src_c/parallel.c": []}
+    return common | {f"src_c/isa_{isa}.c": flags for isa, flags in isas.items()}
+
+
+OPENMP = ["-fopenmp"] if switch("FASTNORM_BUILD_OPENMP", "1") else []
+WERROR = ["-Werror"] if switch("FASTNORM_BUILD_WERROR", "0") else []
+COVERAGE = ["--coverage"] if switch("FASTNORM_BUILD_COVERAGE", "0") else []
+SANITIZE = [
+    flag
+    for names in [os.environ.get("FASTNORM_BUILD_SANITIZE")]
+    if names
+    for flag in (f"-fsanitize={names}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+]
+INSTRUMENTS = COVERAGE + SANITIZE
+
+COMPILE_FLAGS = [
+    *(["-O1", "-g"] if INSTRUMENTS else ["-O2"]),
+    *["-std=gnu11", "-fvisibility=hidden", f"-ffile-prefix-map={os.getcwd()}=."],
+    *[*ARITHMETIC, *BASELINE.get(machine(), []), *OPENMP, *INSTRUMENTS],
+]
+STRIP = ["-Wl,-s"] if sys.platform == "linux" and not INSTRUMENTS else []
+LINK_FLAGS = [*OPENMP, *INSTRUMENTS, *STRIP]
+
+
+class BuildKernels(build_ext):
+    def initialize_options(self):
+        super().initialize_options()
+        self.cython_c_in_temp = True  # no generated C beside the sources
+
+    def build_extension(self, ext):
+        if self.compiler.compiler_type != "unix":
+            raise CompileError("fastnorm is written for gcc and clang")
+        self.forget_where_python_lies()
+        ext.depends.append(self.record_of_flags())
+        ext.extra_objects = [
+            self.kernel_object(source, flags, ext.depends)
+            for source, flags in kernel_sources().items()
+        ]
+        super().build_extension(ext)
+
+    def forget_where_python_lies(self):
+        """Some Pythons link every extension with a search path to their own folder."""
+        lib = sysconfig.get_config_var("LIBDIR") or ""
+        path = {f"-Wl,-rpath,{lib}", f"-Wl,-rpath={lib}"}
+        self.compiler.linker_so = [word for word in self.compiler.linker_so if word not in path]
+
+    def record_of_flags(self):
+        """A file that is newer than what was built with other flags."""
+        flags = repr((COMPILE_FLAGS, LINK_FLAGS, self.compiler.compiler_so))
+        record = Path(self.build_temp, "flags.txt")
+        if not record.exists() or record.read_text() != flags:
+            record.parent.mkdir(parents=True, exist_ok=True)
+            record.write_text(flags)
+        return str(record)
+
+    def kernel_object(self, source, flags, depends):
+        [path] = self.compiler.object_filenames([source], output_dir=self.build_temp)
+        headers = [name for name in depends if not name.endswith(".c")]
+        if self.force or newer_group([source, *headers], path):
+            self.compiler.compile(
+                [source],
+                output_dir=self.build_temp,
+                extra_postargs=[*COMPILE_FLAGS, *flags, *WARNINGS, *WERROR],
+            )
+        return path
+
+
+setup(
+    cmdclass={"build_ext": BuildKernels},
+    ext_modules=[
+        Extension(
+            "fastnorm._core",
+            sources=["fastnorm/_core.pyx"],
+            depends=["setup.py", *glob("src_c/*.h"), *kernel_sources()],
+            include_dirs=["src_c", np.get_include()],
+            define_macros=[
+                ("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"),
+                ("NPY_TARGET_VERSION", "NPY_2_0_API_VERSION"),
+            ],
+            libraries=["m"],
+            extra_compile_args=COMPILE_FLAGS,
+            extra_link_args=LINK_FLAGS,
+        )
+    ],
+)

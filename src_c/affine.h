@@ -1,0 +1,175 @@
+/* affine.h: the last pass of a normalization over rows of T: y = ((x - pivot)*rstd + shift)*weight +
+ * bias, written through the cache (affine) or past it (streamed). */
+
+#define LINE (64 / (ptrdiff_t)sizeof(element))
+
+/* ---- y = ((x - pivot)*rstd + shift)*weight + bias --------------------------------------------- */
+
+#define normalise FN_OF_T(normalise)
+INLINE vec normalise(vec x, vec pivot, vec rstd, vec shift)
+{
+    return v_fma(v_sub(x, pivot), rstd, shift);
+}
+
+#define scale_and_shift FN_OF_T(scale_and_shift)
+INLINE vec scale_and_shift(vec h, vec w, vec b, const int has_w, const int has_b)
+{
+    if (has_w && has_b) return v_fma(h, w, b);
+    if (has_w) return v_mul(h, w);
+    return has_b ? v_add(h, b) : h;
+}
+
+/* Up to AFFINE_ROWS rows side by side, so that the parameters are loaded once for all of them. */
+#define affine FN_OF_T(affine)
+typedef struct {
+    const element *x[AFFINE_ROWS];
+    element *y[AFFINE_ROWS];
+    vec pivot[AFFINE_ROWS], rstd[AFFINE_ROWS], shift[AFFINE_ROWS];
+    const element *w, *b;
+    ptrdiff_t x_ahead, y_ahead; /* bytes to what is fetched meanwhile; 0: nothing */
+} affine;
+
+#define affine_vector FN_OF_T(affine_vector)
+INLINE void affine_vector(const affine *a, const int rows, ptrdiff_t i, ptrdiff_t left,
+                          const int has_w, const int has_b)
+{
+    const vec wv = has_w ? load_some(a->w + i, left) : v_zero();
+    const vec bv = has_b ? load_some(a->b + i, left) : v_zero();
+    vec out[AFFINE_ROWS];
+    /* All loads before all stores: y may be x, and rows may lie 4,096 bytes apart. */
+    UNROLL for (int r = 0; r < rows; r++)
+        out[r] = scale_and_shift(
+            normalise(load_some(a->x[r] + i, left), a->pivot[r], a->rstd[r], a->shift[r]), wv, bv,
+            has_w, has_b);
+    UNROLL for (int r = 0; r < rows; r++) store_some(a->y[r] + i, out[r], left);
+}
+
+#define fetch_ahead FN_OF_T(fetch_ahead)
+INLINE void fetch_ahead(const affine *a, const int rows, ptrdiff_t i)
+{
+    UNROLL for (int r = 0; r < rows; r++) {
+        __builtin_prefetch((const char *)(a->x[r] + i) + a->x_ahead, 0, 3);
+        __builtin_prefetch((const char *)(a->y[r] + i) + a->y_ahead, 1, 3);
+    }
+}
+
+#define affine_pass_with FN_OF_T(affine_pass_with)
+INLINE void affine_pass_with(const affine *all, const int rows, ptrdiff_t n, const int has_w,
+                             const int has_b)
+{
+    const affine a = *all; /* so that it stays in registers whatever y points to */
+    ptrdiff_t i = 0;
+    if (a.x_ahead)
+        for (; i + LINE <= n; i += LINE) {
+            fetch_ahead(&a, rows, i);
+            UNROLL for (int k = 0; k < LINE; k += VW)
+                affine_vector(&a, rows, i + k, VW, has_w, has_b);
+        }
+    for (; i + VW <= n; i += VW) affine_vector(&a, rows, i, VW, has_w, has_b);
+    if (i < n) affine_vector(&a, rows, i, n - i, has_w, has_b);
+}
+
+#define affine_pass FN_OF_T(affine_pass)
+INLINE void affine_pass(const affine *a, const int rows, ptrdiff_t n)
+{
+    if (a->w && a->b)
+        affine_pass_with(a, rows, n, 1, 1);
+    else if (a->w)
+        affine_pass_with(a, rows, n, 1, 0);
+    else if (a->b)
+        affine_pass_with(a, rows, n, 0, 1);
+    else
+        affine_pass_with(a, rows, n, 0, 0);
+}
+
+/* ---- past the cache --------------------------------------------------------------------------- */
+
+/* The cache line that two rows share, held back until it is whole: elements from .. to of it are
+ * known. Writing its two parts apart would cost more than the rest of the row saves. */
+#define carry FN_OF_T(carry)
+typedef struct {
+    element held[LINE];
+    element *line;
+    ptrdiff_t from, to;
+} carry;
+
+#define release_carry FN_OF_T(release_carry)
+INLINE void release_carry(carry *c)
+{
+    if (c->line && c->from == 0 && c->to == LINE)
+        UNROLL for (int k = 0; k < LINE; k += VW) v_stream(c->line + k, v_load(c->held + k));
+    else if (c->line)
+        for (ptrdiff_t i = c->from; i < c->to; i++) c->line[i] = c->held[i];
+    c->line = NULL;
+}
+
+#define streamed FN_OF_T(streamed)
+typedef struct {
+    const element *x, *w, *b, *next;
+    vec pivot, rstd, shift;
+    int near;
+} streamed;
+
+#define streamed_vector FN_OF_T(streamed_vector)
+INLINE vec streamed_vector(const streamed *s, ptrdiff_t i, ptrdiff_t left,
+                                  const int has_w, const int has_b)
+{
+    const vec wv = has_w ? load_some(s->w + i, left) : v_zero();
+    const vec bv = has_b ? load_some(s->b + i, left) : v_zero();
+    const vec h = normalise(load_some(s->x + i, left), s->pivot, s->rstd, s->shift);
+    return scale_and_shift(h, wv, bv, has_w, has_b);
+}
+
+/* Elements i .. i + count - 1 of the row into c->held[at ...]. */
+#define hold_elements FN_OF_T(hold_elements)
+INLINE void hold_elements(carry *c, ptrdiff_t at, const streamed *s, ptrdiff_t i,
+                                 ptrdiff_t count, const int has_w, const int has_b)
+{
+    for (ptrdiff_t k = 0; k < count; k += VW)
+        store_some(c->held + at + k, streamed_vector(s, i + k, count - k, has_w, has_b), count - k);
+    c->to = at + count;
+}
+
+#define stream_pass_with FN_OF_T(stream_pass_with)
+INLINE void stream_pass_with(const streamed *s, element *y, ptrdiff_t n, carry *c,
+                                   const int has_w, const int has_b)
+{
+    ptrdiff_t i = 0;
+    const ptrdiff_t offset = (ptrdiff_t)((uintptr_t)y % 64 / sizeof(element));
+    if (offset) {
+        if (c->line != y - offset || c->to != offset) {
+            release_carry(c);
+            c->line = y - offset;
+            c->from = offset;
+        }
+        i = n < LINE - offset ? n : LINE - offset;
+        hold_elements(c, offset, s, 0, i, has_w, has_b);
+        if (c->to < LINE) return;
+    }
+    release_carry(c);
+    for (; i + LINE <= n; i += LINE) {
+        if (s->next && s->near)
+            __builtin_prefetch(s->next + i, 0, 3);
+        else if (s->next)
+            __builtin_prefetch(s->next + i, 0, 2);
+        UNROLL for (int k = 0; k < LINE; k += VW)
+            v_stream(y + i + k, streamed_vector(s, i + k, VW, has_w, has_b));
+    }
+    if (i == n) return;
+    c->line = y + i;
+    c->from = 0;
+    hold_elements(c, 0, s, i, n - i, has_w, has_b);
+}
+
+#define stream_pass FN_OF_T(stream_pass)
+INLINE void stream_pass(const streamed *s, element *y, ptrdiff_t n, carry *c)
+{
+    if (s->w && s->b)
+        stream_pass_with(s, y, n, c, 1, 1);
+    else if (s->w)
+        stream_pass_with(s, y, n, c, 1, 0);
+    else if (s->b)
+        stream_pass_with(s, y, n, c, 0, 1);
+    else
+        stream_pass_with(s, y, n, c, 0, 0);
+}
