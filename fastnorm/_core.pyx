@@ -15,7 +15,9 @@ cimport numpy as cnp
 from cpython.float cimport PyFloat_AS_DOUBLE, PyFloat_CheckExact
 from cpython.exc cimport PyErr_Clear
 from cpython.long cimport PyLong_AsSsize_t, PyLong_CheckExact
+from cpython.pycapsule cimport PyCapsule_New
 from cpython.tuple cimport PyTuple_CheckExact, PyTuple_GET_ITEM, PyTuple_GET_SIZE
+from libc.string cimport memset, strcpy
 from numpy cimport ndarray, npy_intp
 
 cnp.import_array()
@@ -55,6 +57,7 @@ cdef extern from "fastnorm.h" nogil:
         const void *rstd
         void *dweight
         void *dbias
+        int dx_is_warm
 
     ctypedef struct fn_moments_args:
         fn_shape shape
@@ -74,6 +77,15 @@ cdef extern from "fastnorm.h" nogil:
     fn_plan fn_plan_layer_norm_backward(const fn_layer_norm_backward_args *, fn_dtype, int)
     fn_plan fn_plan_moments(const fn_moments_args *, fn_dtype, int)
 
+    const size_t FN_POOL_LEAST
+    void *fn_pool_alloc(size_t)
+    void *fn_pool_realloc(void *, size_t)
+    void fn_pool_free(void *)
+    int fn_pool_last_was_warm()
+    void fn_pool_set_limit(size_t)
+    size_t fn_pool_limit()
+    size_t fn_pool_kept()
+
     int fn_isa_count()
     const char *fn_isa_name(int)
     int fn_isa_supported(int)
@@ -91,6 +103,22 @@ cdef extern from "fastnorm.h" nogil:
     void fn_force_partition(int)
 
 
+cdef extern from "numpy/arrayobject.h":
+    ctypedef struct PyDataMemAllocator:
+        void *ctx
+        void *(*malloc)(void *, size_t) noexcept
+        void *(*calloc)(void *, size_t, size_t) noexcept
+        void *(*realloc)(void *, void *, size_t) noexcept
+        void (*free)(void *, void *, size_t) noexcept
+
+    ctypedef struct PyDataMem_Handler:
+        char name[127]
+        unsigned char version
+        PyDataMemAllocator allocator
+
+    object PyDataMem_SetHandler(object)
+
+
 cdef enum:
     MAX_OUTER = 64
     #: A call that moves fewer bytes keeps the GIL. Letting go of it costs nothing by itself, but
@@ -103,6 +131,78 @@ cdef enum:
 #: What exists, as the C core lists it; tests and benchmarks iterate over these.
 OPS = ("layer_norm", "layer_norm_backward", "moments")
 DTYPES = ("float32", "float64")
+
+
+# ---- memory for results ---------------------------------------------------------------------------
+
+cdef void *pool_malloc(void *ctx, size_t size) noexcept:
+    return fn_pool_alloc(size)
+
+
+cdef void *pool_calloc(void *ctx, size_t count, size_t size) noexcept:
+    cdef void *data = NULL if size and count > <size_t>-1 // size else fn_pool_alloc(count * size)
+    if data is not NULL:
+        memset(data, 0, count * size)
+    return data
+
+
+cdef void *pool_realloc(void *ctx, void *old, size_t size) noexcept:
+    # Only ndarray.resize comes here, which knows how much of the old block is its own.
+    return fn_pool_realloc(old, size)
+
+
+cdef void pool_free(void *ctx, void *data, size_t size) noexcept:
+    fn_pool_free(data)
+
+
+cdef PyDataMem_Handler pool_handler
+strcpy(pool_handler.name, b"fastnorm_pool")
+pool_handler.version = 1
+pool_handler.allocator.ctx = NULL
+pool_handler.allocator.malloc = pool_malloc
+pool_handler.allocator.calloc = pool_calloc
+pool_handler.allocator.realloc = pool_realloc
+pool_handler.allocator.free = pool_free
+cdef object pool_capsule = PyCapsule_New(&pool_handler, b"mem_handler", NULL)
+
+
+cdef inline ndarray new_array(int ndim, npy_intp *dims, int typenum, int *warm):
+    """An uninitialised array; `warm` says whether its pages are known to exist."""
+    cdef size_t size = 8 if typenum == cnp.NPY_FLOAT64 else 4
+    cdef int i
+    warm[0] = 0
+    for i in range(ndim):
+        size *= <size_t>dims[i]
+    if size < FN_POOL_LEAST:
+        return cnp.PyArray_EMPTY(ndim, dims, typenum, 0)
+    return pooled_array(ndim, dims, typenum, warm)
+
+
+cdef ndarray pooled_array(int ndim, npy_intp *dims, int typenum, int *warm):
+    cdef object before = PyDataMem_SetHandler(pool_capsule)
+    try:
+        array = cnp.PyArray_EMPTY(ndim, dims, typenum, 0)
+        warm[0] = fn_pool_last_was_warm()
+    finally:
+        PyDataMem_SetHandler(before)
+    return array
+
+
+def new_result(ndarray like):
+    """An uninitialised array of like's shape and type, and whether its pages are known to exist."""
+    cdef int warm
+    array = new_array(cnp.PyArray_NDIM(like), cnp.PyArray_DIMS(like), cnp.PyArray_TYPE(like), &warm)
+    return array, bool(warm)
+
+
+def pool():
+    """Bytes of freed results that are kept for the next one, and the most that may be."""
+    return {"kept": fn_pool_kept(), "limit": fn_pool_limit()}
+
+
+def set_pool_limit(size_t limit):
+    """The most bytes of freed results to keep; 0 keeps none."""
+    fn_pool_set_limit(limit)
 
 
 # ---- tests for the straight path ------------------------------------------------------------------
@@ -255,8 +355,7 @@ cdef inline object direct_layer_norm(
     if args.shape.rows == 0:
         return None
     if out is None:
-        y = cnp.PyArray_EMPTY(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), typenum, 0)
-        args.y_is_warm = 0
+        y = new_array(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), typenum, &args.y_is_warm)
     else:
         if not is_plain(out, typenum, C_ALIGNED_WRITEABLE):
             return None
@@ -517,8 +616,9 @@ cdef object direct_backward(object dy_object, object x_object, object normalized
     if args.shape.rows == 0:
         return None
     first = cnp.PyArray_NDIM(x) - axes
+    args.dx_is_warm = 0
     if mask & 1:
-        dx = cnp.PyArray_EMPTY(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), typenum, 0)
+        dx = new_array(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), typenum, &args.dx_is_warm)
     if mask & 2:
         dweight = cnp.PyArray_EMPTY(axes, cnp.PyArray_DIMS(x) + first, typenum, 0)
     if mask & 4:
@@ -597,7 +697,7 @@ axis=None, output_mask=(True, True, True))
 
 
 def layer_norm_backward_rows(ndarray dy, ndarray x, dx, mean, rstd, weight, dweight, dbias,
-                             bint plan=False):
+                             bint plan=False, bint warm=False):
     """The kernel on checked arrays: dy, x and dx of shape (..., n), as layer_norm_rows has them."""
     cdef fn_layer_norm_backward_args args
     cdef leading lead
@@ -612,6 +712,7 @@ def layer_norm_backward_rows(ndarray dy, ndarray x, dx, mean, rstd, weight, dwei
     args.rstd = parameter_data(rstd)
     args.dweight = <void *>parameter_data(dweight)
     args.dbias = <void *>parameter_data(dbias)
+    args.dx_is_warm = warm
     if plan:
         return plan_dict(fn_plan_layer_norm_backward(&args, dtype, 0), args.shape)
     if call_backward(&args, dtype) != FN_OK:

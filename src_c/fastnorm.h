@@ -67,6 +67,8 @@ typedef struct {
     fn_rows dy, x, dx;
     const void *weight, *mean, *rstd;
     void *dweight, *dbias;
+    int dx_is_warm;
+    int stream, fetch; /* set by the library */
 } fn_layer_norm_backward_args;
 
 /* Mean and population variance of each row; either may be NULL. */
@@ -115,6 +117,18 @@ void fn_set_num_threads(int threads); /* 0: forget it */
 int fn_requested_threads(void);       /* what was set, or 0 */
 int fn_max_threads(void);             /* the least of all of these and OpenMP's own limit */
 void fn_force_partition(int parts);   /* for tests: split every call into so many parts; 0: off */
+
+/* ---- Memory for large results, kept for the next one (pool.c) ---------------------------------- */
+
+#define FN_POOL_LEAST ((size_t)4 << 20) /* smaller arrays gain nothing */
+
+void *fn_pool_alloc(size_t size);     /* NULL: no memory */
+void *fn_pool_realloc(void *data, size_t size);
+void fn_pool_free(void *data);
+int fn_pool_last_was_warm(void);      /* whether this thread's last block had its pages already */
+void fn_pool_set_limit(size_t bytes); /* the most that is kept; 0: nothing */
+size_t fn_pool_limit(void);
+size_t fn_pool_kept(void);
 
 #ifdef __cplusplus
 }

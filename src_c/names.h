@@ -45,6 +45,8 @@ enum { LANES_f32 = 64, LANES_f64 = 32, BLOCK = 1024 };
 #define quarter FN_OF_T(quarter)
 #define quarter_hsum FN_OF_T(quarter_hsum)
 #define quarter_hsum8 FN_OF_T(quarter_hsum8)
+#define v_halves FN_OF_T(v_halves)
+#define halves_hsum8 FN_OF_T(halves_hsum8)
 #define wide FN_OF_T(wide)
 #define wide_zero FN_OF_T(wide_zero)
 #define wide_add FN_OF_T(wide_add)

@@ -104,7 +104,7 @@ INLINE void narrow_start(const narrow_rows *s, ptrdiff_t row, const int few, gro
 {
     quarter sums[8];
     UNROLL for (int i = 0; i < 8; i++) sums[i] = few_sum(narrow_x(s, row + i), s->p, few);
-    group_pivots(sums, s->per_n, stats);
+    group_pivots(quarter_hsum8(sums), s->per_n, stats);
 }
 
 #define narrow_middle FN_OF_T(narrow_middle)
@@ -113,7 +113,7 @@ INLINE void narrow_middle(const narrow_rows *s, ptrdiff_t row, const int few, gr
     quarter sums[8], squares[8];
     UNROLL for (int i = 0; i < 8; i++)
         few_deviations(narrow_x(s, row + i), s->p, few, stats->pivot[i], &sums[i], &squares[i]);
-    group_rstds(sums, squares, s->per_n, s->a->eps, stats);
+    group_rstds(quarter_hsum8(sums), quarter_hsum8(squares), s->per_n, s->a->eps, stats);
 }
 
 #define narrow_finish FN_OF_T(narrow_finish)
@@ -163,6 +163,69 @@ INLINE ptrdiff_t layer_norm_narrow(const fn_layer_norm_args *a, ptrdiff_t row, p
     return row;
 }
 
+/* ---- narrow rows of half a vector ------------------------------------------------------------- */
+
+#if HAS_HALVES
+/* Contiguous rows of exactly VW/2 elements lie two to a vector, eight to four vectors. */
+
+#define halves_start FN_OF_T(halves_start)
+INLINE void halves_start(const narrow_rows *s, ptrdiff_t row, group_stats *stats)
+{
+    vec v[4];
+    UNROLL for (int k = 0; k < 4; k++) v[k] = v_load(narrow_x(s, row) + k * VW);
+    group_pivots(halves_hsum8(v), s->per_n, stats);
+}
+
+#define halves_middle FN_OF_T(halves_middle)
+INLINE void halves_middle(const narrow_rows *s, ptrdiff_t row, group_stats *stats)
+{
+    vec d[4], q[4];
+    UNROLL for (int k = 0; k < 4; k++) {
+        d[k] = v_sub(v_load(narrow_x(s, row) + k * VW), v_halves(stats->pivot, k));
+        q[k] = v_mul(d[k], d[k]);
+    }
+    group_rstds(halves_hsum8(d), halves_hsum8(q), s->per_n, s->a->eps, stats);
+}
+
+#define halves_finish FN_OF_T(halves_finish)
+INLINE void halves_finish(const narrow_rows *s, ptrdiff_t row, const group_stats *stats)
+{
+    const element *x = narrow_x(s, row);
+    element *y = (element *)((char *)s->a->y.data + row * s->a->y.stride);
+    if (stats->careful) {
+        careful_group(s->a, row, 8, stats);
+        return;
+    }
+    UNROLL for (int k = 0; k < 4; k++) {
+        const vec h = normalise(v_load(x + k * VW), v_halves(stats->pivot, k),
+                                v_halves(stats->rstd, k), v_halves(stats->shift, k));
+        v_store(y + k * VW, v_fma(h, s->w[0], s->b[0]));
+    }
+}
+
+#define layer_norm_halves FN_OF_T(layer_norm_halves)
+OUTLINE ptrdiff_t layer_norm_halves(const fn_layer_norm_args *a, ptrdiff_t row, ptrdiff_t end)
+{
+    element w[VW], b[VW];
+    for (int i = 0; i < VW; i++) {
+        w[i] = a->weight ? ((const element *)a->weight)[i % (VW / 2)] : 1;
+        b[i] = a->bias ? ((const element *)a->bias)[i % (VW / 2)] : (element)-0.0;
+    }
+    const narrow_rows s = {
+        .a = a, .per_n = vd8_set1(1.0 / (double)(VW / 2)), .w = {v_load(w)}, .b = {v_load(b)}};
+    const ptrdiff_t first = row;
+    group_stats stats[2];
+    for (int now = 0; row + 8 <= end; row += 8, now = !now) {
+        halves_start(&s, row, &stats[now]);
+        if (row > first) halves_finish(&s, row - 8, &stats[!now]);
+        halves_middle(&s, row, &stats[now]);
+        if (a->mean || a->rstd) store_group_stats(a, row, 8, &stats[now]);
+        if (row + 16 > end) halves_finish(&s, row, &stats[now]);
+    }
+    return row;
+}
+#endif
+
 /* ---- group ------------------------------------------------------------------------------------ */
 
 /* The rows that a group lacks of eight are copies. */
@@ -180,7 +243,7 @@ INLINE void group_start(const fn_layer_norm_args *a, ptrdiff_t row, const int ro
     NO_UNROLL for (int i = 0; i < rows; i++)
         sums[i] = block_sum(row_at(&a->shape, &a->x, row + i), a->shape.cols, (scale){1, 1}, 0);
     copy_rows(sums, rows);
-    group_pivots(sums, per_n, stats);
+    group_pivots(quarter_hsum8(sums), per_n, stats);
 }
 
 #define group_middle FN_OF_T(group_middle)
@@ -193,7 +256,7 @@ INLINE void group_middle(const fn_layer_norm_args *a, ptrdiff_t row, const int r
                          v_set1(stats->pivot[i]), (scale){1, 1}, 0, &sums[i], &squares[i]);
     copy_rows(sums, rows);
     copy_rows(squares, rows);
-    group_rstds(sums, squares, per_n, a->eps, stats);
+    group_rstds(quarter_hsum8(sums), quarter_hsum8(squares), per_n, a->eps, stats);
     stats->careful &= (1u << rows) - 1;
 }
 
@@ -332,6 +395,12 @@ INLINE void layer_norm_rows(const fn_layer_norm_args *a, ptrdiff_t row, ptrdiff_
 OUTLINE ptrdiff_t layer_norm_groups(const fn_layer_norm_args *a, ptrdiff_t row, ptrdiff_t end)
 {
     const ptrdiff_t n = a->shape.cols;
+#if HAS_HALVES
+    const ptrdiff_t contiguous = n * (ptrdiff_t)sizeof(element);
+    if (n == VW / 2 && !a->shape.outer_ndim && a->x.stride == contiguous &&
+        a->y.stride == contiguous)
+        row = layer_norm_halves(a, row, end);
+#endif
     if (n <= NARROW_COLS && end - row >= 8 && !a->shape.outer_ndim) {
         if (n <= VW)
             row = layer_norm_narrow(a, row, end, 1);

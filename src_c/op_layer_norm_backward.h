@@ -77,6 +77,8 @@ typedef struct {
     const element *w;
     element *dweight, *dbias; /* sums so far */
     int first;                /* nothing has been summed yet */
+    int stream;               /* write dx past the cache */
+    ptrdiff_t x_ahead, dy_ahead, dx_ahead; /* bytes to what is fetched meanwhile; 0: nothing */
 } backward_sums;
 
 #define backward_vector FN_OF_T(backward_vector)
@@ -105,12 +107,28 @@ INLINE void backward_vector(const element *const *x, const element *const *dy, e
         if (want_dx) {
             const vec g = v_mul(scale_by(plain, c->dy, scaled), w);
             const vec out = v_fma(v_fma(xh, v_set1(c->slope), g), rstd, v_set1(c->base));
-            store_some(dx[k] + i, scale_by(out, c->dx, scaled), left);
+            if (sums->stream && left >= VW)
+                v_stream(dx[k] + i, scale_by(out, c->dx, scaled));
+            else
+                store_some(dx[k] + i, scale_by(out, c->dx, scaled), left);
         }
     }
     if (want_sums) {
         store_some(sums->dweight + i, dw, left);
         store_some(sums->dbias + i, db, left);
+    }
+}
+
+#define fetch_rows_ahead FN_OF_T(fetch_rows_ahead)
+INLINE void fetch_rows_ahead(const element *const *x, const element *const *dy, element *const *dx,
+                             const int rows, const backward_sums *sums, ptrdiff_t i,
+                             const int want_dx)
+{
+    UNROLL for (int k = 0; k < rows; k++) {
+        __builtin_prefetch((const char *)(x[k] + i) + sums->x_ahead, 0, 3);
+        __builtin_prefetch((const char *)(dy[k] + i) + sums->dy_ahead, 0, 3);
+        if (want_dx && !sums->stream)
+            __builtin_prefetch((const char *)(dx[k] + i) + sums->dx_ahead, 1, 3);
     }
 }
 
@@ -122,6 +140,12 @@ INLINE void backward_pass_with(const element *const *x, const element *const *dy
 {
     const backward_sums sums = *all; /* so that it stays in registers whatever dx points to */
     ptrdiff_t i = 0;
+    if (sums.x_ahead)
+        for (; i + LINE <= n; i += LINE) {
+            fetch_rows_ahead(x, dy, dx, rows, &sums, i, want_dx);
+            UNROLL for (int k = 0; k < LINE; k += VW)
+                backward_vector(x, dy, dx, row, rows, &sums, i + k, VW, want_dx, want_sums, scaled);
+        }
     for (; i + VW <= n; i += VW)
         backward_vector(x, dy, dx, row, rows, &sums, i, VW, want_dx, want_sums, scaled);
     if (i < n)
@@ -151,7 +175,9 @@ static COLD void scaled_backward_pass(const element *const *x, const element *co
 
 /* ---- the kernel ------------------------------------------------------------------------------- */
 
+/* Rows whose pass shares dweight and dbias: four, or two where four would fill L1. */
 #define BACKWARD_GROUP 4
+#define BACKWARD_FOUR_ROWS_BYTES 1024
 
 #define plain_dots FN_OF_T(plain_dots)
 OUTLINE void plain_dots(const element *x, const element *dy, const element *w, ptrdiff_t n,
@@ -190,6 +216,11 @@ INLINE void backward_group(const fn_layer_norm_backward_args *a, ptrdiff_t row,
             careful_backward(x[k], dy[k], a->weight, n, mean[row + k], rstd[row + k], c);
         }
     }
+    if (a->fetch) {
+        sums->x_ahead = a->x.stride * rows;
+        sums->dy_ahead = a->dy.stride * rows;
+        sums->dx_ahead = a->dx.stride * rows;
+    }
     if (!careful) {
         backward_pass(x, dy, dx, coefficients, rows, sums, n, 0);
         return;
@@ -207,16 +238,22 @@ static void layer_norm_backward(const void *args, ptrdiff_t row0, ptrdiff_t row1
                                 void *dbias)
 {
     const fn_layer_norm_backward_args *a = args;
-    backward_sums sums = {.w = a->weight, .dweight = dweight, .dbias = dbias, .first = 1};
+    backward_sums sums = {.w = a->weight, .dweight = dweight, .dbias = dbias, .first = 1, .stream = a->stream};
     ptrdiff_t row = row0;
-    for (; row + BACKWARD_GROUP <= row1; row += BACKWARD_GROUP) {
-        backward_group(a, row, BACKWARD_GROUP, &sums);
+    if (a->shape.cols * (ptrdiff_t)sizeof(element) <= BACKWARD_FOUR_ROWS_BYTES)
+        for (; row + 4 <= row1; row += 4) {
+            backward_group(a, row, 4, &sums);
+            sums.first = 0;
+        }
+    for (; row + 2 <= row1; row += 2) {
+        backward_group(a, row, 2, &sums);
         sums.first = 0;
     }
     for (; row < row1; row++) {
         backward_group(a, row, 1, &sums);
         sums.first = 0;
     }
+    if (a->stream) v_fence();
 }
 
 /* ---- sums in double, for parallel.c ----------------------------------------------------------- */

@@ -130,19 +130,18 @@ typedef struct {
 #define KEEP_IN_MEMORY(p) __asm__ volatile("" : : "r"(p) : "memory")
 
 #define group_pivots FN_OF_T(group_pivots)
-INLINE void group_pivots(const quarter sums[8], vd8 per_n, group_stats *stats)
+INLINE void group_pivots(vd8 sums, vd8 per_n, group_stats *stats)
 {
-    const vd8 total = vd8_add(quarter_hsum8(sums), vd8_set1(0)); /* -0 becomes +0 */
+    const vd8 total = vd8_add(sums, vd8_set1(0)); /* -0 becomes +0 */
     vd8_store_element(stats->pivot, vd8_mul(total, per_n));
     KEEP_IN_MEMORY(stats);
 }
 
 #define group_rstds FN_OF_T(group_rstds)
-INLINE void group_rstds(const quarter sums[8], const quarter squares[8], vd8 per_n, double eps,
-                        group_stats *stats)
+INLINE void group_rstds(vd8 sums, vd8 squares, vd8 per_n, double eps, group_stats *stats)
 {
-    const vd8 c = vd8_mul(quarter_hsum8(sums), per_n), c2 = vd8_mul(c, c);
-    const vd8 variance = vd8_sub(vd8_mul(quarter_hsum8(squares), per_n), c2);
+    const vd8 c = vd8_mul(sums, per_n), c2 = vd8_mul(c, c);
+    const vd8 variance = vd8_sub(vd8_mul(squares, per_n), c2);
     const vd8 padded = vd8_add(variance, vd8_set1(eps));
     const vd8 rstd = vd8_div(vd8_set1(1), vd8_sqrt(padded));
     vd8_store_element(stats->rstd, rstd);

@@ -170,9 +170,9 @@ static int forced_parts(ptrdiff_t units)
  * core moves 100 to 200 KB between registers and the L2 cache. */
 #define BYTES_A_THREAD ((ptrdiff_t)1 << 19)
 
-/* Outputs from this size on are written past the cache. It is less than a core's share of the last
- * cache on most machines, and what cpuid says of that share cannot be trusted in a virtual one. */
-#define STREAM_BYTES ((ptrdiff_t)24 << 20)
+/* Outputs from this size on are written past the cache. It is about a core's share of the last cache
+ * on today's servers; what cpuid says of that share cannot be trusted in a virtual machine. */
+#define STREAM_BYTES ((ptrdiff_t)8 << 20)
 
 /* Rows narrower than this are dearer to write by whole lines than it saves. */
 #define STREAM_ROW_BYTES 256
@@ -200,7 +200,7 @@ static int planned_threads(ptrdiff_t bytes, ptrdiff_t units, int threads)
 static int worth_streaming(const fn_shape *shape, const fn_rows *y, int warm, fn_dtype dtype)
 {
     const ptrdiff_t row = shape->cols * element_size(dtype);
-    return warm && row >= STREAM_ROW_BYTES && row * shape->rows >= STREAM_BYTES &&
+    return y->data && warm && row >= STREAM_ROW_BYTES && row * shape->rows >= STREAM_BYTES &&
            (uintptr_t)y->data % (uintptr_t)element_size(dtype) == 0;
 }
 
@@ -240,7 +240,10 @@ fn_plan fn_plan_layer_norm_backward(const fn_layer_norm_backward_args *a, fn_dty
 {
     const ptrdiff_t arrays = a->dx.data ? 3 : 2;
     const ptrdiff_t bytes = arrays * a->shape.rows * a->shape.cols * element_size(dtype);
+    /* By whole lines only where rows begin with one. */
+    const int aligned = (uintptr_t)a->dx.data % 64 == 0 && a->dx.stride % 64 == 0;
     return (fn_plan){.threads = planned_threads(bytes, backward_blocks(a->shape.rows), threads),
+                     .stream = aligned && worth_streaming(&a->shape, &a->dx, a->dx_is_warm, dtype),
                      .regime = a->shape.rows >= 4 ? "group" : "row",
                      .bytes = bytes};
 }
@@ -438,6 +441,8 @@ int fn_layer_norm_backward(fn_layer_norm_backward_args *args, fn_dtype dtype, in
 {
     const fn_plan plan = fn_plan_layer_norm_backward(args, dtype, threads);
     const ptrdiff_t blocks = backward_blocks(args->shape.rows);
+    args->stream = plan.stream;
+    args->fetch = plan.bytes >= FETCH_BYTES && !args->shape.outer_ndim;
     if (blocks <= 1) return backward_of_one_block(args, dtype);
     const int taken = plan.threads > 1 && partition <= 0 ? take_threads(plan.threads) : plan.threads;
     const int status = backward_of_blocks(args, dtype, blocks, taken);

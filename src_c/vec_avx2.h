@@ -8,6 +8,7 @@
 #define VECTORS_A_SWEEP_f32 4
 #define VECTORS_A_SWEEP_f64 4
 #define AFFINE_ROWS 2
+#define HAS_HALVES 1
 #define UNROLL _Pragma("GCC unroll 8")
 
 /* ---- eight doubles ---------------------------------------------------------------------------- */
@@ -165,6 +166,21 @@ INLINE vd8 quarter_hsum8_f32(const quarter_f32 r[8])
     return widen_f32(_mm256_add_ps(_mm256_shuffle_ps(a, b, 0x88), _mm256_shuffle_ps(a, b, 0xdd)));
 }
 
+/* ---- two rows of half a vector side by side ---- */
+
+INLINE vec_f32 v_halves_f32(const float p[8], const int k)
+{
+    return _mm256_blend_ps(_mm256_broadcast_ss(p + 2 * k), _mm256_broadcast_ss(p + 2 * k + 1), 0xf0);
+}
+
+INLINE vd8 halves_hsum8_f32(const vec_f32 v[4])
+{
+    const __m256 a = two_of_each(v[0], v[1]), b = two_of_each(v[2], v[3]);
+    const __m256 sums = _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x88), _mm256_shuffle_ps(a, b, 0xdd));
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7); /* rows 0 2 4 6, 1 3 5 7 */
+    return widen_f32(_mm256_permutevar8x32_ps(sums, order));
+}
+
 INLINE wide_f32 wide_zero_f32(void) { return (wide_f32){vd8_set1(0), vd8_set1(0)}; }
 INLINE wide_f32 wide_add_f32(wide_f32 a, quarter_f32 q)
 {
@@ -213,6 +229,22 @@ INLINE quarter_f64 v_fold_f64(const vec_f64 *a, const int count)
     if (count == 4) return (vd8){_mm256_add_pd(a[0], a[2]), _mm256_add_pd(a[1], a[3])};
     return (vd8){_mm256_add_pd(_mm256_add_pd(a[0], a[4]), _mm256_add_pd(a[2], a[6])),
                  _mm256_add_pd(_mm256_add_pd(a[1], a[5]), _mm256_add_pd(a[3], a[7]))};
+}
+
+INLINE vec_f64 v_halves_f64(const double p[8], const int k)
+{
+    return _mm256_blend_pd(_mm256_broadcast_sd(p + 2 * k), _mm256_broadcast_sd(p + 2 * k + 1), 0xc);
+}
+
+INLINE __m256d sums_of_two(__m256d a, __m256d b)
+{
+    const __m256d sums = _mm256_add_pd(_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b));
+    return _mm256_permute4x64_pd(sums, 0xd8); /* rows 0 2, 1 3 */
+}
+
+INLINE vd8 halves_hsum8_f64(const vec_f64 v[4])
+{
+    return (vd8){sums_of_two(v[0], v[1]), sums_of_two(v[2], v[3])};
 }
 
 INLINE double quarter_hsum_f64(quarter_f64 a) { return vd8_hsum(a); }

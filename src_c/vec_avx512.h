@@ -8,6 +8,7 @@
 #define VECTORS_A_SWEEP_f32 4
 #define VECTORS_A_SWEEP_f64 4
 #define AFFINE_ROWS 4
+#define HAS_HALVES 1
 #define UNROLL _Pragma("GCC unroll 8")
 
 /* ---- eight doubles ---------------------------------------------------------------------------- */
@@ -124,6 +125,26 @@ INLINE vd8 quarter_hsum8_f32(const quarter_f32 r[8])
     return _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_castpd512_pd256(ordered)));
 }
 
+/* ---- two rows of half a vector side by side ---- */
+
+INLINE vec_f32 v_halves_f32(const float p[8], const int k)
+{
+    return _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(p[2 * k]), _mm512_set1_ps(p[2 * k + 1]));
+}
+
+INLINE vd8 halves_hsum8_f32(const vec_f32 v[4])
+{
+    const __m512 r0123 = ADD_SECOND_128(v[0], v[1], 0x88, 0xdd);
+    const __m512 r4567 = ADD_SECOND_128(v[2], v[3], 0x88, 0xdd);
+    const __m512 pairs =
+        _mm512_add_ps(_mm512_shuffle_ps(r0123, r4567, 0x44), _mm512_shuffle_ps(r0123, r4567, 0xee));
+    const __m512 sums =
+        _mm512_add_ps(_mm512_shuffle_ps(pairs, pairs, 0x88), _mm512_shuffle_ps(pairs, pairs, 0xdd));
+    /* 128 bits each: rows 0 4, 1 5, 2 6, 3 7 */
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 0, 0, 0, 0, 0, 0, 0, 0);
+    return _mm512_cvtps_pd(_mm512_castps512_ps256(_mm512_permutexvar_ps(order, sums)));
+}
+
 INLINE wide_f32 wide_zero_f32(void) { return (wide_f32){vd8_set1(0), vd8_set1(0)}; }
 INLINE wide_f32 wide_add_f32(wide_f32 a, quarter_f32 q)
 {
@@ -167,6 +188,19 @@ INLINE quarter_f64 v_fold_f64(const vec_f64 *a, const int count)
     if (count == 1) return a[0];
     if (count == 2) return _mm512_add_pd(a[0], a[1]);
     return _mm512_add_pd(_mm512_add_pd(a[0], a[2]), _mm512_add_pd(a[1], a[3]));
+}
+
+INLINE vec_f64 v_halves_f64(const double p[8], const int k)
+{
+    return _mm512_mask_blend_pd(0xf0, _mm512_set1_pd(p[2 * k]), _mm512_set1_pd(p[2 * k + 1]));
+}
+
+INLINE vd8 halves_hsum8_f64(const vec_f64 v[4])
+{
+    const __m512d r0123 = add_quarters(v[0], v[1]), r4567 = add_quarters(v[2], v[3]);
+    const __m512d sums =
+        _mm512_add_pd(_mm512_unpacklo_pd(r0123, r4567), _mm512_unpackhi_pd(r0123, r4567));
+    return _mm512_permutexvar_pd(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), sums);
 }
 
 INLINE double quarter_hsum_f64(quarter_f64 a) { return vd8_hsum(a); }

@@ -11,6 +11,8 @@
  *                  one sum, quarter_hsum8 does so for eight
  *   wide_T         a quarter of the lanes in double, to which wide_add adds a block's; wide_hsum
  *                  halves them, in double, to one sum
+ *   HAS_HALVES     whether there is v_halves, p[2k] in the first half of a vector and p[2k + 1] in
+ *                  the second, and halves_hsum8, the sums of eight halves, halving as quarter_hsum does
  *   VECTORS_A_SWEEP_T  how many of a block's vectors registers have room for in a sweep with two
  *                  sums; AFFINE_ROWS, how many rows share the parameters in registers
  */
@@ -22,6 +24,7 @@
 #define VECTORS_A_SWEEP_f32 64
 #define VECTORS_A_SWEEP_f64 32
 #define AFFINE_ROWS 1
+#define HAS_HALVES 0
 #define UNROLL
 
 typedef struct {

@@ -1,0 +1,223 @@
+/* pool.c: memory for large results, kept for the next one.
+ *
+ * A new array of 100 MB costs more in page faults than in arithmetic: the kernel maps and zeroes
+ * every page, each time. Here the memory of a freed result is kept, up to a limit, and handed to the
+ * next of about its size; what is kept is marked MADV_FREE, so that the kernel takes it back before
+ * it runs short. Smaller arrays are malloc's business.
+ *
+ * Only results are made here, by fastnorm/_core.pyx, which hangs these functions behind NumPy's
+ * data-memory handler: such an array owns its memory like any other. */
+#define _GNU_SOURCE
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "fastnorm.h"
+
+#ifdef __linux__
+#include <sched.h>
+#include <sys/mman.h>
+
+#define HUGE_PAGE ((size_t)2 << 20)
+enum { MAX_BLOCKS = 64 };
+
+typedef struct {
+    char *data; /* NULL: the place is free */
+    size_t capacity;
+    unsigned long freed_at; /* 0: in use */
+} block;
+
+static block blocks[MAX_BLOCKS];
+static size_t limit = (size_t)256 << 20, kept;
+static unsigned long clock_ticks;
+static atomic_flag busy = ATOMIC_FLAG_INIT;
+static _Thread_local int last_was_warm;
+
+static void lock(void)
+{
+    while (atomic_flag_test_and_set_explicit(&busy, memory_order_acquire)) sched_yield();
+}
+
+static void unlock(void)
+{
+    atomic_flag_clear_explicit(&busy, memory_order_release);
+}
+
+/* A fork waits for the lock, so that the child's blocks are whole. */
+static void register_fork_handlers(void)
+{
+    pthread_atfork(lock, unlock, unlock);
+}
+
+static void drop(block *b)
+{
+    munmap(b->data, b->capacity);
+    kept -= b->capacity;
+    *b = (block){0};
+}
+
+/* The kept block that fits `size` best without wasting more than a quarter. */
+static block *kept_block(size_t size)
+{
+    block *best = NULL;
+    for (int i = 0; i < MAX_BLOCKS; i++) {
+        block *b = &blocks[i];
+        if (b->freed_at && b->capacity >= size && b->capacity / 5 * 4 <= size + HUGE_PAGE &&
+            (!best || b->capacity < best->capacity))
+            best = b;
+    }
+    return best;
+}
+
+/* Whole huge pages, so that the kernel may use them. */
+static char *map_huge(size_t capacity)
+{
+    char *start = mmap(NULL, capacity + HUGE_PAGE, PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (start == MAP_FAILED) return NULL;
+    char *data = start + (HUGE_PAGE - (uintptr_t)start % HUGE_PAGE) % HUGE_PAGE;
+    if (data > start) munmap(start, (size_t)(data - start));
+    munmap(data + capacity, (size_t)(start + HUGE_PAGE - data));
+    madvise(data, capacity, MADV_HUGEPAGE);
+    return data;
+}
+
+static void *new_block(size_t size)
+{
+    const size_t capacity = (size + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+    for (int i = 0; capacity >= size && i < MAX_BLOCKS; i++)
+        if (!blocks[i].data) {
+            char *data = map_huge(capacity);
+            if (data) blocks[i] = (block){.data = data, .capacity = capacity};
+            return data;
+        }
+    return malloc(size);
+}
+
+void *fn_pool_alloc(size_t size)
+{
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, register_fork_handlers);
+    lock();
+    block *b = kept_block(size);
+    last_was_warm = b != NULL;
+    if (b) {
+        kept -= b->capacity;
+        b->freed_at = 0;
+    }
+    void *data = b ? b->data : new_block(size);
+    unlock();
+    return data;
+}
+
+static block *oldest_kept(void)
+{
+    block *oldest = NULL;
+    for (int i = 0; i < MAX_BLOCKS; i++)
+        if (blocks[i].freed_at && (!oldest || blocks[i].freed_at < oldest->freed_at))
+            oldest = &blocks[i];
+    return oldest;
+}
+
+static void keep_within(size_t most)
+{
+    while (kept > most) drop(oldest_kept());
+}
+
+static block *block_at(const void *data)
+{
+    for (int i = 0; i < MAX_BLOCKS; i++)
+        if (blocks[i].data && blocks[i].data == data) return &blocks[i];
+    return NULL;
+}
+
+void fn_pool_free(void *data)
+{
+    lock();
+    block *b = block_at(data);
+    if (b) {
+        kept += b->capacity;
+        b->freed_at = ++clock_ticks;
+        if (b->capacity <= limit)
+            madvise(b->data, b->capacity, MADV_FREE);
+        else
+            drop(b);
+        keep_within(limit);
+    }
+    unlock();
+    if (!b) free(data);
+}
+
+/* ndarray.resize: rare, so no more than correct. */
+void *fn_pool_realloc(void *data, size_t size)
+{
+    lock();
+    const block *b = data ? block_at(data) : NULL;
+    const size_t capacity = b ? b->capacity : 0;
+    unlock();
+    if (data && !b) return realloc(data, size);
+    if (capacity >= size && capacity) return data;
+    void *moved = fn_pool_alloc(size);
+    if (moved && data) {
+        memcpy(moved, data, capacity);
+        fn_pool_free(data);
+    }
+    return moved;
+}
+
+int fn_pool_last_was_warm(void)
+{
+    return last_was_warm;
+}
+
+void fn_pool_set_limit(size_t bytes)
+{
+    lock();
+    limit = bytes;
+    keep_within(bytes);
+    unlock();
+}
+
+size_t fn_pool_limit(void)
+{
+    return limit;
+}
+
+size_t fn_pool_kept(void)
+{
+    return kept;
+}
+
+#else
+
+void *fn_pool_alloc(size_t size)
+{
+    return malloc(size);
+}
+void *fn_pool_realloc(void *data, size_t size)
+{
+    return realloc(data, size);
+}
+void fn_pool_free(void *data)
+{
+    free(data);
+}
+int fn_pool_last_was_warm(void)
+{
+    return 0;
+}
+void fn_pool_set_limit(size_t bytes)
+{
+    (void)bytes;
+}
+size_t fn_pool_limit(void)
+{
+    return 0;
+}
+size_t fn_pool_kept(void)
+{
+    return 0;
+}
+#endif
