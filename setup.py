@@ -65,12 +65,12 @@ def kernel_sources():
 OPENMP = ["-fopenmp"] if switch("FASTNORM_BUILD_OPENMP", "1") else []
 WERROR = ["-Werror"] if switch("FASTNORM_BUILD_WERROR", "0") else []
 COVERAGE = ["--coverage"] if switch("FASTNORM_BUILD_COVERAGE", "0") else []
-SANITIZE = [
-    flag
-    for names in [os.environ.get("FASTNORM_BUILD_SANITIZE")]
-    if names
-    for flag in (f"-fsanitize={names}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
-]
+SANITIZERS = os.environ.get("FASTNORM_BUILD_SANITIZE")
+SANITIZE = (
+    [f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+    if SANITIZERS
+    else []
+)
 INSTRUMENTS = COVERAGE + SANITIZE
 
 COMPILE_FLAGS = [

@@ -84,25 +84,16 @@ HARD_ROWS: dict[str, tuple[str, Array, float]] = {
 }
 
 
-def forward_errors(cols: Iterable[int]) -> dict[float, dict[str, float]]:
-    """For each mean the largest error of each provider, weight = 1 and bias = 0."""
+def errors_by_mean(op: str, cols: Iterable[int]) -> dict[float, dict[str, float]]:
+    """For each mean the largest error of each provider, of all that the op returns.
+
+    weight = 1 and bias = 0.
+    """
     worst: dict[float, dict[str, float]] = {mean: {} for mean in MEANS}
     for n in cols:
         for mean in MEANS:
-            case = _case("layer_norm", n, mean)
-            _keep_worst(worst[mean], _errors(case))
-    return worst
-
-
-def backward_errors(cols: Iterable[int]) -> dict[float, dict[str, float]]:
-    """The same for the gradients: the worst of dx, dweight and dbias."""
-    worst: dict[float, dict[str, float]] = {mean: {} for mean in MEANS}
-    for n in cols:
-        for mean in MEANS:
-            case = _case("layer_norm_backward", n, mean)
-            found = contenders.contenders(case, providers=PROVIDERS)
-            errors = {c.provider: case.largest_error(c.results()) for c in found.values()}
-            _keep_worst(worst[mean], errors)
+            for provider, error in _errors(_case(op, n, mean)).items():
+                worst[mean][provider] = max(worst[mean].get(provider, 0.0), error)
     return worst
 
 
@@ -128,20 +119,22 @@ def _errors(case: contenders.Case) -> dict[str, float]:
     found = contenders.contenders(case, providers=PROVIDERS)
     calls = [contender for contender in found.values() if contender.output == "new"]
     with np.errstate(all="ignore"):
-        ys = [call.results()[0] for call in calls]
-    errors = accuracy.layer_norm_errors(ys, case.x, case.weight, case.bias, case.eps)
+        results = [call.results() for call in calls]
+    if case.op == "layer_norm":  # one reference for all
+        ys = [y for (y,) in results]
+        errors = accuracy.layer_norm_errors(ys, case.x, case.weight, case.bias, case.eps)
+    else:
+        errors = [case.largest_error(arrays) for arrays in results]
     return {call.provider: error for call, error in zip(calls, errors, strict=True)}
 
 
-def _keep_worst(worst: dict[str, float], errors: dict[str, float]) -> None:
-    for provider, error in errors.items():
-        worst[provider] = max(worst.get(provider, 0.0), error)
-
-
 def number(error: float | None) -> str:
+    """An error as fastnorm.accuracy counts it, where a NaN is infinitely wrong."""
     if error is None:
         return ""
-    return "NaN" if math.isinf(error) else f"{error:.1e}" if error else "0"
+    if error == 0:
+        return "0"
+    return "NaN" if math.isinf(error) else f"{error:.1e}"
 
 
 def show(title: str, first: str, rows: dict[Any, dict[str, float]]) -> None:
@@ -165,8 +158,10 @@ def main() -> None:
     console = Console(stderr=True)
     cols = QUICK_COLS if options.quick else COLS
     backward_cols = QUICK_COLS if options.quick else BACKWARD_COLS
-    forward = forward_errors(track(cols, "forward", console=console))
-    backward = backward_errors(track(backward_cols, "backward", console=console))
+    forward = errors_by_mean("layer_norm", track(cols, "forward", console=console))
+    backward = errors_by_mean(
+        "layer_norm_backward", track(backward_cols, "backward", console=console)
+    )
     hard = hard_row_errors()
     count = f"{len(DISTRIBUTIONS)} distributions, n up to"
     show(f"layer_norm, {count} {max(cols):,}", "mean / std", forward)

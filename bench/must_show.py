@@ -177,10 +177,7 @@ def _times(
     found = contenders.contenders(case, providers=providers)
     found = {name: found[name] for name in found.keys() & wanted}
     if NT_COPY in wanted:
-        try:
-            found[NT_COPY] = nt_copy.contender(case)
-        except nt_copy.Unavailable as reason:
-            print(f"{case.name}: no non-temporal copy: {reason}", file=sys.stderr)
+        nt_copy.add_to(found, case)
     return timing.interleave(found, seconds=0, least=0.02, clock=clock)
 
 
@@ -216,6 +213,7 @@ def onednn_times(program: str, shape: tuple[int, int]) -> tuple[list[float], lis
 
 
 def measure_onednn(program: str, shape: tuple[int, int]) -> Line:
+    """The promise about one shape, from Python with out against oneDNN's primitive."""
     our_times, their_times = onednn_times(program, shape)
     figure = timing.median_ratio(their_times, our_times)
     return Line(
@@ -234,12 +232,13 @@ def measure_onednn(program: str, shape: tuple[int, int]) -> Line:
 
 
 def two_threads() -> Line:
+    """One thread's time over that of two."""
     case = contenders.Case("layer_norm", (4096, 768), "float32")
     names = contenders.contenders(case, providers=("fastnorm",))[OUT].names
     names = names | {"set_num_threads": fastnorm.set_num_threads}
     call = "layer_norm(x, cols, weight, bias, eps, out=y)"
     found = {
-        f"{n}": contenders.Contender("fastnorm", "out", f"set_num_threads({n}); {call}", names)
+        str(n): contenders.Contender("fastnorm", "out", f"set_num_threads({n}); {call}", names)
         for n in (1, 2)
     }
     times = timing.interleave(found, seconds=0, least=0.02)

@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -20,8 +21,16 @@ class Unavailable(Exception):
     """Why there is no non-temporal copy here."""
 
 
-def contender(case: Case) -> Contender:
-    """Copies case.x to case.y. Raises Unavailable."""
+def add_to(found: dict[str, Contender], case: Case) -> None:
+    """Adds the copy for `case` to the contenders, or says why there is none."""
+    try:
+        found[NAME] = _contender(case)
+    except Unavailable as reason:
+        print(f"{case.name}: no non-temporal copy: {reason}", file=sys.stderr)
+
+
+def _contender(case: Case) -> Contender:
+    """Copies case.x to case.y."""
     names = {
         "nt_copy": _library().nt_copy,
         "to": case.y.ctypes.data_as(ctypes.c_void_p),

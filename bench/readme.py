@@ -55,10 +55,7 @@ def measure(op: str, shape: tuple[int, int], least: float, clock: Callable[[], f
     """Medians of every contender, oneDNN and the non-temporal copy where they can be had."""
     case = contenders.Case(op, shape, "float32")
     found = contenders.contenders(case)
-    try:
-        found[nt_copy.NAME] = nt_copy.contender(case)
-    except nt_copy.Unavailable as reason:
-        print(f"no non-temporal copy: {reason}")
+    nt_copy.add_to(found, case)
     times = timing.interleave(found, seconds=0, least=least, clock=clock)
     medians = {name: statistics.median(rounds) for name, rounds in times.items()}
     program = os.environ.get("FASTNORM_ONEDNN")
@@ -174,7 +171,7 @@ def main() -> None:
 
     forward = all_times("layer_norm", QUICK if options.quick else FORWARD)
     backward = all_times("layer_norm_backward", QUICK if options.quick else BACKWARD)
-    found = errors.forward_errors(errors.QUICK_COLS if options.quick else errors.COLS)
+    found = errors.errors_by_mean("layer_norm", errors.QUICK_COLS if options.quick else errors.COLS)
     blocks = {
         "headline": headline(forward[1, 768], found),
         "new": time_table(NEW, forward, error_rows(found)),

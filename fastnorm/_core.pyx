@@ -11,6 +11,7 @@ there, and this file knows nothing of devices.
 
 import os
 
+cimport cython
 cimport numpy as cnp
 from cpython.float cimport PyFloat_AS_DOUBLE, PyFloat_CheckExact
 from cpython.exc cimport PyErr_Clear
@@ -597,7 +598,7 @@ cdef object direct_backward(object dy_object, object x_object, object normalized
     cdef object dx = None, dweight = None, dbias = None
     cdef int typenum, axes, mask = wanted(output_mask), first
     cdef Py_ssize_t stride
-    if mask < 0 or not cnp.PyArray_CheckExact(x_object):
+    if mask <= 0 or not cnp.PyArray_CheckExact(x_object):
         return None
     x = <ndarray>x_object
     typenum = cnp.PyArray_TYPE(x)
@@ -767,6 +768,7 @@ def moments_rows(ndarray x, mean, variance, bint plan=False):
 
 # ---- the bound call: parameters checked once --------------------------------------------------------
 
+@cython.auto_pickle(False)
 cdef class BoundLayerNorm:
     """What fastnorm.LayerNorm is made of: parameters and the fastest call.
 

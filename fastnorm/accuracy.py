@@ -1,4 +1,4 @@
-"""How errors are counted: the three bounds that fastnorm keeps, each as error over what it allows.
+"""How errors are counted: the bounds that fastnorm keeps, each as error over what it allows.
 
 For float32 the allowed error is 1e-6 times
 
@@ -105,12 +105,14 @@ def _rows(a: Array) -> Array:
 
 
 def _chunks(x: Array) -> Iterator[slice]:
+    """The rows of x, some at a time."""
     count = _rows(x).shape[0]
     step = max(1, CHUNK // max(1, x.shape[-1]))
     return (slice(first, first + step) for first in range(0, count, step))
 
 
-def _largest(rows: Array) -> Array:
+def _largest(rows: Array) -> Any:
+    """max|..| of each row, in a column."""
     return np.max(np.abs(rows), axis=-1, keepdims=True, initial=0)
 
 

@@ -191,6 +191,7 @@ def _show(results: list[Result], options: argparse.Namespace, console: Console) 
 
 
 def machine_line() -> str:
+    """What `machine` says, as a line to print."""
     here = machine()
     found = [f"{name} {version}" for name, version in here["versions"].items() if version]
     absent = [name for name, version in here["versions"].items() if not version]
@@ -229,13 +230,21 @@ COLORS = {
 def plot(results: list[Result], path: str) -> None:
     """Each contender's time over fastnorm's, a column for each shape."""
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-    from matplotlib.ticker import FuncFormatter
 
     shapes = list(dict.fromkeys(result.shape for result in results))
     providers = list(dict.fromkeys(result.provider for result in results))
     figure = Figure(figsize=(max(6.5, 1.5 + 0.95 * len(shapes)), 5.2), layout="constrained")
     axes = figure.add_subplot()
+    _draw_ratios(axes, results, shapes, providers)
+    _label(axes, results, shapes)
+    handles = _legend_handles(providers)
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=math.ceil(len(handles) / 2), fontsize=8
+    )
+    figure.savefig(path, dpi=150)
+
+
+def _draw_ratios(axes: Any, results: list[Result], shapes: list[str], providers: list[str]) -> None:
     axes.axhline(1, color=COLORS["fastnorm"], linewidth=1.2, zorder=1)
     shift = {p: 0.7 * (i / max(1, len(providers) - 1) - 0.5) for i, p in enumerate(providers)}
     for result in results:
@@ -250,6 +259,11 @@ def plot(results: list[Result], path: str) -> None:
         )
     for i in range(1, len(shapes)):
         axes.axvline(i - 0.5, color="0.9", linewidth=0.8, zorder=0)
+
+
+def _label(axes: Any, results: list[Result], shapes: list[str]) -> None:
+    from matplotlib.ticker import FuncFormatter
+
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
     axes.set_ylabel("time / fastnorm's time with the same kind of output")
@@ -266,12 +280,14 @@ def plot(results: list[Result], path: str) -> None:
         fontsize=10,
         loc="left",
     )
+
+
+def _legend_handles(providers: list[str]) -> list[Any]:
+    from matplotlib.lines import Line2D
+
     handles = [Line2D([], [], marker="o", ls="", color=COLORS.get(p), label=p) for p in providers]
     for marker, face, label in (("o", "white", "new output"), ("s", "0.4", "into out")):
         handles.append(
             Line2D([], [], marker=marker, ls="", mfc=face, mec="0.4", color="0.4", label=label)
         )
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=math.ceil(len(handles) / 2), fontsize=8
-    )
-    figure.savefig(path, dpi=150)
+    return handles

@@ -1,4 +1,4 @@
-"""Checks of arguments: everything that the straight path in _core does not take comes through here.
+"""Checks of arguments: what the straight path in _core does not take comes through here.
 
 Each function returns what the kernels need, or raises an error that names the argument, what was
 got and what was wanted. Nothing is written to any output before all of them have passed.
@@ -16,10 +16,13 @@ from numpy.lib.array_utils import normalize_axis_tuple
 
 SUPPORTED = (np.dtype(np.float32), np.dtype(np.float64))
 
+# How long NumPy may think about whether two arrays overlap; its annotations know of 0 and -1 alone.
+MAX_WORK: Any = 1 << 20
+
 
 def as_array(name: str, value: Any) -> np.ndarray:
     """`value` as a base-class ndarray of any type."""
-    if isinstance(value, np.ma.MaskedArray):
+    if is_masked(value):
         raise TypeError(
             f"{name}: got a masked array, wanted an ndarray: a mask would be ignored; "
             "pass x.filled(...)"
@@ -29,8 +32,14 @@ def as_array(name: str, value: Any) -> np.ndarray:
     return np.asarray(value)
 
 
+def is_masked(value: Any) -> bool:
+    """Whether `value` is a masked array. numpy.ma is slow to import: plain arrays do without it."""
+    subclass = isinstance(value, np.ndarray) and type(value) is not np.ndarray
+    return subclass and isinstance(value, np.ma.MaskedArray)
+
+
 def as_floating(name: str, value: Any) -> np.ndarray:
-    """`value` as float32 or float64 in native byte order; integers and booleans become float64."""
+    """`value` as float32 or float64 of either byte order; integers and booleans become float64."""
     array = as_array(name, value)
     if array.dtype.kind in "biu":
         return array.astype(np.float64)
@@ -56,14 +65,28 @@ def as_eps(eps: Any) -> float:
 
 def as_shape(name: str, value: Any) -> tuple[int, ...]:
     """An int or a sequence of ints as a tuple of lengths."""
-    items = value if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
-    try:
-        shape = tuple(operator.index(item) for item in items)
-    except TypeError:
-        raise TypeError(f"{name}: got {value!r}, wanted an int or a sequence of ints") from None
+    shape = _as_ints(name, value)
     if any(length < 0 for length in shape):
         raise ValueError(f"{name}: got {value!r}, wanted lengths of at least 0")
     return shape
+
+
+def as_axes(axis: Any, ndim: int) -> tuple[int, ...]:
+    """An int or a sequence of ints as axes of an array of `ndim` dimensions, ascending."""
+    axes = normalize_axis_tuple(_as_ints("axis", axis), ndim, argname="axis", allow_duplicate=True)
+    if not axes:
+        raise ValueError("axis: got (), wanted at least one axis")
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"axis: got {axis!r} for {ndim} dimensions, wanted each axis once")
+    return tuple(sorted(axes))
+
+
+def _as_ints(name: str, value: Any) -> tuple[int, ...]:
+    items = value if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
+    try:
+        return tuple(operator.index(item) for item in items)
+    except TypeError:
+        raise TypeError(f"{name}: got {value!r}, wanted an int or a sequence of ints") from None
 
 
 def normalized_axes(x: np.ndarray, normalized_shape: Any, axis: Any) -> tuple[int, ...]:
@@ -75,10 +98,7 @@ def normalized_axes(x: np.ndarray, normalized_shape: Any, axis: Any) -> tuple[in
     if x.ndim == 0:
         raise ValueError("x: got an array of 0 dimensions, wanted at least 1")
     if axis is not None:
-        axes = normalize_axis_tuple(axis, x.ndim, argname="axis")
-        if not axes:
-            raise ValueError("axis: got (), wanted at least one axis")
-        return tuple(sorted(axes))
+        return as_axes(axis, x.ndim)
     if normalized_shape is None:
         return (x.ndim - 1,)
     shape = as_shape("normalized_shape", normalized_shape)
@@ -132,9 +152,9 @@ def as_mask(output_mask: Any) -> tuple[bool, bool, bool]:
     return mask
 
 
-def check_out(out: Any, x: np.ndarray) -> np.ndarray:
-    """`out`, if a result of x's shape and type can be written to it."""
-    if isinstance(out, np.ma.MaskedArray) or not isinstance(out, np.ndarray):
+def check_out(out: Any, x: np.ndarray) -> None:
+    """A result of x's shape and type must fit into `out`."""
+    if not isinstance(out, np.ndarray) or is_masked(out):
         raise TypeError(f"out: got {type(out).__name__}, wanted an ndarray")
     dtype = x.dtype.newbyteorder("=")
     if out.dtype.newbyteorder("=") != dtype:
@@ -144,8 +164,9 @@ def check_out(out: Any, x: np.ndarray) -> np.ndarray:
     if not out.flags.writeable:
         raise ValueError("out: got a read-only array, wanted a writeable one")
     if overlaps_itself(out):
-        raise ValueError("out: got an array whose elements overlap in memory")
-    return out
+        raise ValueError(
+            "out: got an array whose elements overlap in memory, wanted each in a place of its own"
+        )
 
 
 def check_apart(out: np.ndarray, x: Any, inputs: dict[str, Any]) -> None:
@@ -174,7 +195,7 @@ def is_same_memory(a: np.ndarray, b: np.ndarray) -> bool:
 def shares_memory(a: np.ndarray, b: np.ndarray) -> bool:
     """np.shares_memory; arrays too intricate to tell count as overlapping."""
     try:
-        return np.shares_memory(a, b, max_work=1 << 20)
+        return np.shares_memory(a, b, max_work=MAX_WORK)
     except TooHardError:
         return True
 

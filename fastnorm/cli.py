@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import fastnorm
 
@@ -15,7 +16,10 @@ PACKAGES = {"rich": "rich", "matplotlib": "matplotlib", "sklearn": "scikit-learn
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code: 0 done, 1 a check failed, 2 it could not run."""
+    """Runs one command; returns its exit code.
+
+    0: done. 1: a check failed. 2: it could not run. 130: stopped by Ctrl-C.
+    """
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
@@ -39,11 +43,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fastnorm {fastnorm.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    _add_info(commands)
+    _add_demo(commands)
+    _add_bench(commands)
+    return parser
 
+
+def _add_info(commands: Any) -> None:
     info = commands.add_parser("info", help="what was built and what this machine has")
     info.add_argument("--json", action="store_true", help="print JSON")
     info.set_defaults(run=_info)
 
+
+def _add_demo(commands: Any) -> None:
     demo = commands.add_parser(
         "demo",
         help="train a small network on handwritten digits, with and without layer norm",
@@ -58,9 +70,11 @@ def _parser() -> argparse.ArgumentParser:
         default="fastnorm-demo.png",
         help="where the plot goes (default: %(default)s)",
     )
-    demo.add_argument("--quick", action="store_true", help="three epochs in place of twelve")
+    demo.add_argument("--quick", action="store_true", help="three epochs in place of ten")
     demo.set_defaults(run=_demo)
 
+
+def _add_bench(commands: Any) -> None:
     bench = commands.add_parser(
         "bench",
         help="time the ops on this machine, next to the libraries that are installed",
@@ -93,7 +107,6 @@ def _parser() -> argparse.ArgumentParser:
         "--plot", metavar="FILE", type=_plot_file, help="draw the results (.png, .svg or .pdf)"
     )
     bench.set_defaults(run=_bench)
-    return parser
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -103,7 +116,7 @@ def _shape(text: str) -> tuple[int, int]:
     return int(rows), int(cols)
 
 
-def _positive(kind: type[int] | type[float]):  # type: ignore[no-untyped-def]
+def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
     def parse(text: str) -> float:
         try:
             value = kind(text)

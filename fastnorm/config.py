@@ -19,7 +19,12 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     Parameters
     ----------
     mode : {"stdout", "dicts"}
-        Print it, or return it as nested dicts of plain values.
+        Print it, or return it.
+
+    Returns
+    -------
+    dict or None
+        With "dicts", nested dicts of plain values; what does not apply is None.
 
     Raises
     ------

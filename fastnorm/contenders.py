@@ -10,7 +10,7 @@ import functools
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -75,11 +75,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Contender:
+    """A line of Python to time, and the names it uses."""
+
     provider: str
     output: str  # "new" or "out"
     statement: str
     names: dict[str, Any]
-    into: tuple[Any, ...] | None = field(default=None)  # what an "out" statement fills
+    into: tuple[Any, ...] | None = None  # what an "out" statement fills
 
     @property
     def name(self) -> str:
@@ -262,6 +264,8 @@ def _arrays(case: Case) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Provider:
+    """A library: its contenders for a case and a number of threads, and the modules it needs."""
+
     contenders: Callable[[Case, int], Iterator[Contender]]
     needs: tuple[str, ...] = ()
 

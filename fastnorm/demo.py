@@ -27,7 +27,6 @@ from sklearn.datasets import load_digits
 
 import fastnorm
 from fastnorm import accuracy, contenders, timing
-from fastnorm.timing import duration
 
 Array = NDArray[Any]
 
@@ -179,10 +178,12 @@ class Run:
     test_accuracy: list[float] = field(default_factory=list)
 
     @property
+    def with_or_without(self) -> str:
+        return "with" if self.layer_norm else "without"
+
+    @property
     def name(self) -> str:
-        return (
-            f"batch size {self.batch_size}, {'with' if self.layer_norm else 'without'} layer norm"
-        )
+        return f"batch size {self.batch_size}, {self.with_or_without} layer norm"
 
     @property
     def epochs_to_good(self) -> int | None:
@@ -247,7 +248,9 @@ def run(plot_path: str, quick: bool = False) -> int:
                 print(f"{one.name}: {one.test_accuracy[-1]:.1%} right", file=sys.stderr, flush=True)
         progress.update(task, description="speed")
         speeds = measure_speed(0.2 if quick else 0.5, tick)
-    show(runs, speeds, train, test)
+    show_learning(Console(), runs, train, test)
+    print()
+    show_calls(Console(), runs, speeds)
     draw(runs, speeds, plot_path)
     print(f"\nplot: {plot_path}")
     return report(runs)
@@ -276,6 +279,7 @@ def measure_speed(seconds: float, tick: Callable[[], None]) -> list[Speed]:
 
 
 def report(runs: list[Run]) -> int:
+    """Says whether every checked batch was right: 0 where they were, else 1."""
     checked = [one.checks for one in runs if one.layer_norm]
     forward = sum(checks.forward_count for checks in checked)
     backward = sum(checks.backward_count for checks in checked)
@@ -298,8 +302,13 @@ def report(runs: list[Run]) -> int:
 # ---- what is shown ------------------------------------------------------------------------------
 
 
-def show(runs: list[Run], speeds: list[Speed], train: Split, test: Split) -> None:
-    console = Console()
+NOTE: dict[str, Any] = {"style": "dim", "highlight": False, "soft_wrap": True}
+STYLE: dict[str, Any] = {"title_justify": "left", "box": box.SIMPLE_HEAD, "pad_edge": False}
+WITH, WITHOUT, NUMPY = "#c1440e", "#4a6fa5", "#9aa5b1"
+
+
+def show_learning(console: Console, runs: list[Run], train: Split, test: Split) -> None:
+    """What each network learned, and what layer norm did for it."""
     learned = Table(
         title=f"{len(runs[0].loss)} epochs on {len(train.labels)} handwritten digits, tested on "
         f"{len(test.labels)} others",
@@ -311,7 +320,7 @@ def show(runs: list[Run], speeds: list[Speed], train: Split, test: Split) -> Non
     for one in runs:
         learned.add_row(
             str(one.batch_size),
-            "with" if one.layer_norm else "without",
+            one.with_or_without,
             f"{one.test_accuracy[-1]:.1%}",
             str(one.epochs_to_good or "not reached"),
             f"{one.loss[-1]:.4f}",
@@ -330,8 +339,10 @@ def show(runs: list[Run], speeds: list[Speed], train: Split, test: Split) -> Non
         f"{step:.1%}, so differences below a percent mean little.",
         **NOTE,
     )
-    console.print()
 
+
+def show_calls(console: Console, runs: list[Run], speeds: list[Speed]) -> None:
+    """The calls' largest errors and their speed, for each batch size."""
     checked = Table(title="Layer norm: largest errors of all batches, and speed", **STYLE)
     for heading in ("batch", "pass", "checked", "largest error", "fastnorm", "NumPy", "ratio"):
         checked.add_column(heading, justify="right")
@@ -343,8 +354,8 @@ def show(runs: list[Run], speeds: list[Speed], train: Split, test: Split) -> Non
             "forward" if forward else "backward",
             f"{checks.forward_count if forward else checks.backward_count:,}",
             f"{checks.forward if forward else checks.backward:.1e}",
-            duration(speed.fastnorm),
-            duration(speed.numpy),
+            timing.duration(speed.fastnorm),
+            timing.duration(speed.numpy),
             f"{speed.ratio:.1f}×",
             end_section=not forward,
         )
@@ -357,11 +368,6 @@ def show(runs: list[Run], speeds: list[Speed], train: Split, test: Split) -> Non
     )
 
 
-NOTE: dict[str, Any] = {"style": "dim", "highlight": False, "soft_wrap": True}
-STYLE: dict[str, Any] = {"title_justify": "left", "box": box.SIMPLE_HEAD, "pad_edge": False}
-WITH, WITHOUT, NUMPY = "#c1440e", "#4a6fa5", "#9aa5b1"
-
-
 def draw(runs: list[Run], speeds: list[Speed], path: str) -> None:
     """Test accuracy and training loss for each batch size, and the speed of the calls."""
     figure = Figure(figsize=(11.5, 6.2), layout="constrained")
@@ -370,25 +376,8 @@ def draw(runs: list[Run], speeds: list[Speed], path: str) -> None:
     for column, batch_size in enumerate(BATCH_SIZES):
         top = figure.add_subplot(grid[0, column], sharey=top)
         bottom = figure.add_subplot(grid[1, column], sharey=bottom, sharex=top)
-        for one in runs:
-            if one.batch_size != batch_size:
-                continue
-            style: dict[str, Any] = {
-                "color": WITH if one.layer_norm else WITHOUT,
-                "label": f"{'with' if one.layer_norm else 'without'} layer norm",
-                "marker": "o" if one.layer_norm else "s",
-                "markersize": 3.5,
-            }
-            epochs = range(1, len(one.loss) + 1)
-            top.plot(epochs, [100 * value for value in one.test_accuracy], **style)
-            bottom.plot(epochs, one.loss, **style)
-        top.set_title(f"batch size {batch_size}", fontsize=11)
-        top.tick_params(labelbottom=False)
-        bottom.set_xlabel("epoch")
-        bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
-        bottom.set_yscale("log")
+        draw_learning(top, bottom, [one for one in runs if one.batch_size == batch_size])
         for axes in (top, bottom):
-            axes.grid(color="0.92")
             axes.tick_params(labelleft=column == 0)
         if column == 0:
             top.set_ylabel("test accuracy, %")
@@ -398,6 +387,27 @@ def draw(runs: list[Run], speeds: list[Speed], path: str) -> None:
     network = " → ".join(map(str, WIDTHS))
     figure.suptitle(f"Handwritten digits, {network}, plain SGD, with and without layer norm")
     figure.savefig(path, dpi=150)
+
+
+def draw_learning(top: Any, bottom: Any, runs: list[Run]) -> None:
+    """Test accuracy above, training loss below, of the runs at one batch size."""
+    for one in runs:
+        style: dict[str, Any] = {
+            "color": WITH if one.layer_norm else WITHOUT,
+            "label": f"{one.with_or_without} layer norm",
+            "marker": "o" if one.layer_norm else "s",
+            "markersize": 3.5,
+        }
+        epochs = range(1, len(one.loss) + 1)
+        top.plot(epochs, [100 * value for value in one.test_accuracy], **style)
+        bottom.plot(epochs, one.loss, **style)
+    top.set_title(f"batch size {runs[0].batch_size}", fontsize=11)
+    top.tick_params(labelbottom=False)
+    bottom.set_xlabel("epoch")
+    bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+    bottom.set_yscale("log")
+    for axes in (top, bottom):
+        axes.grid(color="0.92")
 
 
 def draw_speed(axes: Any, speeds: list[Speed]) -> None:
@@ -416,7 +426,7 @@ def draw_speed(axes: Any, speeds: list[Speed]) -> None:
         axes.scatter(values, places, s=42, color=color, marker=marker, label=name, zorder=2)
         for place, value in zip(places, values, strict=True):
             axes.annotate(
-                duration(value / 1e6),
+                timing.duration(value / 1e6),
                 (value, place),
                 (0, 7),
                 textcoords="offset points",

@@ -8,10 +8,10 @@ that ``explain`` shows the very decisions a call would make.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,22 +25,27 @@ class Rows:
     back), which `notes` records.
     """
 
-    def __init__(self, name: str, source: np.ndarray, axes: tuple[int, ...], notes: list[str]):
+    def __init__(
+        self,
+        name: str,
+        source: np.ndarray,
+        axes: tuple[int, ...],
+        notes: list[str],
+        is_output: bool = False,
+    ) -> None:
         lead = [d for d in range(source.ndim) if d not in axes]
-        moved = source.transpose(*lead, *axes)
-        native = moved.dtype.newbyteorder("=")
-        why = _why_copied(moved, len(lead))
-        if why:
-            notes.append(f"{name} is copied: {why}")
-            room = np.empty(moved.shape, native)
-            if name not in ("out", "dx"):
-                np.copyto(room, moved)
-            moved = room
-        self.copied = bool(why)
-        self.lead = moved.shape[: len(lead)]
-        self.normalized = moved.shape[len(lead) :]
         self.source = source
         self.order = (*lead, *axes)
+        moved = source.transpose(self.order)
+        why = _why_copied(moved, len(lead))
+        self.copied = bool(why)
+        if why:
+            notes.append(f"{name} is copied: {why}")
+            room = np.empty(moved.shape, moved.dtype.newbyteorder("="))
+            if not is_output:
+                np.copyto(room, moved)
+            moved = room
+        self.lead = moved.shape[: len(lead)]
         self.array = _merge_last(moved, len(lead))
 
     def write_back(self) -> None:
@@ -71,114 +76,122 @@ def _merge_last(array: np.ndarray, lead: int) -> np.ndarray:
     return np.lib.stride_tricks.as_strided(array, (*array.shape[:lead], n), strides)
 
 
-class LayerNormCall:
-    """One call of layer_norm, checked."""
+class Call:
+    """One call of an op, checked and laid out.
 
-    def __init__(self, x, normalized_shape, weight, bias, eps, axis, out, return_stats):
+    An op's own constructor sets `kernel`, the function of _core with its arguments, `result`, what
+    the caller gets, and `outputs`, the rows to be written back.
+    """
+
+    kernel: Callable[..., Any]
+    result: Any
+    outputs: tuple[Rows, ...] = ()
+
+    def __init__(self, x: Any, normalized_shape: Any, axis: Any) -> None:
         self.copies: list[str] = []
-        source = checks.as_floating("x", x)
-        axes = checks.normalized_axes(source, normalized_shape, axis)
-        self.eps = checks.as_eps(eps)
-        self.dtype = source.dtype.newbyteorder("=")
-        normalized = tuple(source.shape[d] for d in axes)
-        self.weight = checks.as_parameter("weight", weight, normalized, self.dtype)
-        self.bias = checks.as_parameter("bias", bias, normalized, self.dtype)
-        self.warm = out is not None
+        self.source = checks.as_floating("x", x)
+        self.axes = checks.normalized_axes(self.source, normalized_shape, axis)
+        self.dtype = self.source.dtype.newbyteorder("=")
+        self.normalized = tuple(self.source.shape[d] for d in self.axes)
+
+    def parameter(self, name: str, value: Any) -> np.ndarray | None:
+        return checks.as_parameter(name, value, self.normalized, self.dtype)
+
+    def rows(self, name: str, source: np.ndarray, is_output: bool = False) -> Rows:
+        return Rows(name, source, self.axes, self.copies, is_output)
+
+    def statistics(self, lead: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """Room for a mean and an rstd or variance, which hold what rows of length 0 have."""
+        return np.zeros(lead, self.dtype), np.full(lead, np.nan, self.dtype)
+
+    def plan(self) -> dict[str, Any]:
+        """What `run` would do, as _core describes it."""
+        return self.kernel(plan=True)
+
+    def run(self) -> Any:
+        if self.source.size:
+            self.kernel()
+            for rows in self.outputs:
+                rows.write_back()
+        return self.result
+
+
+class LayerNormCall(Call):
+    """One call of layer_norm."""
+
+    def __init__(
+        self, x: Any, normalized_shape: Any, weight: Any, bias: Any, eps: Any, axis: Any, out: Any,
+        return_stats: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(x, normalized_shape, axis)
+        w, b = self.parameter("weight", weight), self.parameter("bias", bias)
+        checked_eps = checks.as_eps(eps)
+        warm = out is not None
         if out is None:
-            out = np.empty(source.shape, self.dtype)
+            out = np.empty(self.source.shape, self.dtype)
         else:
-            checks.check_out(out, source)
+            checks.check_out(out, self.source)
             checks.check_apart(out, x, {"weight": weight, "bias": bias})
-        self.out = out
-        self.x = Rows("x", source, axes, self.copies)
-        self.y = Rows("out", out, axes, self.copies)
-        self.return_stats = bool(return_stats)
-        self.mean = np.zeros(self.x.lead, self.dtype)
-        self.rstd = np.full(self.x.lead, np.nan, self.dtype)
-
-    def _rows(self, plan: bool) -> Any:
-        mean, rstd = (self.mean, self.rstd) if self.return_stats else (None, None)
-        return _core.layer_norm_rows(
-            self.x.array, self.y.array, self.weight, self.bias, self.eps, mean, rstd,
-            self.warm and not self.y.copied, plan,
+        x_rows, y_rows = self.rows("x", self.source), self.rows("out", out, is_output=True)
+        mean, rstd = self.statistics(x_rows.lead) if return_stats else (None, None)
+        self.kernel = partial(
+            _core.layer_norm_rows, x_rows.array, y_rows.array, w, b, checked_eps, mean, rstd,
+            warm and not y_rows.copied,
         )  # fmt: skip
-
-    def plan(self) -> dict[str, Any]:
-        return self._rows(plan=True)
-
-    def run(self) -> Any:
-        if self.x.array.size:
-            self._rows(plan=False)
-            self.y.write_back()
-        return (self.out, self.mean, self.rstd) if self.return_stats else self.out
+        self.outputs = (y_rows,)
+        self.result = (out, mean, rstd) if return_stats else out
 
 
-class LayerNormBackwardCall:
-    """One call of layer_norm_backward, checked."""
+class LayerNormBackwardCall(Call):
+    """One call of layer_norm_backward."""
 
-    def __init__(self, dy, x, normalized_shape, mean, rstd, weight, bias, axis, output_mask):
-        self.copies: list[str] = []
-        source = checks.as_floating("x", x)
-        axes = checks.normalized_axes(source, normalized_shape, axis)
-        self.dtype = source.dtype.newbyteorder("=")
-        grad = checks.as_floating("dy", dy)
-        if grad.shape != source.shape:
-            raise ValueError(f"dy: got shape {grad.shape}, wanted {source.shape}, the shape of x")
-        if grad.dtype.newbyteorder("=") != self.dtype:
-            self.copies.append(f"dy is copied: it is {grad.dtype}, x is {self.dtype}")
-            grad = grad.astype(self.dtype)
-        normalized = tuple(source.shape[d] for d in axes)
-        self.weight = checks.as_parameter("weight", weight, normalized, self.dtype)
-        checks.as_parameter("bias", bias, normalized, self.dtype)
-        self.mean = checks.as_statistic("mean", mean, source, axes)
-        self.rstd = checks.as_statistic("rstd", rstd, source, axes)
+    def __init__(
+        self, dy: Any, x: Any, normalized_shape: Any, mean: Any, rstd: Any, weight: Any, bias: Any,
+        axis: Any, output_mask: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(x, normalized_shape, axis)
+        grad = self.gradient(dy)
+        w = self.parameter("weight", weight)
+        self.parameter("bias", bias)
+        m = checks.as_statistic("mean", mean, self.source, self.axes)
+        r = checks.as_statistic("rstd", rstd, self.source, self.axes)
         want_dx, want_dweight, want_dbias = checks.as_mask(output_mask)
-        self.result = np.empty(source.shape, self.dtype) if want_dx else None
-        self.dweight = np.zeros(normalized, self.dtype) if want_dweight else None
-        self.dbias = np.zeros(normalized, self.dtype) if want_dbias else None
-        self.x = Rows("x", source, axes, self.copies)
-        self.dy = Rows("dy", grad, axes, self.copies)
-        self.dx = Rows("dx", self.result, axes, self.copies) if want_dx else None
-
-    def _rows(self, plan: bool) -> Any:
-        return _core.layer_norm_backward_rows(
-            self.dy.array, self.x.array, self.dx and self.dx.array, self.mean, self.rstd,
-            self.weight, self.dweight, self.dbias, plan,
+        dx = np.empty(self.source.shape, self.dtype) if want_dx else None
+        dweight = np.zeros(self.normalized, self.dtype) if want_dweight else None
+        dbias = np.zeros(self.normalized, self.dtype) if want_dbias else None
+        x_rows, dy_rows = self.rows("x", self.source), self.rows("dy", grad)
+        dx_rows = None if dx is None else self.rows("dx", dx, is_output=True)
+        self.kernel = partial(
+            _core.layer_norm_backward_rows, dy_rows.array, x_rows.array,
+            None if dx_rows is None else dx_rows.array, m, r, w, dweight, dbias,
         )  # fmt: skip
+        self.outputs = () if dx_rows is None else (dx_rows,)
+        self.result = (dx, dweight, dbias)
 
-    def plan(self) -> dict[str, Any]:
-        return self._rows(plan=True)
-
-    def run(self) -> Any:
-        if self.x.array.size:
-            self._rows(plan=False)
-            if self.dx is not None:
-                self.dx.write_back()
-        return self.result, self.dweight, self.dbias
-
-
-class MomentsCall:
-    """One call of moments, checked."""
-
-    def __init__(self, x, axis=None):
-        self.copies: list[str] = []
-        source = checks.as_floating("x", x)
-        axes = checks.normalized_axes(source, None, axis)
-        self.dtype = source.dtype.newbyteorder("=")
-        self.x = Rows("x", source, axes, self.copies)
-        self.mean = np.zeros(self.x.lead, self.dtype)
-        self.variance = np.full(self.x.lead, np.nan, self.dtype)
-
-    def plan(self) -> dict[str, Any]:
-        return _core.moments_rows(self.x.array, self.mean, self.variance, True)
-
-    def run(self) -> Any:
-        if self.x.array.size:
-            _core.moments_rows(self.x.array, self.mean, self.variance)
-        return self.mean, self.variance
+    def gradient(self, dy: Any) -> np.ndarray:
+        """dy in x's type."""
+        grad = checks.as_floating("dy", dy)
+        if grad.shape != self.source.shape:
+            raise ValueError(
+                f"dy: got shape {grad.shape}, wanted {self.source.shape}, the shape of x"
+            )
+        if grad.dtype.newbyteorder("=") == self.dtype:
+            return grad
+        self.copies.append(f"dy is copied: it is {grad.dtype}, x is {self.dtype}")
+        return grad.astype(self.dtype)
 
 
-def _handler(call: Callable[..., Any]) -> Callable[..., Any]:
+class MomentsCall(Call):
+    """One call of moments."""
+
+    def __init__(self, x: Any, axis: Any = None) -> None:
+        super().__init__(x, None, axis)
+        rows = self.rows("x", self.source)
+        self.result = self.statistics(rows.lead)
+        self.kernel = partial(_core.moments_rows, rows.array, *self.result)
+
+
+def _handler(call: Callable[..., Call]) -> Callable[..., Any]:
     def handle(*args: Any) -> Any:
         return call(*args).run()
 
@@ -193,11 +206,10 @@ for _op, _call in {
     _core.register(_op, _handler(_call))
 
 
-# ---- explain --------------------------------------------------------------------------------------
+# ---- explain ------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Explanation:
+class Explanation(NamedTuple):
     """What a call would do, and why; ``str()`` of it is meant to be read."""
 
     op: str
@@ -214,7 +226,7 @@ class Explanation:
 
     def asdict(self) -> dict[str, Any]:
         """The fields as a dict."""
-        return dataclasses.asdict(self)
+        return self._asdict()
 
     def __str__(self) -> str:
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
@@ -225,28 +237,36 @@ class Explanation:
         return "\n".join([head, *(f"  - {line}" for line in (*self.copies, *self.reasons))])
 
 
-def _layer_norm_arguments(x, normalized_shape=None, weight=None, bias=None, eps=1e-5, *, axis=None,
-                          out=None, return_stats=False):  # fmt: skip
+# explain's arguments are the op's own, checked by Python as the op's are.
+
+
+def _layer_norm(
+    x: Any, normalized_shape: Any = None, weight: Any = None, bias: Any = None, eps: Any = 1e-5, *,
+    axis: Any = None, out: Any = None, return_stats: Any = False,
+) -> Call:  # fmt: skip
     return LayerNormCall(x, normalized_shape, weight, bias, eps, axis, out, return_stats)
 
 
-def _backward_arguments(dy, x, normalized_shape, mean, rstd, weight=None, bias=None, *, axis=None,
-                        output_mask=(True, True, True)):  # fmt: skip
+def _layer_norm_backward(
+    dy: Any, x: Any, normalized_shape: Any, mean: Any, rstd: Any, weight: Any = None,
+    bias: Any = None, *, axis: Any = None, output_mask: Any = (True, True, True),
+) -> Call:  # fmt: skip
     return LayerNormBackwardCall(
         dy, x, normalized_shape, mean, rstd, weight, bias, axis, output_mask
     )
 
 
-_explained = {
-    "layer_norm": _layer_norm_arguments,
-    "layer_norm_backward": _backward_arguments,
+_EXPLAINED: dict[str, Callable[..., Call]] = {
+    "layer_norm": _layer_norm,
+    "layer_norm_backward": _layer_norm_backward,
     "moments": MomentsCall,
 }
 
+# As parallel.c names them and op_layer_norm.h and op_layer_norm_backward.h have them.
 _REGIMES = {
-    "narrow": "narrow: rows of a few vectors go eight at a time, in registers",
-    "group": "group: rows of at most 1024 elements go several at a time",
-    "row": "row: one row at a time",
+    "narrow": "narrow: rows of at most four vectors go eight at a time, in registers",
+    "group": "group: rows go two or four at a time and share what is loaded of the parameters",
+    "row": "row: rows go one at a time",
     "stream": "stream: the output is large and its pages exist, so it is written past the cache",
 }
 
@@ -271,10 +291,8 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
     ValueError
         If `op` is none of fastnorm's ops. Else what the call itself would raise.
     """
-    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
-    if name not in _explained:
-        raise ValueError(f"op: got {name!r}, wanted one of: {', '.join(_explained)}")
-    call = _explained[name](*args, **kwargs)
+    name = _name_of(op)
+    call = _EXPLAINED[name](*args, **kwargs)
     plan = call.plan()
     return Explanation(
         op=name,
@@ -291,10 +309,16 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
     )
 
 
+def _name_of(op: Any) -> str:
+    for name in _EXPLAINED:
+        if op is getattr(_core, name) or (isinstance(op, str) and op == name):
+            return name
+    raise ValueError(f"op: got {op!r}, wanted one of: {', '.join(_EXPLAINED)}")
+
+
 def _why_threads(plan: dict[str, Any]) -> str:
-    limits = _core.threads()
     if plan["threads"] > 1:
         return f"{plan['threads']} threads: the call moves {plan['bytes']:,} bytes"
-    if limits["max"] == 1:
+    if _core.threads()["max"] == 1:
         return "1 thread: no more are allowed here (see fastnorm.show_config())"
     return f"1 thread: {plan['bytes']:,} bytes or {plan['rows']} rows do not pay for a second"

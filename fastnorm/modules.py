@@ -24,8 +24,9 @@ class LayerNorm(_core.BoundLayerNorm):
     eps : float
         Added to the variance; not negative.
     elementwise_affine : bool
-        Whether there is a weight (of ones) and, with `bias`, a bias (of zeros).
+        Whether there is a weight, at first of ones, and with `bias` a bias, at first of zeros.
     bias : bool
+        Whether there is a bias; without a weight there is none.
     dtype : float32 or float64
         Type of the parameters. Inputs may be of either type.
 
@@ -75,7 +76,7 @@ class LayerNorm(_core.BoundLayerNorm):
             if bias:
                 self.bias = np.zeros(shape, kind)
 
-    # ---- parameters -------------------------------------------------------------------------------
+    # ---- parameters -----------------------------------------------------------------------------
 
     @property
     def eps(self) -> float:
@@ -115,8 +116,7 @@ class LayerNorm(_core.BoundLayerNorm):
 
     def parameters(self) -> dict[str, np.ndarray]:
         """The parameters there are, by name: the arrays themselves."""
-        named = {"weight": self.weight, "bias": self.bias}
-        return {name: array for name, array in named.items() if array is not None}
+        return _present(self.weight, self.bias)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Copies of the parameters under torch's key names."""
@@ -138,7 +138,7 @@ class LayerNorm(_core.BoundLayerNorm):
         for name, array in {n: self._parameter(n, state_dict[n]) for n in wanted}.items():
             self._set(name, array)
 
-    # ---- forward and backward ---------------------------------------------------------------------
+    # ---- forward and backward -------------------------------------------------------------------
 
     def forward(self, x: Any) -> tuple[np.ndarray, tuple[Any, ...]]:
         """y, and what `backward` needs to go back from it.
@@ -150,23 +150,25 @@ class LayerNorm(_core.BoundLayerNorm):
         )
         return y, (x, mean, rstd)
 
-    def backward(
-        self, dy: Any, saved: tuple[Any, ...]
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def backward(self, dy: Any, saved: tuple[Any, ...]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """dx, and the parameters' gradients by name, from the output's gradient `dy`."""
         x, mean, rstd = saved
         wanted = (True, self.weight is not None, self.bias is not None)
-        dx, *grads = _core.layer_norm_backward(
+        dx, dweight, dbias = _core.layer_norm_backward(
             dy, x, self.normalized_shape, mean, rstd, self.weight, self.bias, output_mask=wanted
         )
-        names = ("weight", "bias")
-        return dx, {name: g for name, g in zip(names, grads, strict=True) if g is not None}
+        assert dx is not None  # it was asked for
+        return dx, _present(dweight, dbias)
 
-    # ---- copying and comparing --------------------------------------------------------------------
+    # ---- copying and comparing ------------------------------------------------------------------
 
     def __reduce__(self) -> tuple[Any, ...]:
         settings = (self.normalized_shape, self.eps, self.dtype.str, self.weight, self.bias)
         return _rebuild, (type(self), *settings), self.__dict__ or None
+
+    def __setstate__(self, attributes: dict[str, Any]) -> None:
+        """Give back what a subclass, or its user, has added."""
+        self.__dict__.update(attributes)
 
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):
@@ -187,12 +189,21 @@ class LayerNorm(_core.BoundLayerNorm):
         )
 
 
+def _present(weight: np.ndarray | None, bias: np.ndarray | None) -> dict[str, np.ndarray]:
+    """By name, what is not None."""
+    named = {"weight": weight, "bias": bias}
+    return {name: array for name, array in named.items() if array is not None}
+
+
 def _same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
     return a is b or (a is not None and b is not None and np.array_equal(a, b))
 
 
-def _rebuild(cls, normalized_shape, eps, dtype, weight, bias):  # type: ignore[no-untyped-def]
-    """Undo LayerNorm.__reduce__."""
+def _rebuild(
+    cls: type[LayerNorm], normalized_shape: tuple[int, ...], eps: float, dtype: str,
+    weight: np.ndarray | None, bias: np.ndarray | None,
+) -> LayerNorm:  # fmt: skip
+    """Undo LayerNorm.__reduce__; a subclass's constructor may take other arguments."""
     module = cls.__new__(cls)
     LayerNorm.__init__(module, normalized_shape, eps, False, dtype=dtype)
     module.weight, module.bias = weight, bias

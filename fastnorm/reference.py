@@ -63,16 +63,16 @@ def layer_norm(
     Returns
     -------
     float64 array of x's shape, or three arrays.
-        A constant row is exactly ``bias``, even with eps = 0, where its rstd is inf. A row that
-        holds a NaN or an infinity is NaN throughout, its mean and rstd too. A row of length 0 has
-        mean 0 and rstd NaN.
+        A constant row is exactly ``bias``, even with eps = 0, where its rstd is inf; with
+        eps = inf every finite row is, and its rstd 0. A row that holds a NaN or an infinity is NaN
+        throughout, its mean and rstd too. A row of length 0 has mean 0 and rstd NaN.
 
     Raises
     ------
     TypeError
         ``normalized_shape`` and ``axis`` together; x not of real numbers.
     ValueError
-        Shapes that do not fit, axes out of range or repeated, eps negative or NaN.
+        Shapes that do not fit, no axis, axes out of range or repeated, eps negative or NaN.
     """
     if not eps >= 0:
         raise ValueError(f"eps must be at least 0, got {eps}")
@@ -251,12 +251,15 @@ def _layout(x: ArrayLike, normalized_shape: Axes, axis: Axes) -> _Layout:
     if array.dtype.kind not in "biuf":
         raise TypeError(f"x must hold real numbers, got dtype {array.dtype}")
     if normalized_shape is None:
-        wanted = -1 if axis is None else axis
-        return _Layout(array.shape, tuple(sorted(normalize_axis_tuple(wanted, array.ndim, "axis"))))
+        axes = normalize_axis_tuple(-1 if axis is None else axis, array.ndim, "axis")
+        if not axes:
+            raise ValueError("axis must name at least one axis, got ()")
+        return _Layout(array.shape, tuple(sorted(axes)))
     if axis is not None:
         raise TypeError("normalized_shape and axis exclude each other, got both")
-    is_int = isinstance(normalized_shape, int | np.integer)
-    trailing = (int(normalized_shape),) if is_int else tuple(normalized_shape)  # type: ignore[arg-type]
+    if isinstance(normalized_shape, int | np.integer):
+        normalized_shape = (int(normalized_shape),)
+    trailing = tuple(normalized_shape)
     first = array.ndim - len(trailing)
     if not trailing or first < 0 or array.shape[first:] != trailing:
         raise ValueError(f"normalized_shape {trailing} is not the end of x's shape {array.shape}")
@@ -288,7 +291,8 @@ def _mean(rows: NDArray[Any]) -> Any:
 def _centred(rows: NDArray[Any], eps: float) -> _Centred:
     narrow = rows.dtype.kind == "f" and rows.dtype.itemsize <= 4
     wide = rows.astype(np.float64 if narrow else np.longdouble)
-    largest = np.max(np.abs(wide), axis=-1, keepdims=True, initial=math.sqrt(eps))
+    least = math.sqrt(eps) if math.isfinite(eps) else 0.0  # an infinite eps has no exponent
+    largest = np.max(np.abs(wide), axis=-1, keepdims=True, initial=least)
     exponent = np.where(np.isfinite(largest), np.frexp(largest)[1], 0)
     wide = np.ldexp(wide, -exponent)
 

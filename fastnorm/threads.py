@@ -16,7 +16,6 @@ import operator
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from . import _core
 
@@ -41,7 +40,9 @@ def set_num_threads(n: int) -> None:
 
 def get_num_threads() -> int:
     """The number of threads that a large call made now, from this thread, may use."""
-    return _core.threads()["max"]
+    most = _core.threads()["max"]
+    assert most is not None  # only the limits it comes from may be absent
+    return most
 
 
 @contextmanager
@@ -66,7 +67,7 @@ def _checked(name: str, n: int) -> int:
     return min(count, 1 << 20)
 
 
-# ---- the container's CPU quota ----------------------------------------------------------------------
+# ---- the container's CPU quota ------------------------------------------------------------------
 
 
 def cpu_quota(root: str | os.PathLike[str] = "/") -> float | None:
@@ -75,45 +76,44 @@ def cpu_quota(root: str | os.PathLike[str] = "/") -> float | None:
     Reads version 1 (``cpu.cfs_quota_us``) and version 2 (``cpu.max``) below `root`, of the group
     and of all groups above it: the tightest counts. What is missing or garbled is no limit.
     """
-    base = Path(root)
     try:
-        lines = (base / "proc/self/cgroup").read_text().splitlines()
+        lines = _read(os.path.join(root, "proc/self/cgroup")).splitlines()
     except OSError:
         return None
-    found = [quota for line in lines for quota in _quotas_of(base / "sys/fs/cgroup", line)]
-    return min(found, default=None)
+    mount = os.path.join(root, "sys/fs/cgroup")
+    return min((quota for line in lines for quota in _quotas_of(mount, line)), default=None)
 
 
-def _quotas_of(mount: Path, line: str) -> Iterator[float]:
+def _quotas_of(mount: str, line: str) -> Iterator[float]:
     """The quotas along one line of /proc/self/cgroup: ``number:controllers:path``."""
     _, _, rest = line.partition(":")
     controllers, _, path = rest.partition(":")
     if controllers == "":
-        tops, read = [mount, mount / "unified"], _quota_v2
+        hierarchies, quota_of = ("", "unified"), _quota_v2
     elif "cpu" in controllers.split(","):
-        tops, read = [mount / "cpu", mount / controllers], _quota_v1
+        hierarchies, quota_of = ("cpu", controllers), _quota_v1
     else:
         return
     steps = [part for part in path.split("/") if part not in ("", "..")]
-    for top in tops:
+    for hierarchy in dict.fromkeys(hierarchies):
         for depth in range(len(steps) + 1):
-            quota = read(top.joinpath(*steps[:depth]))
+            quota = quota_of(os.path.join(mount, hierarchy, *steps[:depth]))
             if quota is not None:
                 yield quota
 
 
-def _quota_v2(group: Path) -> float | None:
+def _quota_v2(group: str) -> float | None:
     try:
-        quota, period = (group / "cpu.max").read_text().split()
+        quota, period = _read(os.path.join(group, "cpu.max")).split()
         return _ratio(quota, period)
     except (OSError, ValueError):
         return None
 
 
-def _quota_v1(group: Path) -> float | None:
+def _quota_v1(group: str) -> float | None:
     try:
-        quota = (group / "cpu.cfs_quota_us").read_text()
-        return _ratio(quota, (group / "cpu.cfs_period_us").read_text())
+        quota = _read(os.path.join(group, "cpu.cfs_quota_us"))
+        return _ratio(quota, _read(os.path.join(group, "cpu.cfs_period_us")))
     except (OSError, ValueError):
         return None
 
@@ -122,6 +122,12 @@ def _ratio(quota: str, period: str) -> float | None:
     if quota.strip() == "max" or int(quota) <= 0 or int(period) <= 0:
         return None
     return int(quota) / int(period)
+
+
+# pathlib would be half of what importing fastnorm takes. Names of groups may be any bytes.
+def _read(path: str) -> str:
+    with open(path, "rb") as file:
+        return os.fsdecode(file.read())
 
 
 def configure() -> None:

@@ -62,10 +62,9 @@ def median_ratio(times: Sequence[float], base: Sequence[float]) -> float:
 
 def duration(seconds: float) -> str:
     """Three digits and a unit."""
-    for unit, size in (("ns", 1e-9), ("µs", 1e-6), ("ms", 1e-3)):
-        if seconds < 999.5 * size:
-            return f"{seconds / size:#.3g}".rstrip(".") + f" {unit}"
-    return f"{seconds:#.3g} s"
+    units = ("ns", 1e-9), ("µs", 1e-6), ("ms", 1e-3), ("s", 1.0)
+    unit, size = next((u for u in units if seconds < 999.5 * u[1]), units[-1])
+    return f"{seconds / size:#.3g}".rstrip(".") + f" {unit}"
 
 
 def _loops(timer: timeit.Timer, share: float) -> int:

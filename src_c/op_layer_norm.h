@@ -153,14 +153,14 @@ INLINE ptrdiff_t layer_norm_narrow(const fn_layer_norm_args *a, ptrdiff_t row, p
         s.b[k] = b ? v_loadn(b + k * VW, s.p.n[k]) : v_set1((element)-0.0);
     }
     const ptrdiff_t first = row;
-    for (int now = 0; row + 8 <= end; row += 8, now = !now) {
-        narrow_start(&s, row, few, &stats[now]);
+    for (int now = 0;; row += 8, now = !now) {
+        const int more = row + 8 <= end;
+        if (more) narrow_start(&s, row, few, &stats[now]);
         if (row > first) narrow_finish(&s, row - 8, few, &stats[!now]);
+        if (!more) return row;
         narrow_middle(&s, row, few, &stats[now]);
         if (a->mean || a->rstd) store_group_stats(a, row, 8, &stats[now]);
-        if (row + 16 > end) narrow_finish(&s, row, few, &stats[now]);
     }
-    return row;
 }
 
 /* ---- narrow rows of half a vector ------------------------------------------------------------- */
@@ -215,14 +215,14 @@ OUTLINE ptrdiff_t layer_norm_halves(const fn_layer_norm_args *a, ptrdiff_t row, 
         .a = a, .per_n = vd8_set1(1.0 / (double)(VW / 2)), .w = {v_load(w)}, .b = {v_load(b)}};
     const ptrdiff_t first = row;
     group_stats stats[2];
-    for (int now = 0; row + 8 <= end; row += 8, now = !now) {
-        halves_start(&s, row, &stats[now]);
+    for (int now = 0;; row += 8, now = !now) {
+        const int more = row + 8 <= end;
+        if (more) halves_start(&s, row, &stats[now]);
         if (row > first) halves_finish(&s, row - 8, &stats[!now]);
+        if (!more) return row;
         halves_middle(&s, row, &stats[now]);
         if (a->mean || a->rstd) store_group_stats(a, row, 8, &stats[now]);
-        if (row + 16 > end) halves_finish(&s, row, &stats[now]);
     }
-    return row;
 }
 #endif
 
@@ -313,14 +313,14 @@ INLINE ptrdiff_t layer_norm_group(const fn_layer_norm_args *a, ptrdiff_t row, pt
     const vd8 per_n = vd8_set1(1.0 / (double)a->shape.cols);
     const ptrdiff_t first = row;
     group_stats stats[2];
-    for (int now = 0; row + rows <= end; row += rows, now = !now) {
-        group_start(a, row, rows, per_n, &stats[now]);
+    for (int now = 0;; row += rows, now = !now) {
+        const int more = row + rows <= end;
+        if (more) group_start(a, row, rows, per_n, &stats[now]);
         if (row > first) group_finish(a, row - rows, rows, &stats[!now]);
+        if (!more) return row;
         group_middle(a, row, rows, per_n, &stats[now]);
         if (a->mean || a->rstd) store_group_stats(a, row, rows, &stats[now]);
-        if (row + 2 * rows > end) group_finish(a, row, rows, &stats[now]);
     }
-    return row;
 }
 
 /* ---- row and stream --------------------------------------------------------------------------- */
@@ -378,11 +378,11 @@ INLINE void layer_norm_rows(const fn_layer_norm_args *a, ptrdiff_t row, ptrdiff_
     row_stats stats[2];
     int plain[2];
     carry c = {.line = NULL};
-    for (int now = 0; row < end; row++, now = !now) {
-        const element pivot = row_pivot(row_at(&a->shape, &a->x, row), n);
+    for (int now = 0;; row++, now = !now) {
+        const element pivot = row < end ? row_pivot(row_at(&a->shape, &a->x, row), n) : 0;
         if (row > first) row_finish(a, row - 1, end, plain[!now], &stats[!now], &c);
+        if (row >= end) break;
         plain[now] = row_middle(a, row, pivot, &stats[now]);
-        if (row + 1 == end) row_finish(a, row, end, plain[now], &stats[now], &c);
     }
     release_carry(&c);
     if (a->stream) v_fence();

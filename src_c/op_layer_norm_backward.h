@@ -16,6 +16,7 @@
 typedef struct {
     element pivot, rstd, shift; /* xh = (x - pivot)*rstd + shift */
     element slope, base;        /* dx = (g + xh*slope)*rstd + base */
+    element dx_rstd;            /* that last rstd, which may differ for a scaled row */
     scale x, dy, dx;            /* powers of two for rows out of range, else 1 */
 } backward_row;
 
@@ -26,14 +27,14 @@ INLINE void dots_to_coefficients(const double sums[3], double rstd, ptrdiff_t n,
     const double c = sums[0] * per_n;
     const double mean_g = sums[1] * per_n;
     const double mean_g_xh = (sums[2] - c * sums[1]) * per_n * rstd;
-    row->rstd = (element)rstd;
+    row->rstd = row->dx_rstd = (element)rstd;
     row->shift = (element)(0.0 - c * rstd);
     row->slope = (element)(0.0 - mean_g_xh);
     row->base = (element)(0.0 - mean_g * rstd);
 }
 
 /* Whether T's range sufficed: rstd is of ordinary size, no sum overflowed, and g is not so small
- * that its products with x - mean may have underflowed. (g at least as large as the means, which
+ * that its products with x - mean may have underflowed. (g is at least as large as the means, which
  * may be small for other reasons; such rows take the careful way for nothing.) */
 #define within_range FN_OF_T(within_range)
 INLINE int within_range(const double sums[3], double rstd, ptrdiff_t n)
@@ -45,6 +46,16 @@ INLINE int within_range(const double sums[3], double rstd, ptrdiff_t n)
            g >= least * (double)n;
 }
 
+/* 1/std of x times 2^up, where the rstd that was saved did not fit T: eps was 0 or next to it, and x
+ * alone tells. 0 for a constant row: it has no gradient. */
+#define rstd_of_scaled FN_OF_T(rstd_of_scaled)
+static double rstd_of_scaled(const element *x, ptrdiff_t n, int up)
+{
+    row_stats stats;
+    recentred_stats(x, n, 0, up, &stats);
+    return stats.variance > 0 ? stats.reported_rstd : 0;
+}
+
 /* Rows that overflow or underflow: x and dy are read through powers of two that bring the largest
  * of each into [0.5, 1). */
 #define careful_backward FN_OF_T(careful_backward)
@@ -52,21 +63,22 @@ static COLD void careful_backward(const element *x, const element *dy, const ele
                                   ptrdiff_t n, element mean, element rstd, backward_row *row)
 {
     const double largest = row_largest(x, n), largest_dy = row_largest(dy, n);
+    const double most = sizeof(element) == sizeof(float) ? FLT_MAX : DBL_MAX;
     const int up = largest <= DBL_MAX ? exponent_to_one(largest) : 0;
     const int up_dy = largest_dy <= DBL_MAX ? exponent_to_one(largest_dy) : 0;
-    double sums[3], scaled_rstd = ldexp((double)rstd, -up);
+    const int lost = largest <= DBL_MAX && !(rstd <= (element)most);
+    const double x_rstd = lost ? rstd_of_scaled(x, n, up) : ldexp((double)rstd, -up);
+    double sums[3];
     row->x = scale_to(up);
     row->dy = scale_to(up_dy);
-    row->dx = scale_to(up - up_dy);
     row->pivot = (element)ldexp((double)mean, up);
-    if (largest <= DBL_MAX && !(scaled_rstd <= DBL_MAX)) {
-        /* rstd did not fit T: eps was 0 or next to it, and x alone tells what rstd is. */
-        row_stats stats;
-        recentred_stats(x, n, 0, up, &stats);
-        scaled_rstd = stats.variance > 0 ? stats.reported_rstd : 0; /* constant: no gradient */
-    }
     row_dots(x, dy, w, n, row->pivot, row->x, row->dy, 1, sums);
-    dots_to_coefficients(sums, scaled_rstd, n, row);
+    /* x_rstd beyond T: x is constant, or eps is all that counts, and x - pivot is 0 all over. */
+    dots_to_coefficients(sums, x_rstd > most ? most : x_rstd, n, row);
+    /* dx is multiplied by rstd as it was saved, or, if that is lost, by x's own and 2^up. */
+    row->dx_rstd = lost ? (element)x_rstd : rstd;
+    row->dx = scale_to(lost ? up - up_dy : -up_dy);
+    row->base = (element)(0.0 - sums[1] / (double)n * (double)row->dx_rstd);
     if (!(fabs(sums[0]) + fabs(sums[1]) + fabs(sums[2]) <= DBL_MAX)) row->base = (element)NAN;
 }
 
@@ -78,7 +90,7 @@ typedef struct {
     element *dweight, *dbias; /* sums so far */
     int first;                /* nothing has been summed yet */
     int stream;               /* write dx past the cache */
-    ptrdiff_t x_ahead, dy_ahead, dx_ahead; /* bytes to what is fetched meanwhile; 0: nothing */
+    ptrdiff_t x_ahead, dy_ahead, dx_ahead; /* bytes to what is fetched meanwhile; 0: itself */
 } backward_sums;
 
 #define backward_vector FN_OF_T(backward_vector)
@@ -106,7 +118,8 @@ INLINE void backward_vector(const element *const *x, const element *const *dy, e
         }
         if (want_dx) {
             const vec g = v_mul(scale_by(plain, c->dy, scaled), w);
-            const vec out = v_fma(v_fma(xh, v_set1(c->slope), g), rstd, v_set1(c->base));
+            const vec dx_rstd = scaled ? v_set1(c->dx_rstd) : rstd;
+            const vec out = v_fma(v_fma(xh, v_set1(c->slope), g), dx_rstd, v_set1(c->base));
             if (sums->stream && left >= VW)
                 v_stream(dx[k] + i, scale_by(out, c->dx, scaled));
             else
@@ -140,14 +153,10 @@ INLINE void backward_pass_with(const element *const *x, const element *const *dy
 {
     const backward_sums sums = *all; /* so that it stays in registers whatever dx points to */
     ptrdiff_t i = 0;
-    if (sums.x_ahead)
-        for (; i + LINE <= n; i += LINE) {
-            fetch_rows_ahead(x, dy, dx, rows, &sums, i, want_dx);
-            UNROLL for (int k = 0; k < LINE; k += VW)
-                backward_vector(x, dy, dx, row, rows, &sums, i + k, VW, want_dx, want_sums, scaled);
-        }
-    for (; i + VW <= n; i += VW)
+    for (; i + VW <= n; i += VW) {
+        if (!scaled) fetch_rows_ahead(x, dy, dx, rows, &sums, i, want_dx);
         backward_vector(x, dy, dx, row, rows, &sums, i, VW, want_dx, want_sums, scaled);
+    }
     if (i < n)
         backward_vector(x, dy, dx, row, rows, &sums, i, n - i, want_dx, want_sums, scaled);
 }
@@ -175,9 +184,8 @@ static COLD void scaled_backward_pass(const element *const *x, const element *co
 
 /* ---- the kernel ------------------------------------------------------------------------------- */
 
-/* Rows whose pass shares dweight and dbias: four, or two where four would fill L1. */
-#define BACKWARD_GROUP 4
-#define BACKWARD_FOUR_ROWS_BYTES 1024
+/* Rows whose pass shares dweight and dbias; more of them would crowd each other out of L1. */
+#define BACKWARD_GROUP 2
 
 #define plain_dots FN_OF_T(plain_dots)
 OUTLINE void plain_dots(const element *x, const element *dy, const element *w, ptrdiff_t n,
@@ -240,13 +248,8 @@ static void layer_norm_backward(const void *args, ptrdiff_t row0, ptrdiff_t row1
     const fn_layer_norm_backward_args *a = args;
     backward_sums sums = {.w = a->weight, .dweight = dweight, .dbias = dbias, .first = 1, .stream = a->stream};
     ptrdiff_t row = row0;
-    if (a->shape.cols * (ptrdiff_t)sizeof(element) <= BACKWARD_FOUR_ROWS_BYTES)
-        for (; row + 4 <= row1; row += 4) {
-            backward_group(a, row, 4, &sums);
-            sums.first = 0;
-        }
-    for (; row + 2 <= row1; row += 2) {
-        backward_group(a, row, 2, &sums);
+    for (; row + BACKWARD_GROUP <= row1; row += BACKWARD_GROUP) {
+        backward_group(a, row, BACKWARD_GROUP, &sums);
         sums.first = 0;
     }
     for (; row < row1; row++) {

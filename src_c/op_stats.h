@@ -65,7 +65,8 @@ static double scaled_rstd(double variance, double eps, int exponent)
     return 1.0 / sqrt(variance + scaled_eps);
 }
 
-/* The recentred pass on the row times 2^exponent; what it stores is the scaled row's. */
+/* The recentred pass on the row times 2^exponent; what it stores is the scaled row's. Of a constant
+ * row, whose variance is 0, it stores no reported_rstd. */
 #define recentred_stats FN_OF_T(recentred_stats)
 static COLD void recentred_stats(const element *x, ptrdiff_t n, double eps, int exponent,
                                  row_stats *stats)
@@ -86,9 +87,8 @@ static COLD void recentred_stats(const element *x, ptrdiff_t n, double eps, int 
     }
     stats->pivot = pivot;
     stats->s = s;
-    if (stats->variance <= 0) { /* constant: y is the bias, even where rstd is infinite */
+    if (stats->variance <= 0) { /* constant: y is the bias, whatever rstd would be */
         stats->variance = 0;
-        stats->reported_rstd = ldexp(1.0 / sqrt(eps), -exponent);
         stats->rstd = stats->shift = 0;
     } else {
         stats->reported_rstd = scaled_rstd(stats->variance, eps, exponent);
@@ -105,13 +105,16 @@ static COLD void careful_stats(const element *x, ptrdiff_t n, double eps, row_st
         *stats = (row_stats){NAN, NAN, NAN, {1, 1}, NAN, NAN, NAN};
         return;
     }
-    recentred_stats(x, n, eps, 0, stats);
-    if (stats->variance <= DBL_MAX && LEAST_VARIANCE <= stats->variance + eps) return;
-    const int exponent = exponent_to_one(largest);
+    int exponent = 0;
     recentred_stats(x, n, eps, exponent, stats);
+    if (!(stats->variance <= DBL_MAX && LEAST_VARIANCE <= stats->variance + eps)) {
+        exponent = exponent_to_one(largest);
+        recentred_stats(x, n, eps, exponent, stats);
+    }
+    stats->reported_rstd =
+        stats->variance > 0 ? ldexp(stats->reported_rstd, exponent) : 1.0 / sqrt(eps);
     stats->mean = ldexp(stats->mean, -exponent);
     stats->variance = ldexp(stats->variance, -2 * exponent);
-    stats->reported_rstd = ldexp(stats->reported_rstd, exponent);
 }
 
 /* ---- several rows at once --------------------------------------------------------------------- */

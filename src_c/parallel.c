@@ -23,7 +23,9 @@
 static atomic_int requested, quota, partition;
 /* Threads at work in calls that are running now, in the whole process. */
 static atomic_int busy;
+#ifdef _OPENMP
 static _Thread_local int owns_a_team;
+#endif
 
 int fn_openmp(void)
 {
@@ -130,8 +132,6 @@ static void run_split(const fn_split *split, int threads)
 {
 #ifdef _OPENMP
     if (threads > 1) {
-        static pthread_once_t once = PTHREAD_ONCE_INIT;
-        pthread_once(&once, register_fork_handlers);
         owns_a_team = 1;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
         for (int part = 0; part < split->parts; part++) run_part(split, part);
@@ -146,9 +146,13 @@ static void run_split(const fn_split *split, int threads)
  * own at the least. */
 static int take_threads(int wanted)
 {
+#ifdef _OPENMP
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, register_fork_handlers); /* before `busy` counts anything */
+#endif
     int at_work = atomic_load_explicit(&busy, memory_order_relaxed);
     for (;;) {
-        const int left = wanted - at_work;
+        const int left = partition > 0 ? wanted : wanted - at_work;
         const int taken = left > 1 ? left : 1;
         if (atomic_compare_exchange_weak(&busy, &at_work, at_work + taken)) return taken;
     }
@@ -269,11 +273,11 @@ static void run_rowwise(void (*kernel)(const void *, ptrdiff_t, ptrdiff_t), cons
         kernel(args, 0, rows);
         return;
     }
-    const int taken = partition > 0 ? threads : take_threads(threads);
+    const int taken = take_threads(threads);
     fn_rowwise call = {kernel, args};
     const fn_split split = {rowwise_work, &call, rows, taken};
     run_split(&split, taken);
-    if (partition <= 0) give_back_threads(taken);
+    give_back_threads(taken);
 }
 
 void fn_layer_norm(fn_layer_norm_args *args, fn_dtype dtype, int threads)
@@ -439,13 +443,15 @@ static int backward_of_blocks(const fn_layer_norm_backward_args *a, fn_dtype dty
 
 int fn_layer_norm_backward(fn_layer_norm_backward_args *args, fn_dtype dtype, int threads)
 {
+    if (!args->dx.data && !args->dweight && !args->dbias) return FN_OK;
     const fn_plan plan = fn_plan_layer_norm_backward(args, dtype, threads);
     const ptrdiff_t blocks = backward_blocks(args->shape.rows);
     args->stream = plan.stream;
     args->fetch = plan.bytes >= FETCH_BYTES && !args->shape.outer_ndim;
     if (blocks <= 1) return backward_of_one_block(args, dtype);
-    const int taken = plan.threads > 1 && partition <= 0 ? take_threads(plan.threads) : plan.threads;
+    if (plan.threads == 1) return backward_of_blocks(args, dtype, blocks, 1);
+    const int taken = take_threads(plan.threads);
     const int status = backward_of_blocks(args, dtype, blocks, taken);
-    if (plan.threads > 1 && partition <= 0) give_back_threads(taken);
+    give_back_threads(taken);
     return status;
 }

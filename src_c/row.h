@@ -27,6 +27,14 @@ INLINE vec scale_by(vec v, scale s, const int scaled)
     return scaled ? v_mul(v_mul(v, v_set1(s.first)), v_set1(s.second)) : v;
 }
 
+/* How much of a vector there is at i of n elements: from 0 to VW. */
+#define part_at FN_OF_T(part_at)
+INLINE ptrdiff_t part_at(ptrdiff_t i, ptrdiff_t n)
+{
+    const ptrdiff_t left = n - i;
+    return left < 0 ? 0 : left < VW ? left : VW;
+}
+
 #define load_some FN_OF_T(load_some)
 INLINE vec load_some(const element *p, ptrdiff_t n)
 {
@@ -54,9 +62,9 @@ INLINE quarter block_sum(const element *x, ptrdiff_t n, scale s, const int scale
         UNROLL for (int k = 0; k < VECTORS; k++)
             sum[k] = v_add(sum[k], scale_by(v_load(x + i + k * VW), s, scaled));
     UNROLL for (int k = 0; k < VECTORS; k++) {
-        const ptrdiff_t left = n - i - k * VW;
-        if (left <= 0) break;
-        sum[k] = v_add(sum[k], scale_by(load_some(x + i + k * VW, left), s, scaled));
+        const ptrdiff_t at = i + k * VW;
+        if (at >= n) break;
+        sum[k] = v_add(sum[k], scale_by(load_some(x + at, n - at), s, scaled));
     }
     return v_fold(sum, VECTORS);
 }
@@ -79,6 +87,14 @@ INLINE double row_sum(const element *x, ptrdiff_t n, scale s, const int scaled)
 
 /* ---- sum(x - pivot) and sum((x - pivot)^2) ---------------------------------------------------- */
 
+/* x - pivot of up to a vector of elements, +0 past the end. */
+#define deviation FN_OF_T(deviation)
+INLINE vec deviation(const element *x, ptrdiff_t left, vec pivot, scale s, const int scaled)
+{
+    if (left >= VW) return v_sub(scale_by(v_load(x), s, scaled), pivot);
+    return v_firstn(v_sub(scale_by(v_loadn(x, left), s, scaled), pivot), left);
+}
+
 #define block_deviations FN_OF_T(block_deviations)
 INLINE void block_deviations(const element *x, ptrdiff_t n, vec pivot, scale s,
                                     const int scaled, quarter *sum, quarter *squares)
@@ -87,19 +103,17 @@ INLINE void block_deviations(const element *x, ptrdiff_t n, vec pivot, scale s,
     UNROLL for (int v = 0; v < VECTORS; v += VECTORS_A_SWEEP) {
         vec a[VECTORS_A_SWEEP], q[VECTORS_A_SWEEP];
         UNROLL for (int k = 0; k < VECTORS_A_SWEEP; k++) a[k] = q[k] = v_zero();
-        const element *p = x + v * VW;
         ptrdiff_t i = 0;
         NO_UNROLL for (; i + LANES <= n; i += LANES)
             UNROLL for (int k = 0; k < VECTORS_A_SWEEP; k++) {
-                const vec d = v_sub(scale_by(v_load(p + i + k * VW), s, scaled), pivot);
+                const vec d = deviation(x + i + (v + k) * VW, VW, pivot, s, scaled);
                 a[k] = v_add(a[k], d);
                 q[k] = v_fma(d, d, q[k]);
             }
         UNROLL for (int k = 0; k < VECTORS_A_SWEEP; k++) {
-            const ptrdiff_t left = n - i - (v + k) * VW;
-            if (left <= 0) break;
-            vec d = v_sub(scale_by(load_some(p + i + k * VW, left), s, scaled), pivot);
-            if (left < VW) d = v_firstn(d, left);
+            const ptrdiff_t at = i + (v + k) * VW;
+            if (at >= n) break;
+            const vec d = deviation(x + at, n - at, pivot, s, scaled);
             a[k] = v_add(a[k], d);
             q[k] = v_fma(d, d, q[k]);
         }
@@ -145,10 +159,7 @@ typedef struct {
 INLINE parts parts_of(ptrdiff_t n)
 {
     parts p;
-    for (int k = 0; k < 4; k++) {
-        const ptrdiff_t left = n - k * VW;
-        p.n[k] = left < 0 ? 0 : left > VW ? VW : left;
-    }
+    for (int k = 0; k < 4; k++) p.n[k] = part_at(k * VW, n);
     return p;
 }
 
@@ -185,10 +196,10 @@ INLINE void block_dots(const element *x, const element *dy, const element *w, pt
     UNROLL for (int v = 0; v < VECTORS; v += VECTORS_A_SWEEP) {
         vec a[VECTORS_A_SWEEP], b[VECTORS_A_SWEEP], c[VECTORS_A_SWEEP];
         UNROLL for (int k = 0; k < VECTORS_A_SWEEP; k++) a[k] = b[k] = c[k] = v_zero();
-        ptrdiff_t i = v * VW;
-        NO_UNROLL for (; i - v * VW + LANES <= n; i += LANES)
+        ptrdiff_t i = 0;
+        NO_UNROLL for (; i + LANES <= n; i += LANES)
             UNROLL for (int k = 0; k < VECTORS_A_SWEEP; k++) {
-                const ptrdiff_t at = i + k * VW;
+                const ptrdiff_t at = i + (v + k) * VW;
                 const vec d = v_sub(scale_by(v_load(x + at), sx, scaled), pivot);
                 vec g = scale_by(v_load(dy + at), sdy, scaled);
                 if (w) g = v_mul(g, v_load(w + at));
@@ -197,16 +208,15 @@ INLINE void block_dots(const element *x, const element *dy, const element *w, pt
                 c[k] = v_fma(g, d, c[k]);
             }
         UNROLL for (int k = 0; k < VECTORS_A_SWEEP; k++) {
-            const ptrdiff_t at = i + k * VW, left = n - at;
-            if (left <= 0) break;
-            vec d = v_sub(scale_by(load_some(x + at, left), sx, scaled), pivot);
-            if (left < VW) d = v_firstn(d, left);
-            vec g = scale_by(load_some(dy + at, left), sdy, scaled);
-            if (w) g = v_mul(g, load_some(w + at, left));
-            a[k] = v_add(a[k], d);
-            b[k] = v_add(b[k], g);
-            c[k] = v_fma(g, d, c[k]);
-        }
+                const ptrdiff_t at = i + (v + k) * VW;
+                if (at >= n) break;
+                const vec d = deviation(x + at, n - at, pivot, sx, scaled);
+                vec g = scale_by(load_some(dy + at, n - at), sdy, scaled);
+                if (w) g = v_mul(g, load_some(w + at, n - at));
+                a[k] = v_add(a[k], d);
+                b[k] = v_add(b[k], g);
+                c[k] = v_fma(g, d, c[k]);
+            }
         UNROLL for (int k = 0; k < VECTORS_A_SWEEP; k++) {
             d_sum[v + k] = a[k];
             g_sum[v + k] = b[k];

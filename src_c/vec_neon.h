@@ -70,6 +70,7 @@ INLINE void v_store_f32(float *p, vec_f32 a) { vst1q_f32(p, a); }
 INLINE vec_f32 v_loadn_f32(const float *p, ptrdiff_t n)
 {
     float lanes[4] = {0};
+    if (n == 4) return vld1q_f32(p);
     for (ptrdiff_t j = 0; j < n; j++) lanes[j] = p[j];
     return vld1q_f32(lanes);
 }

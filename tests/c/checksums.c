@@ -147,11 +147,22 @@ static void *row_of(const fn_rows *rows, ptrdiff_t row)
     return (char *)rows->data + row * rows->stride;
 }
 
-static void fill(const matrix *m, int kind, fn_dtype dtype, uint64_t seed, ptrdiff_t rows,
-                 ptrdiff_t cols)
+/* Compact rows, made once for a case and copied for each way to run it. */
+static block new_rows(int kind, fn_dtype dtype, uint64_t seed, ptrdiff_t rows, ptrdiff_t cols)
 {
+    const size_t bytes = (size_t)cols * size_of(dtype);
+    block b = new_block((size_t)rows * bytes, 0);
     for (ptrdiff_t r = 0; r < rows; r++)
-        fill_row(row_of(&m->rows, r), kind, dtype, seed + (uint64_t)r, cols);
+        fill_row(b.data + (size_t)r * bytes, kind, dtype, seed + (uint64_t)r, cols);
+    return b;
+}
+
+static void copy_rows(const matrix *m, const block *from, ptrdiff_t rows, ptrdiff_t cols,
+                      fn_dtype dtype)
+{
+    const size_t bytes = (size_t)cols * size_of(dtype);
+    for (ptrdiff_t r = 0; r < rows; r++)
+        memcpy(row_of(&m->rows, r), from->data + (size_t)r * bytes, bytes);
 }
 
 /* ---- checksums -------------------------------------------------------------------------------- */
@@ -183,6 +194,7 @@ typedef struct {
     ptrdiff_t rows, cols;
     int kind, weight, bias;
     double eps;
+    block x, dy;
 } shape_case;
 
 /* Differences that must not matter. */
@@ -219,7 +231,7 @@ static uint64_t run_layer_norm(const shape_case *c, fn_dtype dtype, const way *w
     block bias = new_vector(PLAIN, dtype, 2, c->cols, w->offset);
     block mean = new_block((size_t)(c->rows * size), w->offset);
     block rstd = new_block((size_t)(c->rows * size), w->offset);
-    fill(&x, c->kind, dtype, ANY, c->rows, c->cols);
+    copy_rows(&x, &c->x, c->rows, c->cols, dtype);
     const ptrdiff_t step = w->alone ? 1 : c->rows;
     for (ptrdiff_t row = 0; row < c->rows; row += step) {
         fn_layer_norm_args args = {.shape = {.rows = step, .cols = c->cols, .inner = 1},
@@ -272,8 +284,8 @@ static uint64_t run_layer_norm_backward(const shape_case *c, fn_dtype dtype, con
     block rstd = new_block((size_t)(c->rows * size), w->offset);
     block sums[4];
     for (int k = 0; k < 4; k++) sums[k] = new_block((size_t)(n * size), w->offset);
-    fill(&x, c->kind, dtype, ANY, c->rows, n);
-    fill(&dy, c->kind == MIXED ? MANY_SCALES : PLAIN, dtype, 2 * ANY, c->rows, n);
+    copy_rows(&x, &c->x, c->rows, n, dtype);
+    copy_rows(&dy, &c->dy, c->rows, n, dtype);
     saved_statistics(c, dtype, &x, mean.data, rstd.data);
     fn_layer_norm_backward_args args = {.shape = {.rows = c->rows, .cols = n, .inner = 1},
                                         .dy = dy.rows,
@@ -283,7 +295,8 @@ static uint64_t run_layer_norm_backward(const shape_case *c, fn_dtype dtype, con
                                         .mean = mean.data,
                                         .rstd = rstd.data,
                                         .dweight = sums[0].data,
-                                        .dbias = sums[1].data};
+                                        .dbias = sums[1].data,
+                                        .dx_is_warm = w->warm};
     int bad = fn_layer_norm_backward(&args, dtype, 0);
     args.dx.data = NULL;
     args.dweight = sums[2].data;
@@ -318,7 +331,7 @@ static uint64_t run_moments(const shape_case *c, fn_dtype dtype, const way *w)
     matrix x = new_matrix(c->rows, c->cols, dtype, w->offset, w->gap, w->backwards);
     block mean = new_block((size_t)(c->rows * size), w->offset);
     block variance = new_block((size_t)(c->rows * size), w->offset);
-    fill(&x, c->kind, dtype, ANY, c->rows, c->cols);
+    copy_rows(&x, &c->x, c->rows, c->cols, dtype);
     const ptrdiff_t step = w->alone ? 1 : c->rows;
     for (ptrdiff_t row = 0; row < c->rows; row += step) {
         fn_moments_args args = {.shape = {.rows = step, .cols = c->cols, .inner = 1},
@@ -351,8 +364,8 @@ enum { FN_OPS(OP_INDEX) OPS };
 /* Narrow rows, one row more and less than every vector, lane count and block, several blocks, and
  * (backward) several blocks of rows. */
 static const ptrdiff_t shapes[][2] = {
-    {1, 1},     {9, 1},     {13, 2},   {17, 3},   {11, 5},   {16, 7},   {13, 8},   {15, 15},
-    {18, 16},   {19, 17},   {20, 31},  {33, 32},  {34, 33},  {15, 63},  {16, 64},  {17, 65},
+    {1, 1},     {9, 1},     {21, 2},   {17, 3},   {43, 4},   {11, 5},   {16, 7},   {27, 8},
+    {13, 8},    {15, 15},   {34, 16},  {19, 17},   {20, 31},  {33, 32},  {34, 33},  {15, 63},  {16, 64},  {17, 65},
     {14, 127},  {9, 128},   {15, 130}, {4, 255},  {9, 256},  {5, 257},  {6, 511},  {16, 512},
     {5, 513},   {17, 768},  {9, 1023}, {9, 1024}, {5, 1025}, {3, 2047}, {2, 2048}, {3, 2049},
     {17, 4096}, {3, 16384}, {1, 70001}, {161, 33}, {513, 24}, {250, 129},
@@ -360,12 +373,14 @@ static const ptrdiff_t shapes[][2] = {
 
 static int failures;
 
-static void run_case(const char *isa, int op, fn_dtype dtype, const shape_case *c, int way_count)
+static void run_case(const char *isa, int op, fn_dtype dtype, shape_case *c, int way_count)
 {
     char name[128];
     snprintf(name, sizeof name, "%s-%s-%tdx%td-%s-%s%s-eps%s", op_names[op], dtype_names[dtype],
              c->rows, c->cols, c->kind == MIXED ? "mixed" : "plain", c->weight ? "w" : "",
              c->bias ? "b" : "", c->eps > 0 ? "1e-5" : "0");
+    c->x = new_rows(c->kind, dtype, ANY, c->rows, c->cols);
+    c->dy = new_rows(c->kind == MIXED ? MANY_SCALES : PLAIN, dtype, 2 * ANY, c->rows, c->cols);
     uint64_t first = 0;
     for (int k = 0; k < way_count; k++) {
         fn_force_partition(ways[k].parts);
@@ -376,6 +391,8 @@ static void run_case(const char *isa, int op, fn_dtype dtype, const shape_case *
         fprintf(stderr, "%s %s: other bits %s\n", isa, name, h ? ways[k].name : "by output mask");
         failures++;
     }
+    free(c->x.memory);
+    free(c->dy.memory);
     printf("%s %s %016llx\n", isa, name, (unsigned long long)first);
 }
 
@@ -383,34 +400,49 @@ static void run_shapes(const char *isa, int op, fn_dtype dtype, int way_count)
 {
     for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++) {
         const int plain = (int)(s % 4), mixed = (int)((s + 1 + s / 4) % 4);
-        const shape_case cases[] = {
-            {shapes[s][0], shapes[s][1], PLAIN, plain & 1, plain >> 1, 1e-5},
-            {shapes[s][0], shapes[s][1], MIXED, mixed & 1, mixed >> 1, 1e-5},
-            {shapes[s][0], shapes[s][1], MIXED, mixed >> 1, mixed & 1, 0},
+        const ptrdiff_t rows = shapes[s][0], cols = shapes[s][1];
+        shape_case cases[] = {
+            {.rows = rows, .cols = cols, .kind = PLAIN, .weight = plain & 1, .bias = plain >> 1, .eps = 1e-5},
+            {.rows = rows, .cols = cols, .kind = MIXED, .weight = mixed & 1, .bias = mixed >> 1, .eps = 1e-5},
+            {.rows = rows, .cols = cols, .kind = MIXED, .weight = mixed >> 1, .bias = mixed & 1, .eps = 0},
         };
         for (int k = 0; k < 3; k++) run_case(isa, op, dtype, &cases[k], way_count);
     }
 }
 
-/* Outputs of 24 MiB and more go past the cache where they are warm. */
-static void run_streams(const char *isa, fn_dtype dtype)
+/* Outputs of 24 MiB and more go past the cache where they are warm (and dx where rows keep to
+ * cache lines). */
+static void run_streams(const char *isa)
 {
-    static const ptrdiff_t widths[FN_DTYPE_COUNT][2] = {{67, 770}, {769, 3001}};
-    const ptrdiff_t elements = ((ptrdiff_t)25 << 20) / (ptrdiff_t)size_of(dtype);
-    for (int k = 0; k < 2; k++) {
-        const ptrdiff_t cols = widths[dtype][k];
-        const shape_case c = {elements / cols, cols, k ? MIXED : PLAIN, k, 1, 1e-5};
-        run_case(isa, INDEX_layer_norm, dtype, &c, STREAM_WAYS);
+    static const struct {
+        int op;
+        fn_dtype dtype;
+        ptrdiff_t cols;
+        int kind, weight;
+    } list[] = {
+        {INDEX_layer_norm, FN_F32, 67, PLAIN, 0},
+        {INDEX_layer_norm, FN_F32, 770, MIXED, 1},
+        {INDEX_layer_norm, FN_F64, 769, MIXED, 1},
+        {INDEX_layer_norm_backward, FN_F32, 768, MIXED, 1},
+    };
+    for (size_t k = 0; k < sizeof list / sizeof *list; k++) {
+        const ptrdiff_t row = list[k].cols * (ptrdiff_t)size_of(list[k].dtype);
+        shape_case c = {.rows = ((ptrdiff_t)25 << 20) / row,
+                        .cols = list[k].cols,
+                        .kind = list[k].kind,
+                        .weight = list[k].weight,
+                        .bias = 1,
+                        .eps = 1e-5};
+        run_case(isa, list[k].op, list[k].dtype, &c, STREAM_WAYS);
     }
 }
 
 static void run_isa(const char *isa, int brief)
 {
     fn_isa_select(isa);
-    for (int dtype = 0; dtype < FN_DTYPE_COUNT; dtype++) {
+    for (int dtype = 0; dtype < FN_DTYPE_COUNT; dtype++)
         for (int op = 0; op < OPS; op++) run_shapes(isa, op, dtype, brief ? 1 : WAYS);
-        if (!brief) run_streams(isa, dtype);
-    }
+    if (!brief) run_streams(isa);
 }
 
 int main(int argc, char **argv)
