@@ -7,7 +7,7 @@ from ._core import layer_norm, layer_norm_backward, moments
 from ._version import __version__
 from .config import show_config
 from .dispatch import Explanation, explain
-from .memory import empty
+from .memory import empty, set_pool_limit
 from .modules import LayerNorm
 from .threads import get_num_threads, num_threads, set_num_threads
 
@@ -26,6 +26,7 @@ __all__ = [
     "num_threads",
     "reference",
     "set_num_threads",
+    "set_pool_limit",
     "show_config",
 ]
 

@@ -282,6 +282,17 @@ cdef inline bint apart(ndarray a, object other) noexcept:
     )
 
 
+cdef inline bint is_result(object out, ndarray x, int typenum, object weight,
+                           object bias) noexcept:
+    """Whether the result may be written to `out`: x itself, or its like elsewhere."""
+    return (
+        is_plain(out, typenum, C_ALIGNED_WRITEABLE)
+        and (out is x or (same_shape(<ndarray>out, x) and apart(<ndarray>out, x)))
+        and apart(<ndarray>out, weight)
+        and apart(<ndarray>out, bias)
+    )
+
+
 cdef inline const void *parameter_data(object w) noexcept:
     return NULL if w is None else cnp.PyArray_DATA(<ndarray>w)
 
@@ -358,13 +369,9 @@ cdef inline object direct_layer_norm(
     if out is None:
         y = new_array(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), typenum, &args.y_is_warm)
     else:
-        if not is_plain(out, typenum, C_ALIGNED_WRITEABLE):
+        if not is_result(out, x, typenum, weight, bias):
             return None
         y = <ndarray>out
-        if y is not x and not (same_shape(y, x) and apart(y, x)):
-            return None
-        if not apart(y, weight) or not apart(y, bias):
-            return None
         args.y_is_warm = 1
     args.mean = args.rstd = NULL
     if return_stats:
@@ -770,35 +777,76 @@ def moments_rows(ndarray x, mean, variance, bint plan=False):
 
 @cython.auto_pickle(False)
 cdef class BoundLayerNorm:
-    """What fastnorm.LayerNorm is made of: parameters and the fastest call.
+    """What fastnorm.LayerNorm is made of: parameters, and the fastest call.
 
     Nothing of a call stays on the object, so any number of threads may call one."""
 
     cdef readonly tuple normalized_shape
-    cdef object _eps, _weight, _bias
     cdef readonly object dtype
+    cdef object _eps, _weight, _bias
+    # What every call would otherwise find out again. The parameters are contiguous arrays that
+    # belong to this object; their addresses are compared all the same, lest one was resized.
+    cdef double eps_value
+    cdef int typenum
+    cdef Py_ssize_t cols
+    cdef const void *weight_data
+    cdef const void *bias_data
 
-    def __init__(self, tuple normalized_shape, eps, weight, bias, dtype):
+    def __init__(self, tuple normalized_shape, double eps, dtype):
         self.normalized_shape = normalized_shape
         self.dtype = dtype
-        self._eps = eps
-        self._weight = weight
-        self._bias = bias
+        self.typenum = cnp.NPY_FLOAT64 if dtype.itemsize == 8 else cnp.NPY_FLOAT32
+        self.cols = normalized_shape[0] if len(normalized_shape) == 1 else -1
+        self._set("eps", eps)
+        self._set("weight", None)
+        self._set("bias", None)
 
     def _set(self, str name, value):
         """Store a checked eps, weight or bias."""
         if name == "eps":
             self._eps = value
+            self.eps_value = value
         elif name == "weight":
             self._weight = value
+            self.weight_data = parameter_data(value)
         else:
             self._bias = value
+            self.bias_data = parameter_data(value)
 
     def _get(self, str name):
         return {"eps": self._eps, "weight": self._weight, "bias": self._bias}[name]
 
     def __call__(self, x, out=None):
         """Normalize x over its trailing `normalized_shape`; see fastnorm.layer_norm."""
+        cdef fn_layer_norm_args args
+        cdef ndarray y
+        if (
+            is_plain(x, self.typenum, C_ALIGNED)
+            and cnp.PyArray_NDIM(<ndarray>x) > 0
+            and cnp.PyArray_DIM(<ndarray>x, cnp.PyArray_NDIM(<ndarray>x) - 1) == self.cols
+            and parameter_data(self._weight) == self.weight_data
+            and parameter_data(self._bias) == self.bias_data
+            and cnp.PyArray_SIZE(<ndarray>x) > 0
+        ):
+            if out is None:
+                y = new_array(cnp.PyArray_NDIM(<ndarray>x), cnp.PyArray_DIMS(<ndarray>x),
+                              self.typenum, &args.y_is_warm)
+            elif is_result(out, <ndarray>x, self.typenum, self._weight, self._bias):
+                y = <ndarray>out
+                args.y_is_warm = 1
+            else:
+                return self._checked_call(x, out)
+            args.x = rows_at(x, plain_rows(<ndarray>x, 1, &args.shape))
+            args.y = rows_at(y, args.x.stride)
+            args.weight = self.weight_data
+            args.bias = self.bias_data
+            args.mean = args.rstd = NULL
+            args.eps = self.eps_value
+            call_layer_norm(&args, dtype_of(self.typenum))
+            return y
+        return self._checked_call(x, out)
+
+    cdef object _checked_call(self, x, out):
         result = direct_layer_norm(x, self.normalized_shape, self._weight, self._bias, self._eps,
                                    out, False)
         if result is not None:

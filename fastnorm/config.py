@@ -41,6 +41,7 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
         "isa": _isa(),
         "openmp": _core.openmp(),
         "threads": _core.threads(),
+        "pool_bytes": _core.pool(),
         "ops": list(_core.OPS),
         "dtypes": list(_core.DTYPES),
     }

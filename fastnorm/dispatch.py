@@ -126,9 +126,9 @@ class LayerNormCall(Call):
         super().__init__(x, normalized_shape, axis)
         w, b = self.parameter("weight", weight), self.parameter("bias", bias)
         checked_eps = checks.as_eps(eps)
-        warm = out is not None
+        warm = True
         if out is None:
-            out = np.empty(self.source.shape, self.dtype)
+            out, warm = _core.new_result(self.source)
         else:
             checks.check_out(out, self.source)
             checks.check_apart(out, x, {"weight": weight, "bias": bias})
@@ -156,7 +156,7 @@ class LayerNormBackwardCall(Call):
         m = checks.as_statistic("mean", mean, self.source, self.axes)
         r = checks.as_statistic("rstd", rstd, self.source, self.axes)
         want_dx, want_dweight, want_dbias = checks.as_mask(output_mask)
-        dx = np.empty(self.source.shape, self.dtype) if want_dx else None
+        dx, warm = _core.new_result(self.source) if want_dx else (None, False)
         dweight = np.zeros(self.normalized, self.dtype) if want_dweight else None
         dbias = np.zeros(self.normalized, self.dtype) if want_dbias else None
         x_rows, dy_rows = self.rows("x", self.source), self.rows("dy", grad)
@@ -164,6 +164,7 @@ class LayerNormBackwardCall(Call):
         self.kernel = partial(
             _core.layer_norm_backward_rows, dy_rows.array, x_rows.array,
             None if dx_rows is None else dx_rows.array, m, r, w, dweight, dbias,
+            warm=warm and dx_rows is not None and not dx_rows.copied,
         )  # fmt: skip
         self.outputs = () if dx_rows is None else (dx_rows,)
         self.result = (dx, dweight, dbias)

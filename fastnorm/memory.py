@@ -1,12 +1,14 @@
-"""Arrays that start where vector loads like them to."""
+"""Memory: arrays that start where vector loads like them to, and what is kept of large results."""
 
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import numpy as np
 
+from . import _core
 from .checks import as_shape
 
 ALIGNMENT = 64
@@ -45,3 +47,31 @@ def empty(shape: Any, dtype: Any = np.float32) -> np.ndarray:
     memory = np.empty(size + ALIGNMENT, np.uint8)
     start = -memory.__array_interface__["data"][0] % ALIGNMENT
     return np.ndarray(lengths, kind, memory.data, start)
+
+
+def set_pool_limit(limit: int) -> None:
+    """Keep at most `limit` bytes of freed results for the next ones.
+
+    A new array of 100 MB costs more in page faults than in arithmetic. So the memory of results of
+    4 MB and more, once they are freed, is kept for the next result of about their size: 256 MB of
+    it at most unless this function says otherwise. What is kept is marked so that the operating
+    system may take it back whenever memory is short. ``fastnorm.show_config()`` tells how much it
+    is.
+
+    Parameters
+    ----------
+    limit : int
+        In bytes, for the whole process. 0: keep nothing, and let go of what is kept.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `limit` is not an integer, or negative.
+    """
+    try:
+        count = operator.index(limit)
+    except TypeError:
+        raise TypeError(f"limit: got {limit!r}, wanted a number of bytes") from None
+    if count < 0:
+        raise ValueError(f"limit: got {limit!r}, wanted a number of bytes of at least 0")
+    _core.set_pool_limit(count)

@@ -70,7 +70,7 @@ class LayerNorm(_core.BoundLayerNorm):
         kind = np.dtype(dtype)
         if kind not in checks.SUPPORTED:
             raise TypeError(f"dtype: got {kind}, wanted float32 or float64")
-        super().__init__(shape, checks.as_eps(eps), None, None, kind)
+        super().__init__(shape, checks.as_eps(eps), kind)
         if elementwise_affine:
             self.weight = np.ones(shape, kind)
             if bias:

@@ -104,7 +104,9 @@ static void in_child(void)
     busy = 0;
 }
 
-static void register_fork_handlers(void)
+/* When the library is loaded: a handler that is registered while a fork is under way does not run in
+ * its child. */
+__attribute__((constructor)) static void register_fork_handlers(void)
 {
     pthread_atfork(before_fork, NULL, in_child);
 }
@@ -146,10 +148,6 @@ static void run_split(const fn_split *split, int threads)
  * own at the least. */
 static int take_threads(int wanted)
 {
-#ifdef _OPENMP
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
-    pthread_once(&once, register_fork_handlers); /* before `busy` counts anything */
-#endif
     int at_work = atomic_load_explicit(&busy, memory_order_relaxed);
     for (;;) {
         const int left = partition > 0 ? wanted : wanted - at_work;

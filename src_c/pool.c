@@ -46,7 +46,7 @@ static void unlock(void)
 }
 
 /* A fork waits for the lock, so that the child's blocks are whole. */
-static void register_fork_handlers(void)
+__attribute__((constructor)) static void register_fork_handlers(void)
 {
     pthread_atfork(lock, unlock, unlock);
 }
@@ -98,8 +98,6 @@ static void *new_block(size_t size)
 
 void *fn_pool_alloc(size_t size)
 {
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
-    pthread_once(&once, register_fork_handlers);
     lock();
     block *b = kept_block(size);
     last_was_warm = b != NULL;

@@ -43,7 +43,7 @@ def assert_within(dtype, n, errors, context):
     assert max(errors) <= limit, f"{context} n={n}: errors {errors}, allowed {limit:.2e}"
 
 
-# ---- ordinary magnitudes --------------------------------------------------------------------------
+# ---- ordinary magnitudes -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", DISTRIBUTIONS)
@@ -116,7 +116,7 @@ def test_moments(kind, rng, full):
             assert_within(dtype, n, errors, kind)
 
 
-# ---- the edges of the number range ----------------------------------------------------------------
+# ---- the edges of the number range ---------------------------------------------------------------
 
 EDGES = {
     np.float32: (3e38, 1e38, 1e30, 1e20, 1e19, 1e-12, 1e-19, 1e-25, 1e-30, 1e-37, 1e-38, 1e-42),
@@ -175,10 +175,15 @@ def test_backward_at_the_edges(dtype, size, dy_size, n, rng):
         assert fits[constant].all()
         error = np.abs(dx[fits] - exact[0][fits])
         allowed = accuracy.bound(dtype) * largest[fits] + info.smallest_subnormal
-        assert (error <= allowed).all(), f"dx eps={eps}: {(error / allowed).max()} of what is allowed"
+        assert (error <= allowed).all(), (
+            f"dx eps={eps}: {(error / allowed).max()} of what is allowed"
+        )
 
         xh = reference.layer_norm(x, eps=eps)
-        for got, want, terms in ((dweight, exact[1], dy * np.maximum(1, abs(xh))), (dbias, exact[2], dy)):
+        for got, want, terms in (
+            (dweight, exact[1], dy * np.maximum(1, abs(xh))),
+            (dbias, exact[2], dy),
+        ):
             error = np.abs(got - want) / np.abs(terms).astype(float).sum(0)
             assert_within(dtype, n, [error.max()], f"dweight, dbias eps={eps}")
 

@@ -32,7 +32,7 @@ def assert_right(dy, x, weight, eps=1e-5):
     assert max(errors) <= accuracy.bound(x.dtype), f"{x.shape}: {errors}"
 
 
-# ---- values ---------------------------------------------------------------------------------------
+# ---- values --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("with_weight", [True, False])
@@ -92,7 +92,7 @@ def test_finite_differences(isa, shape, eps, rng):
         np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6 * np.abs(dx).max() + 1e-9)
 
 
-# ---- arguments ------------------------------------------------------------------------------------
+# ---- arguments -----------------------------------------------------------------------------------
 
 NAMES = ("dx", "dweight", "dbias")
 MASKS = list(itertools.product((True, False), repeat=3))
@@ -190,7 +190,7 @@ def test_inputs_stay_as_they_are(dtype, rng):
     assert_same_bits(inputs, before)
 
 
-# ---- special rows ---------------------------------------------------------------------------------
+# ---- special rows --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(0, 7), (0,), (2, 0, 7), (3, 0)], ids=str)

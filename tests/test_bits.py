@@ -45,7 +45,7 @@ class Case:
         return (*self.forward(), *self.backward(), *fastnorm.moments(self.x), plain)
 
 
-# ---- instruction sets and threads -----------------------------------------------------------------
+# ---- instruction sets and threads ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", LENGTHS)
@@ -84,7 +84,7 @@ def test_threads(dtype, rng):
             assert_same_bits(case.results(), want, f"{count} threads")
 
 
-# ---- the batch ------------------------------------------------------------------------------------
+# ---- the batch -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [5, 64, 200, 768])
@@ -115,7 +115,7 @@ def test_a_row_alone_and_as_a_vector(isa, dtype, rng):
         assert_same_bits(case.forward(r), (want[r], mean[r], rstd[r]), f"row {r}")
 
 
-# ---- alignment and strides ------------------------------------------------------------------------
+# ---- alignment and strides -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [7, 64, 257, 768, 1030])
@@ -125,7 +125,9 @@ def test_alignment(isa, dtype, n, rng):
     for offset in range(0, 64, dtype.itemsize):
         moved = Case(rng, n, dtype, rows=37)
         for name, other in (("x", offset), ("dy", 60), ("weight", offset), ("bias", 4)):
-            setattr(moved, name, placed(getattr(case, name), other // dtype.itemsize * dtype.itemsize))
+            setattr(
+                moved, name, placed(getattr(case, name), other // dtype.itemsize * dtype.itemsize)
+            )
         out = placed(np.zeros_like(case.x), offset)
         assert_same_bits(moved.results(), want, f"offset {offset}")
         assert_same_bits(moved.forward(out=out), want[:3], f"out at offset {offset}")
@@ -185,7 +187,7 @@ def test_broadcast_rows(dtype, rng):
     assert_same_bits(got, fastnorm.layer_norm_backward(dy.copy(), x.copy(), 70, mean, rstd))
 
 
-# ---- out ------------------------------------------------------------------------------------------
+# ---- out -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [1, 7, 64, 500, 768, 3001])
@@ -221,7 +223,7 @@ def test_in_place_along_another_axis(dtype, rng):
     assert_same_bits(x, want)
 
 
-# ---- outputs past the cache -----------------------------------------------------------------------
+# ---- outputs past the cache ----------------------------------------------------------------------
 
 STREAMED_BYTES = 25 << 20
 

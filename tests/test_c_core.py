@@ -21,9 +21,7 @@ KERNEL_CODE_BYTES = 400 * 1024
 @pytest.fixture(scope="module")
 def core(tmp_path_factory):
     """The core as it is built for this machine."""
-    return c_build.Core(
-        tmp_path_factory.mktemp("native"), tool("gcc", "cc"), NATIVE, ["-fopenmp"]
-    )
+    return c_build.Core(tmp_path_factory.mktemp("native"), tool("gcc", "cc"), NATIVE, ["-fopenmp"])
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +58,7 @@ def assert_part_of(sums, isas, expected):
         assert of_isa == {case: expected[case] for case in of_isa}, isa
 
 
-# ---- bits -----------------------------------------------------------------------------------------
+# ---- bits ----------------------------------------------------------------------------------------
 
 
 def test_every_instruction_set_gives_the_same_bits(native_sums, expected):
@@ -109,7 +107,7 @@ def test_an_instruction_set_that_the_cpu_lacks_is_refused(checksums):
         assert f"cannot run {isa}" in done.stderr
 
 
-# ---- which CPU can run what -----------------------------------------------------------------------
+# ---- which CPU can run what ----------------------------------------------------------------------
 
 FMA, OSXSAVE, AVX = 1 << 12, 1 << 27, 1 << 28
 AVX2, BMI2, F, DQ, BW, VL = 1 << 5, 1 << 8, 1 << 16, 1 << 17, 1 << 30, 1 << 31
@@ -157,7 +155,7 @@ def test_what_a_described_cpu_can_run(cpu_x86, name):
     assert output(cpu_x86, *(f"{value:x}" for value in registers)).split() == isas
 
 
-# ---- the objects ----------------------------------------------------------------------------------
+# ---- the objects ---------------------------------------------------------------------------------
 
 
 def test_an_instruction_set_exports_its_table_alone(core):
@@ -215,7 +213,7 @@ def test_the_header_stands_alone(language, tmp_path):
     )  # fmt: skip
 
 
-# ---- memory ---------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------
 
 
 def test_without_memory_nothing_is_written(core):

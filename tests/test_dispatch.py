@@ -21,7 +21,7 @@ needs_two_cpus = pytest.mark.skipif(
 )
 
 
-# ---- instruction sets -----------------------------------------------------------------------------
+# ---- instruction sets ----------------------------------------------------------------------------
 
 
 def test_some_instruction_set_runs():
@@ -83,7 +83,7 @@ def test_instruction_set_that_the_cpu_lacks_is_an_error_at_import():
     assert "scalar" in message
 
 
-# ---- number of threads ----------------------------------------------------------------------------
+# ---- number of threads ---------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
@@ -117,15 +117,19 @@ def test_num_threads_restores_after_an_exception():
     assert _core.threads()["requested"] == before
 
 
-@pytest.mark.parametrize("call", [fastnorm.set_num_threads, fastnorm.num_threads])
+def enter_num_threads(count):
+    with fastnorm.num_threads(count):
+        pass
+
+
+@pytest.mark.parametrize("call", [fastnorm.set_num_threads, enter_num_threads])
 @pytest.mark.parametrize(("count", "exception"), [
     (0, ValueError), (-1, ValueError), (1.5, TypeError), ("2", TypeError), (None, TypeError),
 ])  # fmt: skip
 def test_bad_number_of_threads(call, count, exception):
     before = _core.threads()["requested"]
     with pytest.raises(exception, match=r"^n: got .*, wanted an integer of at least 1"):
-        result = call(count)
-        result.__enter__()
+        call(count)
     assert _core.threads()["requested"] == before
 
 
@@ -183,7 +187,7 @@ def test_quota_is_honoured():
         _core.set_cpu_quota(before)
 
 
-# ---- the container's CPU quota --------------------------------------------------------------------
+# ---- the container's CPU quota -------------------------------------------------------------------
 
 
 def control_groups(root, lines, files):
@@ -197,6 +201,7 @@ def control_groups(root, lines, files):
     return threads.cpu_quota(root)
 
 
+PERIOD = {"cpu/docker/a/cpu.cfs_period_us": "100000"}
 V1 = ["3:cpu,cpuacct:/docker/a", "1:name=systemd:/docker/a"]
 
 
@@ -211,8 +216,8 @@ V1 = ["3:cpu,cpuacct:/docker/a", "1:name=systemd:/docker/a"]
     (["0::/"], {"cpu.max": "100000 0\n"}, None),
     (["0::/gone"], {}, None),
     (["0::/../../escaped"], {"cpu.max": "100000 100000\n"}, 1),
-    (V1, {"cpu/docker/a/cpu.cfs_quota_us": "50000", "cpu/docker/a/cpu.cfs_period_us": "100000"}, 0.5),
-    (V1, {"cpu/docker/a/cpu.cfs_quota_us": "-1", "cpu/docker/a/cpu.cfs_period_us": "100000"}, None),
+    (V1, {"cpu/docker/a/cpu.cfs_quota_us": "50000", **PERIOD}, 0.5),
+    (V1, {"cpu/docker/a/cpu.cfs_quota_us": "-1", **PERIOD}, None),
     (V1, {"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"}, 2),
     (V1, {"cpu,cpuacct/cpu.cfs_quota_us": "75000", "cpu,cpuacct/cpu.cfs_period_us": "50000"}, 1.5),
     (V1, {"cpu/cpu.cfs_quota_us": "what", "cpu/cpu.cfs_period_us": "100000"}, None),
@@ -230,7 +235,7 @@ def test_cpu_quota_without_control_groups(tmp_path):
     assert threads.cpu_quota(tmp_path) is None
 
 
-# ---- explain --------------------------------------------------------------------------------------
+# ---- explain -------------------------------------------------------------------------------------
 
 
 def test_explain_names_what_runs(isa):
@@ -325,7 +330,7 @@ def test_explanations_are_plain_values():
         plan.isa = "other"
 
 
-# ---- show_config ----------------------------------------------------------------------------------
+# ---- show_config ---------------------------------------------------------------------------------
 
 
 def test_show_config_as_dicts(isa):
@@ -356,7 +361,7 @@ def test_show_config_with_another_mode():
         fastnorm.show_config("json")
 
 
-# ---- the lists that everything iterates over ------------------------------------------------------
+# ---- the lists that everything iterates over -----------------------------------------------------
 
 
 def test_every_op_and_type_is_public_and_has_a_reference(dtype, rng):

@@ -54,7 +54,8 @@ FORWARD = {
     "no axis": ((X, {"axis": ()}), ValueError, ["axis", "()", "at least one"]),
     "float axis": ((X, {"axis": 1.0}), TypeError, ["axis", "1.0", "int"]),
     "axis and shape": (
-        (X, {"axis": -1, "normalized_shape": 4}), TypeError, ["normalized_shape", "axis", "4", "-1"],
+        (X, {"axis": -1, "normalized_shape": 4}),
+        TypeError, ["normalized_shape", "axis", "4", "-1"],
     ),
     # eps
     "eps negative": ((X, {"eps": -1e-5}), ValueError, ["eps", "-1e-05", "at least 0"]),
@@ -74,7 +75,8 @@ FORWARD = {
         (X, {"weight": W, "normalized_shape": (3, 4)}), ValueError, ["weight", "(4,)", "(3, 4)"],
     ),
     "weight of axes out of order": (
-        (X, {"weight": np.ones((4, 2)), "axis": (2, 0)}), ValueError, ["weight", "(4, 2)", "(2, 4)"],
+        (X, {"weight": np.ones((4, 2)), "axis": (2, 0)}),
+        ValueError, ["weight", "(4, 2)", "(2, 4)"],
     ),
     "weight complex": ((X, {"weight": W + 0j}), TypeError, ["weight", "complex", "real"]),
     "weight object": ((X, {"weight": W.astype(object)}), TypeError, ["weight", "object", "real"]),
@@ -102,7 +104,7 @@ def test_layer_norm(name):
     assert (out == 7).all(), "out was written to"
 
 
-# ---- out ------------------------------------------------------------------------------------------
+# ---- out -----------------------------------------------------------------------------------------
 
 
 def whole(shape=(2, 3, 4), dtype=np.float32):
@@ -157,7 +159,9 @@ def test_out_that_overlaps_x_in_part(dtype, shift):
     memory = np.arange(40, dtype=dtype)
     before = memory.copy()
     x, out = memory[10:30].reshape(4, 5), memory[10 + shift : 30 + shift].reshape(4, 5)
-    with pytest.raises(ValueError, match=r"^out: .* overlaps x, wanted x itself or memory of its own"):
+    with pytest.raises(
+        ValueError, match=r"^out: .* overlaps x, wanted x itself or memory of its own"
+    ):
         fastnorm.layer_norm(x, out=out)
     np.testing.assert_array_equal(memory, before)
 
@@ -208,7 +212,7 @@ def test_out_between_the_elements_of_x(dtype):
     np.testing.assert_array_equal(memory[::2], np.arange(0, 40, 2))
 
 
-# ---- backward and moments -------------------------------------------------------------------------
+# ---- backward and moments ------------------------------------------------------------------------
 
 #: what is wrong with layer_norm_backward's arguments
 BACKWARD = {
@@ -228,7 +232,11 @@ BACKWARD = {
     "rstd None": ({"rstd": None}, TypeError, ["rstd"]),
     "weight": ({"weight": W[:2]}, ValueError, ["weight", "(2,)", "(4,)"]),
     "bias": ({"bias": W[:2]}, ValueError, ["bias", "(2,)", "(4,)"]),
-    "two flags": ({"output_mask": (True, True)}, ValueError, ["output_mask", "(True, True)", "three"]),
+    "two flags": (
+        {"output_mask": (True, True)},
+        ValueError,
+        ["output_mask", "(True, True)", "three"],
+    ),
     "four flags": ({"output_mask": [True] * 4}, ValueError, ["output_mask", "three"]),
     "one flag": ({"output_mask": True}, ValueError, ["output_mask", "True", "three"]),
 }
@@ -261,7 +269,7 @@ def test_moments(name):
     assert_says(str(caught.value), words)
 
 
-# ---- calls ----------------------------------------------------------------------------------------
+# ---- calls ---------------------------------------------------------------------------------------
 
 
 def test_arguments_that_do_not_exist():
@@ -278,7 +286,9 @@ def test_arguments_that_do_not_exist():
 
 def test_device_arrays_are_refused():
     class OnDevice:
-        __cuda_array_interface__ = {"shape": (2,), "typestr": "<f4", "data": (0, False), "version": 3}  # noqa: RUF012
+        @property
+        def __cuda_array_interface__(self):
+            return {"shape": (2,), "typestr": "<f4", "data": (0, False), "version": 3}
 
     with pytest.raises(TypeError, match=r"^x: .* CUDA device, wanted one in host memory"):
         fastnorm.layer_norm(OnDevice())

@@ -26,7 +26,7 @@ def assert_right(x, weight=None, bias=None, eps=1e-5):
     assert error <= accuracy.bound(x.dtype), f"{x.dtype} {x.shape}: error {error:.2e}"
 
 
-# ---- values ---------------------------------------------------------------------------------------
+# ---- values --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("which", PARAMETERS)
@@ -82,7 +82,7 @@ def test_inputs_stay_as_they_are(dtype, rng):
     assert_same_bits((x, weight, bias), before)
 
 
-# ---- the acceptance vectors of layer norm: some framework failed each of them ----------------------
+# ---- the acceptance vectors of layer norm: some framework failed each of them --------------------
 
 
 def test_a_constant_row_is_exactly_bias(isa, dtype, rng):
@@ -137,7 +137,7 @@ def test_transposed_input(dtype, rng):
     assert_same_bits(fastnorm.layer_norm(x), fastnorm.layer_norm(np.ascontiguousarray(x)))
 
 
-# ---- shapes ---------------------------------------------------------------------------------------
+# ---- shapes --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [5, (5,), [5], np.int64(5), np.array([5])])
@@ -169,7 +169,12 @@ def test_axis(axis, dtype, rng):
     weight, bias = rng.standard_normal((2, *inner)).astype(dtype)
 
     y, mean, rstd = fastnorm.layer_norm(
-        x, None, weight, bias, axis=axis if isinstance(axis, int) else tuple(axis), return_stats=True
+        x,
+        None,
+        weight,
+        bias,
+        axis=axis if isinstance(axis, int) else tuple(axis),
+        return_stats=True,
     )
     lead = [a for a in range(3) if a not in axes]
     moved = np.ascontiguousarray(x.transpose(*lead, *axes))
@@ -199,7 +204,7 @@ def test_one_column_is_exactly_bias(isa, dtype):
         assert_same_bits(y, np.full((5, 1), 0.3, dtype))
 
 
-# ---- statistics -----------------------------------------------------------------------------------
+# ---- statistics ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 64, 200, 768, 1500])
@@ -225,7 +230,7 @@ def test_statistics_of_one_row(dtype, rng):
     assert isinstance(mean, np.ndarray)
 
 
-# ---- NaN and infinity -----------------------------------------------------------------------------
+# ---- NaN and infinity ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [1, 5, 64, 300, 2050])

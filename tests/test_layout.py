@@ -21,7 +21,7 @@ TYPES = st.sampled_from([np.dtype(name) for name in _core.DTYPES])
 examples = hypothesis.settings(deadline=None, max_examples=500)
 
 
-# ---- drawn layouts --------------------------------------------------------------------------------
+# ---- drawn layouts -------------------------------------------------------------------------------
 
 
 class View:
@@ -102,7 +102,9 @@ def test_drawn_layouts(data):
     )  # fmt: skip
     y, mean, rstd = fastnorm.layer_norm(x.array, None, w, b, axis=axes, out=o, return_stats=True)
 
-    assert_same_bits((np.array(y, order="C"), mean, rstd), (np.array(back(want[0], axes), order="C"), *want[1:]))
+    assert_same_bits(
+        (np.array(y, order="C"), mean, rstd), (np.array(back(want[0], axes), order="C"), *want[1:])
+    )
     for view in (x, weight, bias):
         if view and view is not out:
             view.assert_unchanged()
@@ -137,7 +139,12 @@ def test_drawn_layouts_backward(data):
     w = weight and weight.array
     got = fastnorm.layer_norm_backward(dy.array, x.array, None, *statistics, w, axis=axes)
     want = fastnorm.layer_norm_backward(
-        plainly(dy.array, axes), plain, inner, plain_mean, plain_rstd, None if w is None else w.copy()
+        plainly(dy.array, axes),
+        plain,
+        inner,
+        plain_mean,
+        plain_rstd,
+        None if w is None else w.copy(),
     )
     assert got[0].shape == shape
     assert_same_bits((plainly(got[0], axes), *got[1:]), want)
@@ -152,12 +159,14 @@ def test_drawn_layouts_of_moments(data):
     dtype, shape, axes = data.draw(problems())
     x = data.draw(views(shape, dtype))
     rows = plainly(x.array, axes)
-    rows = rows.reshape(*rows.shape[: len(shape) - len(axes)], int(np.prod(inner_shape(shape, axes))))
+    rows = rows.reshape(
+        *rows.shape[: len(shape) - len(axes)], int(np.prod(inner_shape(shape, axes)))
+    )
     assert_same_bits(fastnorm.moments(x.array, axes), fastnorm.moments(rows))
     x.assert_unchanged()
 
 
-# ---- memory beside the output ----------------------------------------------------------------------
+# ---- memory beside the output --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("offset", [0, 4, 24, 60])
@@ -189,7 +198,7 @@ def test_no_page_beside_any_array_is_touched(lengths):
     assert done.returncode == 0, f"{done.returncode}: {done.stdout[-200:]} {done.stderr[-2000:]}"
 
 
-# ---- arrays that fooled others --------------------------------------------------------------------
+# ---- arrays that fooled others -------------------------------------------------------------------
 
 
 def unaligned(a):

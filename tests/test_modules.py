@@ -25,7 +25,7 @@ def x(dtype, rng):
     return rng.standard_normal((4, 9)).astype(dtype)
 
 
-# ---- construction and parameters ------------------------------------------------------------------
+# ---- construction and parameters -----------------------------------------------------------------
 
 
 def test_defaults():
@@ -102,7 +102,7 @@ def test_bad_eps_leaves_the_old_one(norm):
     assert norm.eps == 1e-3
 
 
-# ---- calls ----------------------------------------------------------------------------------------
+# ---- calls ---------------------------------------------------------------------------------------
 
 
 def test_call(isa, norm, x):
@@ -193,7 +193,7 @@ def test_many_threads_may_call_one_module(norm, dtype, rng):
             assert dx.shape == y.shape
 
 
-# ---- state dicts ----------------------------------------------------------------------------------
+# ---- state dicts ---------------------------------------------------------------------------------
 
 
 def test_state_dict_is_a_copy_under_torch_names(norm):
@@ -233,7 +233,7 @@ def test_load_state_dict_is_all_or_nothing(norm):
         assert norm == before
 
 
-# ---- copies and comparison ------------------------------------------------------------------------
+# ---- copies and comparison -----------------------------------------------------------------------
 
 COPIES = {
     "copy": copy.copy,

@@ -60,7 +60,12 @@ def test_scale(size, rng):
 
 def test_special_rows():
     y, mean, rstd = reference.layer_norm(
-        [[1.1] * 7, [np.inf] + [1] * 6, [np.nan] + [1] * 6], 7, None, np.arange(7.0), 0.0, return_stats=True
+        [[1.1] * 7, [np.inf] + [1] * 6, [np.nan] + [1] * 6],
+        7,
+        None,
+        np.arange(7.0),
+        0.0,
+        return_stats=True,
     )
     np.testing.assert_array_equal(y, [np.arange(7), [np.nan] * 7, [np.nan] * 7])
     np.testing.assert_array_equal(mean, [1.1, np.nan, np.nan])
@@ -75,13 +80,11 @@ def test_axes(rng):
     x = rng.standard_normal((3, 4, 5))
     weight, bias = rng.standard_normal((2, 3, 5))
     y = reference.layer_norm(x, None, weight, bias, axis=(0, 2))
-    want = np.stack(
-        [reference.layer_norm(x[:, k], (3, 5), weight, bias) for k in range(4)], axis=1
-    )
+    want = np.stack([reference.layer_norm(x[:, k], (3, 5), weight, bias) for k in range(4)], axis=1)
     np.testing.assert_allclose(y, want, rtol=1e-15)
 
 
-# ---- the measure of errors ------------------------------------------------------------------------
+# ---- the measure of errors -----------------------------------------------------------------------
 
 
 def test_errors_are_measured(rng):

@@ -14,7 +14,7 @@
 
 #include "fastnorm.h"
 
-/* ---- inputs ----------------------------------------------------------------------------------- */
+/* ---- inputs ---------------------------------------------------------------------------------- */
 
 /* What a row holds. MIXED gives every row of a case a kind of its own. */
 enum {
@@ -47,8 +47,8 @@ static uint64_t mix(uint64_t a) /* splitmix64 */
 /* 2^exponent, by its bits. */
 static double power(int exponent)
 {
-    const uint64_t bits =
-        exponent > -1023 ? (uint64_t)(exponent + 1023) << 52 : (uint64_t)1 << (exponent + 1074);
+    const uint64_t bits = exponent > -1023 ? (uint64_t)(exponent + 1023) << 52
+                                           : (uint64_t)1 << (exponent + 1074);
     double value;
     memcpy(&value, &bits, sizeof value);
     return value;
@@ -85,10 +85,7 @@ static double element(int kind, fn_dtype dtype, uint64_t seed, ptrdiff_t i, ptrd
     }
 }
 
-static size_t size_of(fn_dtype dtype)
-{
-    return dtype == FN_F64 ? sizeof(double) : sizeof(float);
-}
+static size_t size_of(fn_dtype dtype) { return dtype == FN_F64 ? sizeof(double) : sizeof(float); }
 
 static void put(void *array, ptrdiff_t i, double value, fn_dtype dtype)
 {
@@ -104,7 +101,7 @@ static void fill_row(void *row, int kind, fn_dtype dtype, uint64_t seed, ptrdiff
     for (ptrdiff_t i = 0; i < n; i++) put(row, i, element(kind, dtype, seed, i, n), dtype);
 }
 
-/* ---- arrays ----------------------------------------------------------------------------------- */
+/* ---- arrays ---------------------------------------------------------------------------------- */
 
 /* Memory that starts `offset` bytes past a cache line and ends with its last element, so that a
  * sanitizer sees a step beyond either end. */
@@ -165,14 +162,14 @@ static void copy_rows(const matrix *m, const block *from, ptrdiff_t rows, ptrdif
         memcpy(row_of(&m->rows, r), from->data + (size_t)r * bytes, bytes);
 }
 
-/* ---- checksums -------------------------------------------------------------------------------- */
+/* ---- checksums ------------------------------------------------------------------------------- */
 
 /* FNV-1a over bits, 64 at a time; every NaN is the same NaN. */
 static uint64_t hash(uint64_t h, const void *array, ptrdiff_t n, fn_dtype dtype)
 {
     for (ptrdiff_t i = 0; i < n; i++) {
-        const double value =
-            dtype == FN_F64 ? ((const double *)array)[i] : (double)((const float *)array)[i];
+        const double value = dtype == FN_F64 ? ((const double *)array)[i]
+                                             : (double)((const float *)array)[i];
         uint64_t bits;
         memcpy(&bits, &value, sizeof bits);
         if (value != value) bits = 0x7ff8000000000000u;
@@ -188,7 +185,7 @@ static uint64_t hash_rows(uint64_t h, const matrix *m, ptrdiff_t rows, ptrdiff_t
     return h;
 }
 
-/* ---- cases and the ways to run them ------------------------------------------------------------ */
+/* ---- cases and the ways to run them ---------------------------------------------------------- */
 
 typedef struct {
     ptrdiff_t rows, cols;
@@ -348,7 +345,7 @@ static uint64_t run_moments(const shape_case *c, fn_dtype dtype, const way *w)
     return h;
 }
 
-/* ---- the list --------------------------------------------------------------------------------- */
+/* ---- the list -------------------------------------------------------------------------------- */
 
 #define OP_NAME(op) #op,
 #define OP_RUN(op) run_##op,
@@ -364,11 +361,11 @@ enum { FN_OPS(OP_INDEX) OPS };
 /* Narrow rows, one row more and less than every vector, lane count and block, several blocks, and
  * (backward) several blocks of rows. */
 static const ptrdiff_t shapes[][2] = {
-    {1, 1},     {9, 1},     {21, 2},   {17, 3},   {43, 4},   {11, 5},   {16, 7},   {27, 8},
-    {13, 8},    {15, 15},   {34, 16},  {19, 17},   {20, 31},  {33, 32},  {34, 33},  {15, 63},  {16, 64},  {17, 65},
-    {14, 127},  {9, 128},   {15, 130}, {4, 255},  {9, 256},  {5, 257},  {6, 511},  {16, 512},
-    {5, 513},   {17, 768},  {9, 1023}, {9, 1024}, {5, 1025}, {3, 2047}, {2, 2048}, {3, 2049},
-    {17, 4096}, {3, 16384}, {1, 70001}, {161, 33}, {513, 24}, {250, 129},
+    {1, 1},    {9, 1},    {21, 2},    {17, 3},    {43, 4},    {11, 5},   {16, 7},   {27, 8},
+    {13, 8},   {15, 15},  {34, 16},   {19, 17},   {20, 31},   {33, 32},  {34, 33},  {15, 63},
+    {16, 64},  {17, 65},  {14, 127},  {9, 128},   {15, 130},  {4, 255},  {9, 256},  {5, 257},
+    {6, 511},  {16, 512}, {5, 513},   {17, 768},  {9, 1023},  {9, 1024}, {5, 1025}, {3, 2047},
+    {2, 2048}, {3, 2049}, {17, 4096}, {3, 16384}, {1, 70001}, {161, 33}, {513, 24}, {250, 129},
 };
 
 static int failures;
@@ -402,9 +399,24 @@ static void run_shapes(const char *isa, int op, fn_dtype dtype, int way_count)
         const int plain = (int)(s % 4), mixed = (int)((s + 1 + s / 4) % 4);
         const ptrdiff_t rows = shapes[s][0], cols = shapes[s][1];
         shape_case cases[] = {
-            {.rows = rows, .cols = cols, .kind = PLAIN, .weight = plain & 1, .bias = plain >> 1, .eps = 1e-5},
-            {.rows = rows, .cols = cols, .kind = MIXED, .weight = mixed & 1, .bias = mixed >> 1, .eps = 1e-5},
-            {.rows = rows, .cols = cols, .kind = MIXED, .weight = mixed >> 1, .bias = mixed & 1, .eps = 0},
+            {.rows = rows,
+             .cols = cols,
+             .kind = PLAIN,
+             .weight = plain & 1,
+             .bias = plain >> 1,
+             .eps = 1e-5},
+            {.rows = rows,
+             .cols = cols,
+             .kind = MIXED,
+             .weight = mixed & 1,
+             .bias = mixed >> 1,
+             .eps = 1e-5},
+            {.rows = rows,
+             .cols = cols,
+             .kind = MIXED,
+             .weight = mixed >> 1,
+             .bias = mixed & 1,
+             .eps = 0},
         };
         for (int k = 0; k < 3; k++) run_case(isa, op, dtype, &cases[k], way_count);
     }

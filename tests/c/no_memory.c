@@ -13,10 +13,7 @@ static int allowed; /* allocations that still succeed */
 void *__real_malloc(size_t size);
 void *__wrap_malloc(size_t size);
 
-void *__wrap_malloc(size_t size)
-{
-    return allowed-- > 0 ? __real_malloc(size) : NULL;
-}
+void *__wrap_malloc(size_t size) { return allowed-- > 0 ? __real_malloc(size) : NULL; }
 
 static float x[ROWS][COLS], dx[ROWS][COLS], mean[ROWS], rstd[ROWS], dweight[COLS], dbias[COLS];
 

@@ -1,0 +1,63 @@
+"""The command line: python -m fastnorm."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import fastnorm
+from fastnorm import _core
+
+
+def fastnorm_command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-I", "-m", "fastnorm", *arguments],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def test_info():
+    done = fastnorm_command("info")
+    assert done.returncode == 0, done.stderr
+    for word in (fastnorm.__version__, np.__version__, *_core.isa_names(), "threads"):
+        assert word in done.stdout
+
+
+def test_info_as_json():
+    done = fastnorm_command("info", "--json")
+    assert done.returncode == 0, done.stderr
+    config = json.loads(done.stdout)
+    assert config["version"] == fastnorm.__version__
+    assert config["isa"]["compiled"] == list(_core.isa_names())
+
+
+def test_version():
+    done = fastnorm_command("--version")
+    assert (done.returncode, done.stdout) == (0, f"fastnorm {fastnorm.__version__}\n")
+
+
+WRONG = [[], ["dance"], ["info", "--loud"], ["bench", "--shapes", "3"]]
+
+
+@pytest.mark.parametrize("arguments", WRONG, ids=" ".join)
+def test_wrong_usage(arguments):
+    done = fastnorm_command(*arguments)
+    assert done.returncode == 2
+    assert "usage: python -m fastnorm" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_names_every_command():
+    done = fastnorm_command("--help")
+    assert done.returncode == 0
+    for command in ("info", "demo", "bench"):
+        assert command in done.stdout
+
+
+def test_bench():
+    pytest.importorskip("rich", reason="the extra [bench] is not installed")
+    done = fastnorm_command("bench", "--shapes", "4x32", "--seconds", "0.05", "--json", "-")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)
