@@ -20,9 +20,9 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 from setuptools.modified import newer_group
 
-# -O3 makes the plain C kernels a tenth faster and twice as large. They are the last resort of CPUs
-# without SIMD, and every wheel carries them.
-SCALAR = ["-O2", "-ftree-vectorize"]
+# The plain C kernels are the last resort of CPUs without SIMD, and every wheel carries them: small
+# counts for more than fast.
+SCALAR = ["-Os"]
 ISA_FLAGS = {
     "x86_64": {
         "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mbmi2"],

@@ -31,20 +31,11 @@ static fn_x86_cpu this_cpu(void)
     return cpu;
 }
 
-static int has_avx512(void)
-{
-    return fn_x86_has_avx512(this_cpu());
-}
-static int has_avx2(void)
-{
-    return fn_x86_has_avx2(this_cpu());
-}
+static int has_avx512(void) { return fn_x86_has_avx512(this_cpu()); }
+static int has_avx2(void) { return fn_x86_has_avx2(this_cpu()); }
 #endif
 
-static int always(void)
-{
-    return 1;
-}
+static int always(void) { return 1; }
 
 /* ---- the registry, best first ----------------------------------------------------------------- */
 
@@ -72,10 +63,7 @@ enum { ISA_COUNT = sizeof registry / sizeof *registry };
 
 const fn_isa *fn_active_isa = &fn_isa_scalar;
 
-int fn_isa_count(void)
-{
-    return ISA_COUNT;
-}
+int fn_isa_count(void) { return ISA_COUNT; }
 
 const char *fn_isa_name(int index)
 {
@@ -87,10 +75,7 @@ int fn_isa_supported(int index)
     return index >= 0 && index < ISA_COUNT && registry[index].supported();
 }
 
-const char *fn_isa_active(void)
-{
-    return fn_active_isa->name;
-}
+const char *fn_isa_active(void) { return fn_active_isa->name; }
 
 int fn_isa_select(const char *name)
 {

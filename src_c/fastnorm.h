@@ -56,7 +56,7 @@ typedef struct {
     const void *weight, *bias;
     void *mean, *rstd;
     double eps;
-    int y_is_warm; /* y's pages exist already: they may be written past the cache */
+    int y_is_warm;     /* y's pages exist already: they may be written past the cache */
     int stream, fetch; /* set by the library: how y is written, whether rows are fetched ahead */
 } fn_layer_norm_args;
 
@@ -100,16 +100,16 @@ fn_plan fn_plan_moments(const fn_moments_args *args, fn_dtype dtype, int threads
 
 /* ---- Instruction sets ------------------------------------------------------------------------- */
 
-int fn_isa_count(void);               /* how many are compiled in, best first */
-const char *fn_isa_name(int index);   /* NULL past the end */
-int fn_isa_supported(int index);      /* whether this CPU and its OS can run it */
+int fn_isa_count(void);             /* how many are compiled in, best first */
+const char *fn_isa_name(int index); /* NULL past the end */
+int fn_isa_supported(int index);    /* whether this CPU and its OS can run it */
 const char *fn_isa_active(void);
-int fn_isa_select(const char *name);  /* NULL: the best supported; FN_OK or FN_..._ISA */
+int fn_isa_select(const char *name); /* NULL: the best supported; FN_OK or FN_..._ISA */
 
 /* ---- Threads ---------------------------------------------------------------------------------- */
 
-int fn_openmp(void);                  /* whether OpenMP was compiled in */
-void fn_set_cpu_quota(int cpus);      /* the container's CPU quota, rounded up; 0: none */
+int fn_openmp(void);             /* whether OpenMP was compiled in */
+void fn_set_cpu_quota(int cpus); /* the container's CPU quota, rounded up; 0: none */
 int fn_cpu_quota(void);
 int fn_cpu_affinity(void);            /* CPUs this thread may run on */
 int fn_openmp_limit(void);            /* omp_get_max_threads() of this thread; 1 without OpenMP */
@@ -122,7 +122,7 @@ void fn_force_partition(int parts);   /* for tests: split every call into so man
 
 #define FN_POOL_LEAST ((size_t)4 << 20) /* smaller arrays gain nothing */
 
-void *fn_pool_alloc(size_t size);     /* NULL: no memory */
+void *fn_pool_alloc(size_t size); /* NULL: no memory */
 void *fn_pool_realloc(void *data, size_t size);
 void fn_pool_free(void *data);
 int fn_pool_last_was_warm(void);      /* whether this thread's last block had its pages already */

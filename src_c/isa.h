@@ -25,7 +25,7 @@ typedef struct {
 extern const fn_isa *fn_active_isa;
 
 static __attribute__((noinline, unused)) void *row_at_outer(const fn_shape *shape,
-                                                             const fn_rows *rows, ptrdiff_t row)
+                                                            const fn_rows *rows, ptrdiff_t row)
 {
     char *data = (char *)rows->data + row % shape->inner * rows->stride;
     ptrdiff_t outer = row / shape->inner;

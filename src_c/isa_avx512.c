@@ -1,5 +1,5 @@
 /* isa_avx512.c: the kernels in avx512. */
-#if !defined(__AVX512F__) || !defined(__AVX512DQ__) || !defined(__AVX512BW__) ||                         \
+#if !defined(__AVX512F__) || !defined(__AVX512DQ__) || !defined(__AVX512BW__) ||                   \
     !defined(__AVX512VL__) || !defined(__BMI2__)
 #error "isa_avx512.c needs -mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -mbmi2"
 #endif

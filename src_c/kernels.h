@@ -21,7 +21,10 @@
 
 #define FN_STRING_(word) #word
 #define FN_STRING(word) FN_STRING_(word)
-enum { narrow_cols_f32 = VW_f32 > 1 ? 4 * VW_f32 : 0, narrow_cols_f64 = VW_f64 > 1 ? 4 * VW_f64 : 0 };
+enum {
+    narrow_cols_f32 = VW_f32 > 1 ? 4 * VW_f32 : 0,
+    narrow_cols_f64 = VW_f64 > 1 ? 4 * VW_f64 : 0
+};
 #define OF_EACH_TYPE(word) {[FN_F32] = word##_f32, [FN_F64] = word##_f64}
 /* An op's name reaches the table as it stands in FN_OPS: from here on the words are plain again. */
 #undef layer_norm
@@ -31,10 +34,8 @@ enum { narrow_cols_f32 = VW_f32 > 1 ? 4 * VW_f32 : 0, narrow_cols_f64 = VW_f64 >
 #undef narrow
 #define FN_KERNELS(op) .op = OF_EACH_TYPE(op),
 
-const fn_isa FN_PASTE(fn_isa, FN_ISA) = {
-    .name = FN_STRING(FN_ISA),
-    .narrow_cols = OF_EACH_TYPE(narrow_cols),
-    FN_OPS(FN_KERNELS)
-    .widen_add = OF_EACH_TYPE(widen_add),
-    .narrow = OF_EACH_TYPE(narrow),
-};
+const fn_isa FN_PASTE(fn_isa, FN_ISA) = {.name = FN_STRING(FN_ISA),
+                                         .narrow_cols = OF_EACH_TYPE(narrow_cols),
+                                         .widen_add = OF_EACH_TYPE(widen_add),
+                                         .narrow = OF_EACH_TYPE(narrow),
+                                         FN_OPS(FN_KERNELS)};

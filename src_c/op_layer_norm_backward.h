@@ -33,17 +33,26 @@ INLINE void dots_to_coefficients(const double sums[3], double rstd, ptrdiff_t n,
     row->base = (element)(0.0 - mean_g * rstd);
 }
 
+/* Rows of gradient 0 are common, as padding, and need no care. */
+#define all_zero FN_OF_T(all_zero)
+static COLD int all_zero(const element *dy, ptrdiff_t n)
+{
+    for (ptrdiff_t i = 0; i < n; i++)
+        if (dy[i] != 0) return 0;
+    return 1;
+}
+
 /* Whether T's range sufficed: rstd is of ordinary size, no sum overflowed, and g is not so small
  * that its products with x - mean may have underflowed. (g is at least as large as the means, which
  * may be small for other reasons; such rows take the careful way for nothing.) */
 #define within_range FN_OF_T(within_range)
-INLINE int within_range(const double sums[3], double rstd, ptrdiff_t n)
+INLINE int within_range(const double sums[3], double rstd, ptrdiff_t n, const element *dy)
 {
     const int is_float = sizeof(element) == sizeof(float);
     const double limit = is_float ? 0x1p50 : 0x1p400, least = is_float ? 0x1p-77 : 0x1p-600;
     const double g = fabs(sums[1]) + fabs(sums[2]) * rstd;
     return rstd <= limit && rstd >= 1 / limit && fabs(sums[0]) <= DBL_MAX && g <= DBL_MAX &&
-           g >= least * (double)n;
+           (g >= least * (double)n || all_zero(dy, n));
 }
 
 /* 1/std of x times 2^up, where the rstd that was saved did not fit T: eps was 0 or next to it, and x
@@ -217,7 +226,7 @@ INLINE void backward_group(const fn_layer_norm_backward_args *a, ptrdiff_t row,
         *c = (backward_row){.pivot = mean[row + k], .x = one, .dy = one, .dx = one};
         double dots[3];
         plain_dots(x[k], dy[k], a->weight, n, c->pivot, dots);
-        if (within_range(dots, rstd[row + k], n)) {
+        if (within_range(dots, rstd[row + k], n, dy[k])) {
             dots_to_coefficients(dots, rstd[row + k], n, c);
         } else {
             careful = 1;

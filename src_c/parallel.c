@@ -36,26 +36,11 @@ int fn_openmp(void)
 #endif
 }
 
-void fn_set_cpu_quota(int cpus)
-{
-    quota = cpus;
-}
-int fn_cpu_quota(void)
-{
-    return quota;
-}
-void fn_set_num_threads(int threads)
-{
-    requested = threads;
-}
-int fn_requested_threads(void)
-{
-    return requested;
-}
-void fn_force_partition(int parts)
-{
-    partition = parts;
-}
+void fn_set_cpu_quota(int cpus) { quota = cpus; }
+int fn_cpu_quota(void) { return quota; }
+void fn_set_num_threads(int threads) { requested = threads; }
+int fn_requested_threads(void) { return requested; }
+void fn_force_partition(int parts) { partition = parts; }
 
 int fn_cpu_affinity(void)
 {
@@ -67,10 +52,7 @@ int fn_cpu_affinity(void)
     return online > 0 ? (int)online : 1;
 }
 
-static int least(int a, int b)
-{
-    return b > 0 && b < a ? b : a;
-}
+static int least(int a, int b) { return b > 0 && b < a ? b : a; }
 
 int fn_openmp_limit(void)
 {
@@ -99,10 +81,7 @@ static void before_fork(void)
 }
 
 /* What other threads had at work stays behind with them. */
-static void in_child(void)
-{
-    busy = 0;
-}
+static void in_child(void) { busy = 0; }
 
 /* When the library is loaded: a handler that is registered while a fork is under way does not run in
  * its child. */
@@ -156,10 +135,7 @@ static int take_threads(int wanted)
     }
 }
 
-static void give_back_threads(int taken)
-{
-    atomic_fetch_sub(&busy, taken);
-}
+static void give_back_threads(int taken) { atomic_fetch_sub(&busy, taken); }
 
 static int forced_parts(ptrdiff_t units)
 {
@@ -183,10 +159,7 @@ static int forced_parts(ptrdiff_t units)
  * computed. */
 #define FETCH_BYTES ((ptrdiff_t)1 << 19)
 
-static ptrdiff_t element_size(fn_dtype dtype)
-{
-    return dtype == FN_F64 ? 8 : 4;
-}
+static ptrdiff_t element_size(fn_dtype dtype) { return dtype == FN_F64 ? 8 : 4; }
 
 static int planned_threads(ptrdiff_t bytes, ptrdiff_t units, int threads)
 {

@@ -40,10 +40,7 @@ static void lock(void)
     while (atomic_flag_test_and_set_explicit(&busy, memory_order_acquire)) sched_yield();
 }
 
-static void unlock(void)
-{
-    atomic_flag_clear_explicit(&busy, memory_order_release);
-}
+static void unlock(void) { atomic_flag_clear_explicit(&busy, memory_order_release); }
 
 /* A fork waits for the lock, so that the child's blocks are whole. */
 __attribute__((constructor)) static void register_fork_handlers(void)
@@ -84,32 +81,6 @@ static char *map_huge(size_t capacity)
     return data;
 }
 
-static void *new_block(size_t size)
-{
-    const size_t capacity = (size + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
-    for (int i = 0; capacity >= size && i < MAX_BLOCKS; i++)
-        if (!blocks[i].data) {
-            char *data = map_huge(capacity);
-            if (data) blocks[i] = (block){.data = data, .capacity = capacity};
-            return data;
-        }
-    return malloc(size);
-}
-
-void *fn_pool_alloc(size_t size)
-{
-    lock();
-    block *b = kept_block(size);
-    last_was_warm = b != NULL;
-    if (b) {
-        kept -= b->capacity;
-        b->freed_at = 0;
-    }
-    void *data = b ? b->data : new_block(size);
-    unlock();
-    return data;
-}
-
 static block *oldest_kept(void)
 {
     block *oldest = NULL;
@@ -122,6 +93,42 @@ static block *oldest_kept(void)
 static void keep_within(size_t most)
 {
     while (kept > most) drop(oldest_kept());
+}
+
+/* A block in a free place, or malloc's where there is none. */
+static void *new_block(size_t size)
+{
+    const size_t capacity = (size + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+    for (int i = 0; capacity >= size && i < MAX_BLOCKS; i++)
+        if (!blocks[i].data) {
+            char *data = map_huge(capacity);
+            if (data) blocks[i] = (block){.data = data, .capacity = capacity};
+            return data;
+        }
+    return malloc(size);
+}
+
+/* What is kept is given up before a result goes without. */
+static void *some_block(size_t size)
+{
+    void *data = new_block(size);
+    if (data || !kept) return data;
+    keep_within(0);
+    return new_block(size);
+}
+
+void *fn_pool_alloc(size_t size)
+{
+    lock();
+    block *b = kept_block(size);
+    last_was_warm = b != NULL;
+    if (b) {
+        kept -= b->capacity;
+        b->freed_at = 0;
+    }
+    void *data = b ? b->data : some_block(size);
+    unlock();
+    return data;
 }
 
 static block *block_at(const void *data)
@@ -165,10 +172,7 @@ void *fn_pool_realloc(void *data, size_t size)
     return moved;
 }
 
-int fn_pool_last_was_warm(void)
-{
-    return last_was_warm;
-}
+int fn_pool_last_was_warm(void) { return last_was_warm; }
 
 void fn_pool_set_limit(size_t bytes)
 {
@@ -178,44 +182,17 @@ void fn_pool_set_limit(size_t bytes)
     unlock();
 }
 
-size_t fn_pool_limit(void)
-{
-    return limit;
-}
+size_t fn_pool_limit(void) { return limit; }
 
-size_t fn_pool_kept(void)
-{
-    return kept;
-}
+size_t fn_pool_kept(void) { return kept; }
 
 #else
 
-void *fn_pool_alloc(size_t size)
-{
-    return malloc(size);
-}
-void *fn_pool_realloc(void *data, size_t size)
-{
-    return realloc(data, size);
-}
-void fn_pool_free(void *data)
-{
-    free(data);
-}
-int fn_pool_last_was_warm(void)
-{
-    return 0;
-}
-void fn_pool_set_limit(size_t bytes)
-{
-    (void)bytes;
-}
-size_t fn_pool_limit(void)
-{
-    return 0;
-}
-size_t fn_pool_kept(void)
-{
-    return 0;
-}
+void *fn_pool_alloc(size_t size) { return malloc(size); }
+void *fn_pool_realloc(void *data, size_t size) { return realloc(data, size); }
+void fn_pool_free(void *data) { free(data); }
+int fn_pool_last_was_warm(void) { return 0; }
+void fn_pool_set_limit(size_t bytes) { (void)bytes; }
+size_t fn_pool_limit(void) { return 0; }
+size_t fn_pool_kept(void) { return 0; }
 #endif

@@ -58,7 +58,7 @@ class Core:
     def __init__(self, folder, compiler, machine, extra=()):
         known = flags_of_setup()
         self.folder, self.compiler = folder, compiler
-        self.flags = ["-O3", "-std=gnu11", f"-I{SOURCES}", *known["ARITHMETIC"],
+        self.flags = ["-O2", "-std=gnu11", f"-I{SOURCES}", *known["ARITHMETIC"],
                       *known["BASELINE"].get(machine, []), *extra]  # fmt: skip
         self.isas = known["ISA_FLAGS"].get(machine, {"scalar": known["SCALAR"]})
         files = {p.stem: [] for p in SOURCES.glob("*.c") if not p.stem.startswith("isa_")}
