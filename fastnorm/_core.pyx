@@ -134,7 +134,7 @@ OPS = ("layer_norm", "layer_norm_backward", "moments")
 DTYPES = ("float32", "float64")
 
 
-# ---- memory for results ---------------------------------------------------------------------------
+# ---- memory for results --------------------------------------------------------------------------
 
 cdef void *pool_malloc(void *ctx, size_t size) noexcept:
     return fn_pool_alloc(size)
@@ -206,7 +206,7 @@ def set_pool_limit(size_t limit):
     fn_pool_set_limit(limit)
 
 
-# ---- tests for the straight path ------------------------------------------------------------------
+# ---- tests for the straight path -----------------------------------------------------------------
 
 cdef inline bint is_plain(object a, int typenum, int flags) noexcept:
     # The exact type keeps masked arrays and matrices out, the byte order '>f4', whose type number
@@ -328,7 +328,7 @@ cdef inline void call_layer_norm(fn_layer_norm_args *args, fn_dtype dtype):
         fn_layer_norm(args, dtype, 0)
 
 
-# ---- layer_norm -----------------------------------------------------------------------------------
+# ---- layer_norm ----------------------------------------------------------------------------------
 
 
 cdef dict handlers = {}
@@ -465,7 +465,7 @@ out=None, return_stats=False)
     return handlers["layer_norm"](x, normalized_shape, weight, bias, eps, axis, out, return_stats)
 
 
-# ---- arrays of rows with any leading strides --------------------------------------------------------
+# ---- arrays of rows with any leading strides -----------------------------------------------------
 
 cdef struct leading:
     # The leading axes of up to three arrays of one shape: axes that one stride can walk in all of
@@ -551,7 +551,7 @@ def layer_norm_rows(ndarray x, ndarray y, weight, bias, double eps, mean, rstd, 
     call_layer_norm(&args, dtype)
 
 
-# ---- layer_norm_backward --------------------------------------------------------------------------
+# ---- layer_norm_backward -------------------------------------------------------------------------
 
 cdef int call_backward(fn_layer_norm_backward_args *args, fn_dtype dtype):
     cdef int status
@@ -727,7 +727,7 @@ def layer_norm_backward_rows(ndarray dy, ndarray x, dx, mean, rstd, weight, dwei
         raise_no_memory(args.shape.cols)
 
 
-# ---- moments --------------------------------------------------------------------------------------
+# ---- moments -------------------------------------------------------------------------------------
 
 def moments(x, axis=None):
     """moments(x, axis=None)
@@ -773,7 +773,7 @@ def moments_rows(ndarray x, mean, variance, bint plan=False):
         fn_moments(&args, dtype, 0)
 
 
-# ---- the bound call: parameters checked once --------------------------------------------------------
+# ---- the bound call: parameters checked once -----------------------------------------------------
 
 @cython.auto_pickle(False)
 cdef class BoundLayerNorm:
@@ -855,7 +855,7 @@ cdef class BoundLayerNorm:
                                       None, out, False)
 
 
-# ---- instruction sets and threads -------------------------------------------------------------------
+# ---- instruction sets and threads ----------------------------------------------------------------
 
 def isa_names():
     """Names of the instruction sets compiled in, best first."""
