@@ -28,10 +28,10 @@ def _empty_pool():
     """Nothing is kept before a test; the limit is as it was after it."""
     limit = _core.pool()["limit"]
     gc.collect()
-    _core.set_pool_limit(0)
-    _core.set_pool_limit(limit)
+    fastnorm.set_pool_limit(0)
+    fastnorm.set_pool_limit(limit)
     yield
-    _core.set_pool_limit(limit)
+    fastnorm.set_pool_limit(limit)
 
 
 @pytest.fixture
@@ -68,9 +68,9 @@ def test_results_are_the_same_in_new_and_in_kept_memory(dtype, rng):
         def results(x=x, n=n, mean=mean, rstd=rstd):
             return fastnorm.layer_norm(x), fastnorm.layer_norm_backward(x, x, n, mean, rstd)[0]
 
-        _core.set_pool_limit(0)
+        fastnorm.set_pool_limit(0)
         want = results()
-        _core.set_pool_limit(256 * MIB)
+        fastnorm.set_pool_limit(256 * MIB)
         for _ in range(3):
             assert_same_bits(results(), want)
         assert kept() >= 2 * x.nbytes
@@ -78,24 +78,40 @@ def test_results_are_the_same_in_new_and_in_kept_memory(dtype, rng):
 
 def test_what_is_kept_is_bounded(x):
     limit = 40 * MIB
-    _core.set_pool_limit(limit)
+    fastnorm.set_pool_limit(limit)
     results = [fastnorm.layer_norm(x) for _ in range(8)]
     while results:
         results.pop()
         assert kept() <= limit
     assert kept() >= x.nbytes
-    _core.set_pool_limit(x.nbytes)
+    fastnorm.set_pool_limit(x.nbytes)
     assert kept() <= x.nbytes
-    _core.set_pool_limit(0)
+    fastnorm.set_pool_limit(0)
     assert kept() == 0
     fastnorm.layer_norm(x)
     assert kept() == 0
+
+
+@pytest.mark.parametrize(
+    ("limit", "exception"),
+    [(-1, ValueError), (1.5, TypeError), ("1 GB", TypeError), (None, TypeError)],
+)
+def test_bad_limit(limit, exception):
+    before = _core.pool()
+    with pytest.raises(exception, match=r"^limit: got .*, wanted a number of bytes"):
+        fastnorm.set_pool_limit(limit)
+    assert _core.pool() == before
 
 
 def test_the_limit_is_256_mib_at_first():
     assert child.output("from fastnorm import _core; print(_core.pool())") == str(
         {"kept": 0, "limit": 256 * MIB}
     )
+
+
+def test_show_config_tells_what_is_kept(x):
+    fastnorm.layer_norm(x)
+    assert fastnorm.show_config("dicts")["pool_bytes"] == _core.pool()
 
 
 def test_many_results_at_once(rng):
