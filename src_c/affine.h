@@ -105,9 +105,8 @@ INLINE void release_carry(carry *c)
 
 #define streamed FN_OF_T(streamed)
 typedef struct {
-    const element *x, *w, *b, *next;
+    const element *x, *w, *b, *ahead;
     vec pivot, rstd, shift;
-    int near;
 } streamed;
 
 #define streamed_vector FN_OF_T(streamed_vector)
@@ -148,10 +147,7 @@ INLINE void stream_pass_with(const streamed *s, element *y, ptrdiff_t n, carry *
     }
     release_carry(c);
     for (; i + LINE <= n; i += LINE) {
-        if (s->next && s->near)
-            __builtin_prefetch(s->next + i, 0, 3);
-        else if (s->next)
-            __builtin_prefetch(s->next + i, 0, 2);
+        if (s->ahead) __builtin_prefetch(s->ahead + i, 0, 2);
         UNROLL for (int k = 0; k < LINE; k += VW)
             v_stream(y + i + k, streamed_vector(s, i + k, VW, has_w, has_b));
     }

@@ -91,7 +91,23 @@ typedef struct {
     parts p;
     vec w[4], b[4];
     vd8 per_n;
+    ptrdiff_t x_ahead, y_ahead; /* bytes to what is fetched meanwhile */
 } narrow_rows;
+
+/* Some 4 KB ahead, in whole rows; 0, a row that is being read anyway, where all of it is in cache. */
+#define narrow_ahead FN_OF_T(narrow_ahead)
+INLINE ptrdiff_t narrow_ahead(const fn_layer_norm_args *a, ptrdiff_t stride)
+{
+    const ptrdiff_t bytes = stride < 0 ? -stride : stride;
+    return a->fetch && bytes ? stride * (1 + 4096 / bytes) : 0;
+}
+
+#define fetch_narrow FN_OF_T(fetch_narrow)
+INLINE void fetch_narrow(const narrow_rows *s, const char *x, const char *y)
+{
+    __builtin_prefetch(x + s->x_ahead, 0, 3);
+    __builtin_prefetch(y + s->y_ahead, 1, 3);
+}
 
 #define narrow_x FN_OF_T(narrow_x)
 INLINE const element *narrow_x(const narrow_rows *s, ptrdiff_t row)
@@ -130,11 +146,12 @@ INLINE void narrow_finish(const narrow_rows *s, ptrdiff_t row, const int few,
         const element *x = narrow_x(s, row + i);
         const vec pivot = v_set1(stats->pivot[i]), rstd = v_set1(stats->rstd[i]);
         const vec shift = v_set1(stats->shift[i]);
-        UNROLL for (int k = 0; k < few; k++)
-            v_storen((element *)(y + i * a->y.stride) + k * VW,
-                     v_fma(normalise(v_loadn(x + k * VW, s->p.n[k]), pivot, rstd, shift), s->w[k],
-                           s->b[k]),
-                     s->p.n[k]);
+        element *out = (element *)(y + i * a->y.stride);
+        UNROLL for (int k = 0; k < few; k++) {
+            const vec h = normalise(v_loadn(x + k * VW, s->p.n[k]), pivot, rstd, shift);
+            fetch_narrow(s, (const char *)(x + k * VW), (const char *)(out + k * VW));
+            v_storen(out + k * VW, v_fma(h, s->w[k], s->b[k]), s->p.n[k]);
+        }
     }
 }
 
@@ -145,8 +162,11 @@ INLINE ptrdiff_t layer_norm_narrow(const fn_layer_norm_args *a, ptrdiff_t row, p
                                    const int few)
 {
     const element *w = a->weight, *b = a->bias;
-    narrow_rows s = {
-        .a = a, .p = parts_of(a->shape.cols), .per_n = vd8_set1(1.0 / (double)a->shape.cols)};
+    narrow_rows s = {.a = a,
+                     .p = parts_of(a->shape.cols),
+                     .per_n = vd8_set1(1.0 / (double)a->shape.cols),
+                     .x_ahead = narrow_ahead(a, a->x.stride),
+                     .y_ahead = narrow_ahead(a, a->y.stride)};
     group_stats stats[2];
     UNROLL for (int k = 0; k < few; k++) {
         s.w[k] = w ? v_loadn(w + k * VW, s.p.n[k]) : v_set1(1);
@@ -199,6 +219,7 @@ INLINE void halves_finish(const narrow_rows *s, ptrdiff_t row, const group_stats
     UNROLL for (int k = 0; k < 4; k++) {
         const vec h = normalise(v_load(x + k * VW), v_halves(stats->pivot, k),
                                 v_halves(stats->rstd, k), v_halves(stats->shift, k));
+        fetch_narrow(s, (const char *)(x + k * VW), (const char *)(y + k * VW));
         v_store(y + k * VW, v_fma(h, s->w[0], s->b[0]));
     }
 }
@@ -212,7 +233,12 @@ OUTLINE ptrdiff_t layer_norm_halves(const fn_layer_norm_args *a, ptrdiff_t row, 
         b[i] = a->bias ? ((const element *)a->bias)[i % (VW / 2)] : (element)-0.0;
     }
     const narrow_rows s = {
-        .a = a, .per_n = vd8_set1(1.0 / (double)(VW / 2)), .w = {v_load(w)}, .b = {v_load(b)}};
+        .a = a,
+        .per_n = vd8_set1(1.0 / (double)(VW / 2)),
+        .w = {v_load(w)},
+        .b = {v_load(b)},
+        .x_ahead = narrow_ahead(a, a->x.stride),
+        .y_ahead = narrow_ahead(a, a->y.stride)};
     const ptrdiff_t first = row;
     group_stats stats[2];
     for (int now = 0;; row += 8, now = !now) {
@@ -325,8 +351,10 @@ INLINE ptrdiff_t layer_norm_group(const fn_layer_norm_args *a, ptrdiff_t row, pt
 
 /* ---- row and stream --------------------------------------------------------------------------- */
 
-/* Rows up to this many bytes are fetched whole while another row is written. */
-#define FETCHED_ROW_BYTES (1 << 17)
+/* Rows up to FETCHED_ROW_BYTES are fetched whole, into L2, while another row is written: the row
+ * that comes after the next, or, of short rows, one some FETCH_DISTANCE further on. */
+#define FETCHED_ROW_BYTES ((ptrdiff_t)1 << 17)
+#define FETCH_DISTANCE ((ptrdiff_t)15 << 10)
 
 #define row_middle FN_OF_T(row_middle)
 INLINE int row_middle(const fn_layer_norm_args *a, ptrdiff_t row, element pivot, row_stats *stats)
@@ -343,13 +371,12 @@ INLINE void stream_row(const fn_layer_norm_args *a, ptrdiff_t row, ptrdiff_t end
                        const row_stats *stats, carry *c)
 {
     const ptrdiff_t n = a->shape.cols, bytes = n * (ptrdiff_t)sizeof(element);
-    const int fetch = row + 2 < end && bytes <= FETCHED_ROW_BYTES;
+    const ptrdiff_t ahead = row + (bytes > FETCH_DISTANCE / 2 ? 2 : FETCH_DISTANCE / bytes);
     const streamed s = {
         .x = row_at(&a->shape, &a->x, row),
         .w = a->weight,
         .b = a->bias,
-        .next = fetch ? row_at(&a->shape, &a->x, row + 2) : NULL,
-        .near = bytes <= 1 << 12,
+        .ahead = ahead < end && bytes <= FETCHED_ROW_BYTES ? row_at(&a->shape, &a->x, ahead) : NULL,
         .pivot = v_set1(stats->pivot),
         .rstd = v_set1(stats->rstd),
         .shift = v_set1(stats->shift),

@@ -152,8 +152,9 @@ static int forced_parts(ptrdiff_t units)
  * on today's servers; what cpuid says of that share cannot be trusted in a virtual machine. */
 #define STREAM_BYTES ((ptrdiff_t)8 << 20)
 
-/* Rows narrower than this are dearer to write by whole lines than it saves. */
-#define STREAM_ROW_BYTES 256
+/* Rows narrower than this are dearer to write by whole lines, one row at a time, than it saves; in
+ * arrays far beyond the cache it saves more. */
+#define STREAM_ROW_BYTES(bytes) ((bytes) >= 4 * STREAM_BYTES ? 512 : 1024)
 
 /* Calls that move this much do not stay in the L2 cache: rows to come are fetched while others are
  * computed. */
@@ -175,7 +176,8 @@ static int planned_threads(ptrdiff_t bytes, ptrdiff_t units, int threads)
 static int worth_streaming(const fn_shape *shape, const fn_rows *y, int warm, fn_dtype dtype)
 {
     const ptrdiff_t row = shape->cols * element_size(dtype);
-    return y->data && warm && row >= STREAM_ROW_BYTES && row * shape->rows >= STREAM_BYTES &&
+    const ptrdiff_t bytes = row * shape->rows;
+    return y->data && warm && bytes >= STREAM_BYTES && row >= STREAM_ROW_BYTES(bytes) &&
            (uintptr_t)y->data % (uintptr_t)element_size(dtype) == 0;
 }
 
