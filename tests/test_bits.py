@@ -225,7 +225,7 @@ def test_in_place_along_another_axis(dtype, rng):
 
 # ---- outputs past the cache ----------------------------------------------------------------------
 
-STREAMED_BYTES = 25 << 20
+STREAMED_BYTES = 33 << 20
 
 
 class Streamed:
@@ -254,7 +254,7 @@ class Streamed:
 
 @pytest.mark.parametrize("which", [(1, 1), (1, 0), (0, 1), (0, 0)], ids=str)
 @pytest.mark.parametrize("offset", [0, 8, 16, 48])
-@pytest.mark.parametrize("n", [67, 768, 771, 3001])
+@pytest.mark.parametrize("n", [131, 768, 771, 3001])
 def test_streamed(dtype, n, offset, which, rng):
     case = Streamed(rng, n, dtype, which, offset)
     case.assert_streams(case.out)
@@ -262,7 +262,7 @@ def test_streamed(dtype, n, offset, which, rng):
     assert_same_bits(case.run(case.x, case.out), want)
 
 
-@pytest.mark.parametrize("n", [67, 770])
+@pytest.mark.parametrize("n", [131, 770])
 def test_streamed_on_every_instruction_set(isa, dtype, n, rng):
     case = Streamed(rng, n, dtype, (1, 1), 16)
     got = case.run(case.x, case.out)
@@ -270,7 +270,7 @@ def test_streamed_on_every_instruction_set(isa, dtype, n, rng):
     assert_same_bits(got, case.run(case.x))
 
 
-@pytest.mark.parametrize("n", [67, 770])
+@pytest.mark.parametrize("n", [131, 770])
 def test_streamed_in_place_in_parts_and_strided(dtype, n, rng, partition):
     case = Streamed(rng, n, dtype, (1, 1), 16)
     want = case.run(case.x)

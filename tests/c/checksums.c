@@ -430,7 +430,7 @@ static void run_streams(const char *isa)
         ptrdiff_t cols;
         int kind, parameters;
     } list[] = {
-        {INDEX_layer_norm, FN_F32, 67, PLAIN, 2},
+        {INDEX_layer_norm, FN_F32, 263, PLAIN, 2},
         {INDEX_layer_norm, FN_F32, 768, MIXED, 0},
         {INDEX_layer_norm, FN_F32, 770, MIXED, 3},
         {INDEX_layer_norm, FN_F64, 769, MIXED, 1},
