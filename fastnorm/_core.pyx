@@ -83,6 +83,7 @@ cdef extern from "fastnorm.h" nogil:
     void *fn_pool_realloc(void *, size_t)
     void fn_pool_free(void *)
     int fn_pool_last_was_warm()
+    int fn_pool_has(size_t)
     void fn_pool_set_limit(size_t)
     size_t fn_pool_limit()
     size_t fn_pool_kept()
@@ -194,6 +195,11 @@ def new_result(ndarray like):
     cdef int warm
     array = new_array(cnp.PyArray_NDIM(like), cnp.PyArray_DIMS(like), cnp.PyArray_TYPE(like), &warm)
     return array, bool(warm)
+
+
+def would_be_warm(size_t size):
+    """Whether a new result of so many bytes would get memory that is kept."""
+    return size >= FN_POOL_LEAST and bool(fn_pool_has(size))
 
 
 def pool():
@@ -457,10 +463,10 @@ out=None, return_stats=False)
     array([[-1.2247449,  0.       ,  1.2247449],
            [ 0.       ,  0.       ,  0.       ]], dtype=float32)
     """
-    if axis is None:
+    if axis is None and (return_stats is True or return_stats is False):
         result = direct_layer_norm(x, normalized_shape, weight, bias, eps, out,
                                    return_stats is True)
-        if result is not None and (return_stats is True or return_stats is False):
+        if result is not None:
             return result
     return handlers["layer_norm"](x, normalized_shape, weight, bias, eps, axis, out, return_stats)
 
@@ -689,8 +695,8 @@ axis=None, output_mask=(True, True, True))
     TypeError, ValueError
         As :func:`layer_norm`.
     MemoryError
-        Where there is no room for the partial sums (a few times the size of dweight a thread);
-        nothing has been computed then.
+        Where there is no room for the partial sums: log2(rows / 16) times 16 bytes a column and
+        thread, about. Nothing has been computed then.
 
     References
     ----------
@@ -775,6 +781,13 @@ def moments_rows(ndarray x, mean, variance, bint plan=False):
 
 # ---- the bound call: parameters checked once -----------------------------------------------------
 
+cdef inline bint is_own_parameter(object w, int typenum, Py_ssize_t cols) noexcept:
+    """Whether a module's parameter, which was laid out for it, is still as it was."""
+    return w is None or (
+        cnp.PyArray_TYPE(<ndarray>w) == typenum and cnp.PyArray_SIZE(<ndarray>w) == cols
+    )
+
+
 @cython.auto_pickle(False)
 cdef class BoundLayerNorm:
     """What fastnorm.LayerNorm is made of: parameters, and the fastest call.
@@ -784,13 +797,10 @@ cdef class BoundLayerNorm:
     cdef readonly tuple normalized_shape
     cdef readonly object dtype
     cdef object _eps, _weight, _bias
-    # What every call would otherwise find out again. The parameters are contiguous arrays that
-    # belong to this object; their addresses are compared all the same, lest one was resized.
+    # What every call would otherwise find out again.
     cdef double eps_value
     cdef int typenum
     cdef Py_ssize_t cols
-    cdef const void *weight_data
-    cdef const void *bias_data
 
     def __init__(self, tuple normalized_shape, double eps, dtype):
         self.normalized_shape = normalized_shape
@@ -808,10 +818,8 @@ cdef class BoundLayerNorm:
             self.eps_value = value
         elif name == "weight":
             self._weight = value
-            self.weight_data = parameter_data(value)
         else:
             self._bias = value
-            self.bias_data = parameter_data(value)
 
     def _get(self, str name):
         return {"eps": self._eps, "weight": self._weight, "bias": self._bias}[name]
@@ -820,26 +828,28 @@ cdef class BoundLayerNorm:
         """Normalize x over its trailing `normalized_shape`; see fastnorm.layer_norm."""
         cdef fn_layer_norm_args args
         cdef ndarray y
+        # References of our own: another thread may assign to the parameters meanwhile.
+        cdef object weight = self._weight, bias = self._bias
         if (
             is_plain(x, self.typenum, C_ALIGNED)
             and cnp.PyArray_NDIM(<ndarray>x) > 0
             and cnp.PyArray_DIM(<ndarray>x, cnp.PyArray_NDIM(<ndarray>x) - 1) == self.cols
-            and parameter_data(self._weight) == self.weight_data
-            and parameter_data(self._bias) == self.bias_data
+            and is_own_parameter(weight, self.typenum, self.cols)
+            and is_own_parameter(bias, self.typenum, self.cols)
             and cnp.PyArray_SIZE(<ndarray>x) > 0
         ):
             if out is None:
                 y = new_array(cnp.PyArray_NDIM(<ndarray>x), cnp.PyArray_DIMS(<ndarray>x),
                               self.typenum, &args.y_is_warm)
-            elif is_result(out, <ndarray>x, self.typenum, self._weight, self._bias):
+            elif is_result(out, <ndarray>x, self.typenum, weight, bias):
                 y = <ndarray>out
                 args.y_is_warm = 1
             else:
                 return self._checked_call(x, out)
             args.x = rows_at(x, plain_rows(<ndarray>x, 1, &args.shape))
             args.y = rows_at(y, args.x.stride)
-            args.weight = self.weight_data
-            args.bias = self.bias_data
+            args.weight = parameter_data(weight)
+            args.bias = parameter_data(bias)
             args.mean = args.rstd = NULL
             args.eps = self.eps_value
             call_layer_norm(&args, dtype_of(self.typenum))

@@ -55,7 +55,7 @@ def as_floating(name: str, value: Any) -> np.ndarray:
 def as_eps(eps: Any) -> float:
     """A float that is not negative and not NaN."""
     try:
-        value = float(eps)
+        value = float(operator.pos(eps))  # which text has not
     except (TypeError, ValueError):
         raise TypeError(f"eps: got {eps!r}, wanted a number of at least 0") from None
     if not value >= 0:
@@ -169,12 +169,12 @@ def check_out(out: Any, x: np.ndarray) -> None:
         )
 
 
-def check_apart(out: np.ndarray, x: Any, inputs: dict[str, Any]) -> None:
+def check_apart(out: np.ndarray, inputs: dict[str, Any]) -> None:
     """`out` may be x's very elements, but share no memory with an input in another way."""
-    for name, array in {"x": x, **inputs}.items():
-        if not isinstance(array, np.ndarray) or not np.may_share_memory(out, array):
-            continue
-        if name == "x" and is_same_memory(out, array):
+    for name, value in inputs.items():
+        # A buffer that is not an ndarray shares its memory all the same.
+        array = np.asarray(value)
+        if not np.may_share_memory(out, array) or (name == "x" and is_same_memory(out, array)):
             continue
         if shares_memory(out, array):
             raise ValueError(

@@ -21,8 +21,8 @@ from . import _core, checks
 class Rows:
     """An array seen as (leading..., n): its normalized axes last, merged, and contiguous.
 
-    `array` is a view where the layout allows it, else a copy (of an output: memory to be written
-    back), which `notes` records.
+    `array` is a view where the layout allows it, else memory of its own, which `notes` records: a
+    copy, or, where not to `fill`, room for what will be written back.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class Rows:
         source: np.ndarray,
         axes: tuple[int, ...],
         notes: list[str],
-        is_output: bool = False,
+        fill: bool = True,
     ) -> None:
         lead = [d for d in range(source.ndim) if d not in axes]
         self.source = source
@@ -42,7 +42,7 @@ class Rows:
         if why:
             notes.append(f"{name} is copied: {why}")
             room = np.empty(moved.shape, moved.dtype.newbyteorder("="))
-            if not is_output:
+            if fill:
                 np.copyto(room, moved)
             moved = room
         self.lead = moved.shape[: len(lead)]
@@ -61,6 +61,8 @@ def _why_copied(moved: np.ndarray, lead: int) -> str:
         return "its bytes are swapped"
     if not moved.flags.aligned:
         return "its elements are not aligned"
+    if not moved.size:
+        return ""
     expected = moved.itemsize
     for d in reversed(range(lead, moved.ndim)):
         if moved.shape[d] > 1 and moved.strides[d] != expected:
@@ -80,14 +82,16 @@ class Call:
     """One call of an op, checked and laid out.
 
     An op's own constructor sets `kernel`, the function of _core with its arguments, `result`, what
-    the caller gets, and `outputs`, the rows to be written back.
+    the caller gets, and `outputs`, the rows to be written back. A call that is only `explained`
+    copies nothing and takes no kept memory.
     """
 
     kernel: Callable[..., Any]
     result: Any
     outputs: tuple[Rows, ...] = ()
 
-    def __init__(self, x: Any, normalized_shape: Any, axis: Any) -> None:
+    def __init__(self, x: Any, normalized_shape: Any, axis: Any, explained: bool) -> None:
+        self.explained = explained
         self.copies: list[str] = []
         self.source = checks.as_floating("x", x)
         self.axes = checks.normalized_axes(self.source, normalized_shape, axis)
@@ -98,7 +102,14 @@ class Call:
         return checks.as_parameter(name, value, self.normalized, self.dtype)
 
     def rows(self, name: str, source: np.ndarray, is_output: bool = False) -> Rows:
-        return Rows(name, source, self.axes, self.copies, is_output)
+        fill = not is_output and not self.explained
+        return Rows(name, source, self.axes, self.copies, fill)
+
+    def new_result(self) -> tuple[np.ndarray, bool]:
+        """An array for the result, and whether its pages are known to exist."""
+        if self.explained:
+            return np.empty(self.source.shape, self.dtype), _core.would_be_warm(self.source.nbytes)
+        return _core.new_result(self.source)
 
     def statistics(self, lead: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         """Room for a mean and an rstd or variance, which hold what rows of length 0 have."""
@@ -121,17 +132,17 @@ class LayerNormCall(Call):
 
     def __init__(
         self, x: Any, normalized_shape: Any, weight: Any, bias: Any, eps: Any, axis: Any, out: Any,
-        return_stats: Any,
+        return_stats: Any, explained: bool = False,
     ) -> None:  # fmt: skip
-        super().__init__(x, normalized_shape, axis)
+        super().__init__(x, normalized_shape, axis, explained)
         w, b = self.parameter("weight", weight), self.parameter("bias", bias)
         checked_eps = checks.as_eps(eps)
         warm = True
         if out is None:
-            out, warm = _core.new_result(self.source)
+            out, warm = self.new_result()
         else:
             checks.check_out(out, self.source)
-            checks.check_apart(out, x, {"weight": weight, "bias": bias})
+            checks.check_apart(out, {"x": x, "weight": weight, "bias": bias})
         x_rows, y_rows = self.rows("x", self.source), self.rows("out", out, is_output=True)
         mean, rstd = self.statistics(x_rows.lead) if return_stats else (None, None)
         self.kernel = partial(
@@ -147,16 +158,16 @@ class LayerNormBackwardCall(Call):
 
     def __init__(
         self, dy: Any, x: Any, normalized_shape: Any, mean: Any, rstd: Any, weight: Any, bias: Any,
-        axis: Any, output_mask: Any,
+        axis: Any, output_mask: Any, explained: bool = False,
     ) -> None:  # fmt: skip
-        super().__init__(x, normalized_shape, axis)
+        super().__init__(x, normalized_shape, axis, explained)
         grad = self.gradient(dy)
         w = self.parameter("weight", weight)
         self.parameter("bias", bias)
         m = checks.as_statistic("mean", mean, self.source, self.axes)
         r = checks.as_statistic("rstd", rstd, self.source, self.axes)
         want_dx, want_dweight, want_dbias = checks.as_mask(output_mask)
-        dx, warm = _core.new_result(self.source) if want_dx else (None, False)
+        dx, warm = self.new_result() if want_dx else (None, False)
         dweight = np.zeros(self.normalized, self.dtype) if want_dweight else None
         dbias = np.zeros(self.normalized, self.dtype) if want_dbias else None
         x_rows, dy_rows = self.rows("x", self.source), self.rows("dy", grad)
@@ -185,8 +196,8 @@ class LayerNormBackwardCall(Call):
 class MomentsCall(Call):
     """One call of moments."""
 
-    def __init__(self, x: Any, axis: Any = None) -> None:
-        super().__init__(x, None, axis)
+    def __init__(self, x: Any, axis: Any = None, explained: bool = False) -> None:
+        super().__init__(x, None, axis, explained)
         rows = self.rows("x", self.source)
         self.result = self.statistics(rows.lead)
         self.kernel = partial(_core.moments_rows, rows.array, *self.result)
@@ -245,7 +256,7 @@ def _layer_norm(
     x: Any, normalized_shape: Any = None, weight: Any = None, bias: Any = None, eps: Any = 1e-5, *,
     axis: Any = None, out: Any = None, return_stats: Any = False,
 ) -> Call:  # fmt: skip
-    return LayerNormCall(x, normalized_shape, weight, bias, eps, axis, out, return_stats)
+    return LayerNormCall(x, normalized_shape, weight, bias, eps, axis, out, return_stats, True)
 
 
 def _layer_norm_backward(
@@ -253,15 +264,22 @@ def _layer_norm_backward(
     bias: Any = None, *, axis: Any = None, output_mask: Any = (True, True, True),
 ) -> Call:  # fmt: skip
     return LayerNormBackwardCall(
-        dy, x, normalized_shape, mean, rstd, weight, bias, axis, output_mask
+        dy, x, normalized_shape, mean, rstd, weight, bias, axis, output_mask, True
     )
+
+
+def _moments(x: Any, axis: Any = None) -> Call:
+    return MomentsCall(x, axis, True)
 
 
 _EXPLAINED: dict[str, Callable[..., Call]] = {
     "layer_norm": _layer_norm,
     "layer_norm_backward": _layer_norm_backward,
-    "moments": MomentsCall,
+    "moments": _moments,
 }
+
+for _name, _arguments in _EXPLAINED.items():
+    _arguments.__qualname__ = _name  # what Python calls it where the arguments do not fit
 
 # As parallel.c names them and op_layer_norm.h and op_layer_norm_backward.h have them.
 _REGIMES = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from typing import Any
 
 import numpy as np
@@ -74,4 +75,4 @@ def set_pool_limit(limit: int) -> None:
         raise TypeError(f"limit: got {limit!r}, wanted a number of bytes") from None
     if count < 0:
         raise ValueError(f"limit: got {limit!r}, wanted a number of bytes of at least 0")
-    _core.set_pool_limit(count)
+    _core.set_pool_limit(min(count, sys.maxsize))

@@ -19,6 +19,9 @@ from contextlib import contextmanager
 
 from . import _core
 
+#: Larger numbers mean no more than this one does.
+MOST_THREADS = 1 << 20
+
 
 def set_num_threads(n: int) -> None:
     """Let calls use at most `n` threads, in the whole process.
@@ -64,7 +67,7 @@ def _checked(name: str, n: int) -> int:
         raise TypeError(f"{name}: got {n!r}, wanted an integer of at least 1") from None
     if count < 1:
         raise ValueError(f"{name}: got {n!r}, wanted an integer of at least 1")
-    return min(count, 1 << 20)
+    return min(count, MOST_THREADS)
 
 
 # ---- the container's CPU quota ------------------------------------------------------------------
@@ -134,7 +137,7 @@ def configure() -> None:
     """Take over the quota and FASTNORM_NUM_THREADS; called once, at import."""
     quota = cpu_quota()
     if quota is not None:
-        _core.set_cpu_quota(max(1, math.ceil(quota)))
+        _core.set_cpu_quota(min(max(1, math.ceil(quota)), MOST_THREADS))
     wanted = os.environ.get("FASTNORM_NUM_THREADS")
     if wanted:
         try:

@@ -126,6 +126,7 @@ void *fn_pool_alloc(size_t size); /* NULL: no memory */
 void *fn_pool_realloc(void *data, size_t size);
 void fn_pool_free(void *data);
 int fn_pool_last_was_warm(void);      /* whether this thread's last block had its pages already */
+int fn_pool_has(size_t size);         /* whether a block would be warm */
 void fn_pool_set_limit(size_t bytes); /* the most that is kept; 0: nothing */
 size_t fn_pool_limit(void);
 size_t fn_pool_kept(void);

@@ -72,10 +72,9 @@ static COLD void careful_backward(const element *x, const element *dy, const ele
                                   ptrdiff_t n, element mean, element rstd, backward_row *row)
 {
     const double largest = row_largest(x, n), largest_dy = row_largest(dy, n);
-    const double most = sizeof(element) == sizeof(float) ? FLT_MAX : DBL_MAX;
     const int up = largest <= DBL_MAX ? exponent_to_one(largest) : 0;
     const int up_dy = largest_dy <= DBL_MAX ? exponent_to_one(largest_dy) : 0;
-    const int lost = largest <= DBL_MAX && !(rstd <= (element)most);
+    const int lost = largest <= DBL_MAX && rstd > MOST;
     const double x_rstd = lost ? rstd_of_scaled(x, n, up) : ldexp((double)rstd, -up);
     double sums[3];
     row->x = scale_to(up);
@@ -83,12 +82,13 @@ static COLD void careful_backward(const element *x, const element *dy, const ele
     row->pivot = (element)ldexp((double)mean, up);
     row_dots(x, dy, w, n, row->pivot, row->x, row->dy, 1, sums);
     /* x_rstd beyond T: x is constant, or eps is all that counts, and x - pivot is 0 all over. */
-    dots_to_coefficients(sums, x_rstd > most ? most : x_rstd, n, row);
+    dots_to_coefficients(sums, x_rstd > (double)MOST ? (double)MOST : x_rstd, n, row);
     /* dx is multiplied by rstd as it was saved, or, if that is lost, by x's own and 2^up. */
     row->dx_rstd = lost ? (element)x_rstd : rstd;
     row->dx = scale_to(lost ? up - up_dy : -up_dy);
     row->base = (element)(0.0 - sums[1] / (double)n * (double)row->dx_rstd);
-    if (!(fabs(sums[0]) + fabs(sums[1]) + fabs(sums[2]) <= DBL_MAX)) row->base = (element)NAN;
+    const double sizes = fabs(sums[0]) + fabs(sums[1]) + fabs(sums[2]) + fabs(x_rstd);
+    if (!(sizes <= DBL_MAX)) row->base = (element)NAN;
 }
 
 /* ---- what one pass over x and dy can do with the coefficients ---------------------------------- */

@@ -22,6 +22,8 @@ typedef struct {
 /* Variances below this may have lost digits to underflow of the squares. */
 #define LEAST_VARIANCE (sizeof(element) == sizeof(float) ? 0x1p-80 : 0x1p-600)
 
+#define MOST (sizeof(element) == sizeof(float) ? (element)FLT_MAX : (element)DBL_MAX)
+
 #define sums_to_stats FN_OF_T(sums_to_stats)
 INLINE int sums_to_stats(double sum, double squares, double per_n, double eps,
                                 element pivot, row_stats *stats)
@@ -65,8 +67,8 @@ static double scaled_rstd(double variance, double eps, int exponent)
     return 1.0 / sqrt(variance + scaled_eps);
 }
 
-/* The recentred pass on the row times 2^exponent; what it stores is the scaled row's. Of a constant
- * row, whose variance is 0, it stores no reported_rstd. */
+/* The recentred pass on the row times 2^exponent; what it stores is the scaled row's. A constant row,
+ * whose variance is 0, gives the bias, also where 1/sqrt(eps) is infinite. */
 #define recentred_stats FN_OF_T(recentred_stats)
 static COLD void recentred_stats(const element *x, ptrdiff_t n, double eps, int exponent,
                                  row_stats *stats)
@@ -87,14 +89,12 @@ static COLD void recentred_stats(const element *x, ptrdiff_t n, double eps, int 
     }
     stats->pivot = pivot;
     stats->s = s;
-    if (stats->variance <= 0) { /* constant: y is the bias, whatever rstd would be */
-        stats->variance = 0;
-        stats->rstd = stats->shift = 0;
-    } else {
-        stats->reported_rstd = scaled_rstd(stats->variance, eps, exponent);
-        stats->rstd = (element)stats->reported_rstd;
-        stats->shift = (element)(0.0 - c * stats->reported_rstd);
-    }
+    /* Not above 0: the row is constant, or, where eps is all that counts, its squares underflowed. */
+    if (stats->variance < 0) stats->variance = 0;
+    stats->reported_rstd = scaled_rstd(stats->variance, eps, exponent);
+    stats->rstd = (element)stats->reported_rstd;
+    stats->shift = (element)(0.0 - c * stats->reported_rstd);
+    if (stats->variance == 0 && !(stats->rstd <= MOST)) stats->rstd = stats->shift = 0;
 }
 
 #define careful_stats FN_OF_T(careful_stats)

@@ -218,7 +218,8 @@ fn_plan fn_plan_layer_norm_backward(const fn_layer_norm_backward_args *a, fn_dty
     const ptrdiff_t arrays = a->dx.data ? 3 : 2;
     const ptrdiff_t bytes = arrays * a->shape.rows * a->shape.cols * element_size(dtype);
     /* By whole lines only where rows begin with one. */
-    const int aligned = (uintptr_t)a->dx.data % 64 == 0 && a->dx.stride % 64 == 0;
+    const int aligned = (uintptr_t)a->dx.data % 64 == 0 && a->dx.stride % 64 == 0 &&
+                        !a->shape.outer_ndim;
     return (fn_plan){.threads = planned_threads(bytes, backward_blocks(a->shape.rows), threads),
                      .stream = aligned && worth_streaming(&a->shape, &a->dx, a->dx_is_warm, dtype),
                      .regime = a->shape.rows >= 4 ? "group" : "row",
@@ -380,6 +381,12 @@ static void *lay_out(fn_backward_call *call, int parts, ptrdiff_t blocks, fn_nod
 static int backward_of_one_block(const fn_layer_norm_backward_args *a, fn_dtype dtype)
 {
     void *scratch = NULL;
+    if (!a->shape.rows) {
+        const size_t bytes = (size_t)(a->shape.cols * element_size(dtype));
+        if (a->dweight) memset(a->dweight, 0, bytes);
+        if (a->dbias) memset(a->dbias, 0, bytes);
+        return FN_OK;
+    }
     if (!a->dweight != !a->dbias) {
         scratch = malloc((size_t)(a->shape.cols * element_size(dtype)));
         if (!scratch) return FN_NO_MEMORY;

@@ -119,6 +119,8 @@ static void *some_block(size_t size)
 
 void *fn_pool_alloc(size_t size)
 {
+    last_was_warm = 0;
+    if (size < FN_POOL_LEAST) return malloc(size); /* a finaliser's, that ran meanwhile */
     lock();
     block *b = kept_block(size);
     last_was_warm = b != NULL;
@@ -174,6 +176,14 @@ void *fn_pool_realloc(void *data, size_t size)
 
 int fn_pool_last_was_warm(void) { return last_was_warm; }
 
+int fn_pool_has(size_t size)
+{
+    lock();
+    const int has = kept_block(size) != NULL;
+    unlock();
+    return has;
+}
+
 void fn_pool_set_limit(size_t bytes)
 {
     lock();
@@ -184,7 +194,13 @@ void fn_pool_set_limit(size_t bytes)
 
 size_t fn_pool_limit(void) { return limit; }
 
-size_t fn_pool_kept(void) { return kept; }
+size_t fn_pool_kept(void)
+{
+    lock();
+    const size_t bytes = kept;
+    unlock();
+    return bytes;
+}
 
 #else
 
@@ -192,6 +208,11 @@ void *fn_pool_alloc(size_t size) { return malloc(size); }
 void *fn_pool_realloc(void *data, size_t size) { return realloc(data, size); }
 void fn_pool_free(void *data) { free(data); }
 int fn_pool_last_was_warm(void) { return 0; }
+int fn_pool_has(size_t size)
+{
+    (void)size;
+    return 0;
+}
 void fn_pool_set_limit(size_t bytes) { (void)bytes; }
 size_t fn_pool_limit(void) { return 0; }
 size_t fn_pool_kept(void) { return 0; }

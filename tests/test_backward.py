@@ -241,3 +241,12 @@ def test_zero_gradient(isa, dtype, rng):
     x, _, weight = problem(rng, 21, 50, dtype)
     for array in gradients(np.zeros_like(x), x, weight):
         assert (array == 0).all()
+
+
+@pytest.mark.parametrize("rstd", [np.nan, -np.inf])
+def test_statistics_that_are_no_numbers_give_none(rstd, dtype, rng):
+    x = rng.standard_normal((2, 9)).astype(dtype)
+    mean, bad = x.mean(1), np.array([1, rstd], dtype)
+    dx, _, _ = fastnorm.layer_norm_backward(x, x, 9, mean, bad)
+    assert np.isfinite(dx[0]).all()
+    assert np.isnan(dx[1]).all()

@@ -304,3 +304,22 @@ def test_empty():
         with pytest.raises(exception) as caught:
             fastnorm.empty(shape, dtype)
         assert_says(str(caught.value), words)
+
+
+def test_a_buffer_that_overlaps_out():
+    """What is not an ndarray shares its memory all the same."""
+    buffer = np.arange(60, dtype=np.float32)
+    out = buffer[5:55].reshape(10, 5)
+    before = buffer.copy()
+    with pytest.raises(ValueError, match="out: got an array that overlaps x"):
+        fastnorm.layer_norm(memoryview(buffer[:50].reshape(10, 5)), out=out)
+    x = np.ones((10, 5), np.float32)
+    with pytest.raises(ValueError, match="out: got an array that overlaps weight"):
+        fastnorm.layer_norm(x, weight=memoryview(out[0]), out=out)
+    np.testing.assert_array_equal(buffer, before)
+
+
+@pytest.mark.parametrize("eps", ["1e-5", b"1e-5"])
+def test_eps_is_no_text(eps):
+    with pytest.raises(TypeError, match=r"eps: got .*1e-5.*wanted a number"):
+        fastnorm.layer_norm(np.ones((2, 3), np.float32), eps=eps)

@@ -246,3 +246,22 @@ def test_a_poisoned_row_is_nan_and_the_others_do_not_notice(isa, dtype, n, poiso
     for array, before in zip(got, clean, strict=True):
         assert np.isnan(array[poisoned]).all()
         assert_same_bits(array[~poisoned], before[~poisoned])
+
+
+@pytest.mark.parametrize("wanted", [1, np.True_, "yes"])
+def test_return_stats_may_be_anything_true(wanted, rng):
+    """In place too: the row is normalized once."""
+    x = rng.standard_normal((6, 40)).astype(np.float32) + 7
+    want = fastnorm.layer_norm(x, return_stats=True)
+    got = fastnorm.layer_norm(x, out=x, return_stats=wanted)
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_rows_next_to_which_eps_is_all_are_not_constant():
+    """Their squares underflow; y is x / sqrt(eps) all the same."""
+    x = np.float32([[1e-25, -2e-25, 4e-25, 0], [3e-25, 3e-25, 3e-25, 3e-25]])
+    y = fastnorm.layer_norm(x, eps=1e-5)
+    want = reference.layer_norm(x, eps=1e-5)
+    np.testing.assert_allclose(y[0], want[0], rtol=1e-5)
+    assert (y[1] == 0).all()

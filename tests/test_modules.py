@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -305,3 +306,23 @@ def test_repr():
     text = repr(fastnorm.LayerNorm((3, 4), 1e-6, bias=False))
     for word in ("LayerNorm", "(3, 4)", "1e-06", "float32"):
         assert word in text
+
+
+def test_assigning_a_parameter_while_another_thread_calls():
+    """A call holds the parameters it began with, also while it has let go of the GIL."""
+    norm = fastnorm.LayerNorm(1 << 18)
+    x = np.ones((4, 1 << 18), np.float32)
+    stop = threading.Event()
+
+    def assign():
+        while not stop.is_set():
+            norm.weight = np.ones(1 << 18, np.float32)
+
+    thread = threading.Thread(target=assign)
+    thread.start()
+    try:
+        for _ in range(100):
+            assert not norm(x).any()
+    finally:
+        stop.set()
+        thread.join()

@@ -229,3 +229,11 @@ def test_kept_memory_is_given_up_before_a_memory_error():
         y = fastnorm.layer_norm(x)
         assert y.min() == y.max() == 0
     """)
+
+
+def test_explaining_a_call_leaves_the_pool_alone(x):
+    assert not fastnorm.explain("layer_norm", x).stream
+    assert not fastnorm.explain("layer_norm", x).stream
+    assert _core.pool()["kept"] == 0
+    fastnorm.layer_norm(x)
+    assert fastnorm.explain("layer_norm", x).stream
