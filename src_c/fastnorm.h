@@ -56,8 +56,10 @@ typedef struct {
     const void *weight, *bias;
     void *mean, *rstd;
     double eps;
-    int y_is_warm;     /* y's pages exist already: they may be written past the cache */
-    int stream, fetch; /* set by the library: how y is written, whether rows are fetched ahead */
+    int y_is_warm; /* y's pages exist already: they may be written past the cache */
+    /* Set by the library: whether y is written past the cache, whether rows are fetched ahead, and
+     * whether x is too large for any cache. */
+    int stream, fetch, from_memory;
 } fn_layer_norm_args;
 
 /* dx, dweight and dbias from dy. mean and rstd: rows elements as layer_norm wrote them; weight:

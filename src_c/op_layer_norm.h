@@ -399,13 +399,14 @@ OUTLINE void row_finish(const fn_layer_norm_args *a, ptrdiff_t row, ptrdiff_t en
 }
 
 /* Whether the next row is started before a row is finished. It hides a scalar chain, but keeps two
- * rows in L1: measured, it pays for rows of up to 8 KB, and again for streamed rows of 16 KB and more,
- * which are long enough to be fetched in time. */
+ * rows in L1. Measured, it pays for rows of up to 8 KB, and for streamed rows, but for those of less
+ * than 16 KB from main memory: they are not there in time. */
 #define rows_overlap FN_OF_T(rows_overlap)
 INLINE int rows_overlap(const fn_layer_norm_args *a)
 {
     const ptrdiff_t bytes = a->shape.cols * (ptrdiff_t)sizeof(element);
-    return a->stream ? bytes >= 16 << 10 : bytes <= 8 << 10;
+    if (!a->stream) return bytes <= 8 << 10;
+    return bytes >= 16 << 10 || !a->from_memory;
 }
 
 #define layer_norm_rows FN_OF_T(layer_norm_rows)

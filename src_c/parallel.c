@@ -160,6 +160,9 @@ static int forced_parts(ptrdiff_t units)
  * computed. */
 #define FETCH_BYTES ((ptrdiff_t)1 << 19)
 
+/* Calls that move this much find little of x in any cache. */
+#define MEMORY_BYTES ((ptrdiff_t)64 << 20)
+
 static ptrdiff_t element_size(fn_dtype dtype) { return dtype == FN_F64 ? 8 : 4; }
 
 static int planned_threads(ptrdiff_t bytes, ptrdiff_t units, int threads)
@@ -259,6 +262,7 @@ void fn_layer_norm(fn_layer_norm_args *args, fn_dtype dtype, int threads)
     const fn_plan plan = fn_plan_layer_norm(args, dtype, threads);
     args->stream = plan.stream;
     args->fetch = plan.bytes >= FETCH_BYTES && !args->shape.outer_ndim;
+    args->from_memory = plan.bytes >= MEMORY_BYTES;
     run_rowwise(fn_active_isa->layer_norm[dtype], args, args->shape.rows, plan.threads);
 }
 
