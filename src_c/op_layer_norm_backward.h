@@ -233,9 +233,9 @@ INLINE void backward_group(const fn_layer_norm_backward_args *a, ptrdiff_t row,
             careful_backward(x[k], dy[k], a->weight, n, mean[row + k], rstd[row + k], c);
         }
     }
-    if (a->fetch) {
-        sums->x_ahead = a->x.stride * rows;
-        sums->dy_ahead = a->dy.stride * rows;
+    if (a->fetch) { /* the group after the next: the next would not be there in time */
+        sums->x_ahead = a->x.stride * rows * 2;
+        sums->dy_ahead = a->dy.stride * rows * 2;
         sums->dx_ahead = a->dx.stride * rows;
     }
     if (!careful) {
