@@ -263,7 +263,11 @@ def import_time() -> Line:
         "print(time.perf_counter() - start)"
     )
     runs = [
-        float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout)
+        float(
+            subprocess.run(
+                [sys.executable, "-I", "-c", code], check=True, capture_output=True
+            ).stdout
+        )
         for _ in range(9)
     ]
     median = statistics.median(runs)
