@@ -63,6 +63,18 @@ def as_eps(eps: Any) -> float:
     return value
 
 
+def as_count(name: str, value: Any, least: int, wanted: str) -> int:
+    """An integer of at least `least`; `wanted` is what an error says of it."""
+    message = f"{name}: got {value!r}, wanted {wanted} of at least {least}"
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(message) from None
+    if count < least:
+        raise ValueError(message)
+    return count
+
+
 def as_shape(name: str, value: Any) -> tuple[int, ...]:
     """An int or a sequence of ints as a tuple of lengths."""
     shape = _as_ints(name, value)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import operator
 import sys
 from typing import Any
 
 import numpy as np
 
 from . import _core
-from .checks import as_shape
+from .checks import as_count, as_shape
 
 ALIGNMENT = 64
 
@@ -69,10 +68,5 @@ def set_pool_limit(limit: int) -> None:
     TypeError, ValueError
         If `limit` is not an integer, or negative.
     """
-    try:
-        count = operator.index(limit)
-    except TypeError:
-        raise TypeError(f"limit: got {limit!r}, wanted a number of bytes") from None
-    if count < 0:
-        raise ValueError(f"limit: got {limit!r}, wanted a number of bytes of at least 0")
+    count = as_count("limit", limit, 0, "a number of bytes")
     _core.set_pool_limit(min(count, sys.maxsize))

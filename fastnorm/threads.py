@@ -12,12 +12,12 @@ control group here.
 from __future__ import annotations
 
 import math
-import operator
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from . import _core
+from .checks import as_count
 
 #: Larger numbers mean no more than this one does.
 MOST_THREADS = 1 << 20
@@ -61,13 +61,7 @@ def num_threads(n: int) -> Iterator[None]:
 
 
 def _checked(name: str, n: int) -> int:
-    try:
-        count = operator.index(n)
-    except TypeError:
-        raise TypeError(f"{name}: got {n!r}, wanted an integer of at least 1") from None
-    if count < 1:
-        raise ValueError(f"{name}: got {n!r}, wanted an integer of at least 1")
-    return min(count, MOST_THREADS)
+    return min(as_count(name, n, 1, "an integer"), MOST_THREADS)
 
 
 # ---- the container's CPU quota ------------------------------------------------------------------
