@@ -255,7 +255,11 @@ static void layer_norm_backward(const void *args, ptrdiff_t row0, ptrdiff_t row1
                                 void *dbias)
 {
     const fn_layer_norm_backward_args *a = args;
-    backward_sums sums = {.w = a->weight, .dweight = dweight, .dbias = dbias, .first = 1, .stream = a->stream};
+    backward_sums sums = {.w = a->weight,
+                          .dweight = dweight,
+                          .dbias = dbias,
+                          .first = 1,
+                          .stream = a->stream};
     ptrdiff_t row = row0;
     for (; row + BACKWARD_GROUP <= row1; row += BACKWARD_GROUP) {
         backward_group(a, row, BACKWARD_GROUP, &sums);
