@@ -26,7 +26,7 @@ SCALAR = ["-Os"]
 ISA_FLAGS = {
     "x86_64": {
         "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mbmi2"],
-        "avx2": ["-mavx2", "-mfma"],
+        "avx2": ["-mavx2", "-mfma", "-mf16c"],
         "scalar": SCALAR,
     },
     "aarch64": {"neon": [], "scalar": SCALAR},

@@ -3,10 +3,29 @@
 import importlib
 
 from . import _core, dispatch, threads
-from ._core import layer_norm, layer_norm_backward, moments
+from ._core import (
+    add_layer_norm,
+    add_rms_norm,
+    layer_norm,
+    layer_norm_backward,
+    moments,
+    rms_norm,
+    rms_norm_backward,
+)
 from ._version import __version__
 from .config import show_config
 from .dispatch import Explanation, explain
+from .fused import (
+    adaptive_layer_norm,
+    adaptive_layer_norm_backward,
+    add_layer_norm_backward,
+    add_rms_norm_backward,
+    parallel_layer_norm,
+    segment_layer_norm,
+    segment_layer_norm_backward,
+    segment_rms_norm,
+    segment_rms_norm_backward,
+)
 from .memory import empty, set_pool_limit
 from .modules import LayerNorm
 from .threads import get_num_threads, num_threads, set_num_threads
@@ -17,6 +36,12 @@ __all__ = [
     "Explanation",
     "LayerNorm",
     "__version__",
+    "adaptive_layer_norm",
+    "adaptive_layer_norm_backward",
+    "add_layer_norm",
+    "add_layer_norm_backward",
+    "add_rms_norm",
+    "add_rms_norm_backward",
     "empty",
     "explain",
     "get_num_threads",
@@ -24,7 +49,14 @@ __all__ = [
     "layer_norm_backward",
     "moments",
     "num_threads",
+    "parallel_layer_norm",
     "reference",
+    "rms_norm",
+    "rms_norm_backward",
+    "segment_layer_norm",
+    "segment_layer_norm_backward",
+    "segment_rms_norm",
+    "segment_rms_norm_backward",
     "set_num_threads",
     "set_pool_limit",
     "show_config",

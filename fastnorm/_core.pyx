@@ -11,6 +11,8 @@ there, and this file knows nothing of devices.
 
 import os
 
+import numpy as np
+
 cimport cython
 cimport numpy as cnp
 from cpython.float cimport PyFloat_AS_DOUBLE, PyFloat_CheckExact
@@ -18,6 +20,8 @@ from cpython.exc cimport PyErr_Clear
 from cpython.long cimport PyLong_AsSsize_t, PyLong_CheckExact
 from cpython.pycapsule cimport PyCapsule_New
 from cpython.tuple cimport PyTuple_CheckExact, PyTuple_GET_ITEM, PyTuple_GET_SIZE
+from libc.math cimport NAN
+from libc.stdlib cimport free, malloc
 from libc.string cimport memset, strcpy
 from numpy cimport ndarray, npy_intp
 
@@ -28,17 +32,47 @@ cdef extern from "fastnorm.h" nogil:
     ctypedef enum fn_dtype:
         FN_F32
         FN_F64
+        FN_F16
+        FN_BF16
+        FN_I8
+
+    ctypedef enum fn_activation:
+        FN_NO_ACTIVATION
+        FN_RELU
+        FN_SILU
+        FN_GELU
+        FN_GELU_TANH
 
     enum: FN_OK, FN_NO_MEMORY, FN_UNKNOWN_ISA, FN_UNSUPPORTED_ISA
 
     ctypedef struct fn_shape:
         Py_ssize_t rows, cols, inner, outer_ndim
         const Py_ssize_t *outer_shape
+        Py_ssize_t col_ndim
+        const Py_ssize_t *col_shape
 
     ctypedef struct fn_rows:
         void *data
         Py_ssize_t stride
         const Py_ssize_t *outer_strides
+        const Py_ssize_t *col_strides
+        fn_dtype dtype
+
+    ctypedef struct fn_output:
+        fn_rows weight, bias, y
+        float *scales
+
+    ctypedef struct fn_steps:
+        fn_rows x, gate, linear_bias, residual, sum
+        int round_sum
+        const fn_output *outputs
+        Py_ssize_t output_count, param_cols
+        double offset
+        int round_before_weight, from_output
+        fn_activation activation
+        const Py_ssize_t *lengths
+        const Py_ssize_t *starts
+        fn_rows mask
 
     ctypedef struct fn_layer_norm_args:
         fn_shape shape
@@ -48,7 +82,8 @@ cdef extern from "fastnorm.h" nogil:
         void *mean
         void *rstd
         double eps
-        int y_is_warm
+        int rms, y_is_warm
+        const fn_steps *steps
 
     ctypedef struct fn_layer_norm_backward_args:
         fn_shape shape
@@ -58,22 +93,24 @@ cdef extern from "fastnorm.h" nogil:
         const void *rstd
         void *dweight
         void *dbias
-        int dx_is_warm
+        int rms, dx_is_warm
+        const fn_steps *steps
 
     ctypedef struct fn_moments_args:
         fn_shape shape
         fn_rows x
         void *mean
         void *variance
+        const fn_steps *steps
 
     ctypedef struct fn_plan:
         int threads, stream
         const char *regime
         Py_ssize_t bytes
 
-    void fn_layer_norm(fn_layer_norm_args *, fn_dtype, int)
+    int fn_layer_norm(fn_layer_norm_args *, fn_dtype, int)
     int fn_layer_norm_backward(fn_layer_norm_backward_args *, fn_dtype, int)
-    void fn_moments(fn_moments_args *, fn_dtype, int)
+    int fn_moments(fn_moments_args *, fn_dtype, int)
     fn_plan fn_plan_layer_norm(const fn_layer_norm_args *, fn_dtype, int)
     fn_plan fn_plan_layer_norm_backward(const fn_layer_norm_backward_args *, fn_dtype, int)
     fn_plan fn_plan_moments(const fn_moments_args *, fn_dtype, int)
@@ -130,9 +167,30 @@ cdef enum:
     C_ALIGNED = cnp.NPY_ARRAY_C_CONTIGUOUS | cnp.NPY_ARRAY_ALIGNED
     C_ALIGNED_WRITEABLE = C_ALIGNED | cnp.NPY_ARRAY_WRITEABLE
 
-#: What exists, as the C core lists it; tests and benchmarks iterate over these.
-OPS = ("layer_norm", "layer_norm_backward", "moments")
-DTYPES = ("float32", "float64")
+#: What arrays may hold, as the C core lists it; tests and benchmarks iterate over these.
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+#: What is computed in: the half types are loaded and stored only.
+COMPUTE_DTYPES = ("float32", "float64")
+OPS = (
+    "layer_norm", "layer_norm_backward", "rms_norm", "rms_norm_backward", "add_layer_norm",
+    "add_layer_norm_backward", "add_rms_norm", "add_rms_norm_backward", "adaptive_layer_norm",
+    "adaptive_layer_norm_backward", "parallel_layer_norm", "segment_layer_norm",
+    "segment_layer_norm_backward", "segment_rms_norm", "segment_rms_norm_backward", "moments",
+)
+#: Those that are defined here, and have a straight path.
+STRAIGHT = (
+    "layer_norm", "layer_norm_backward", "rms_norm", "rms_norm_backward", "add_layer_norm",
+    "add_rms_norm", "moments",
+)
+
+#: ml_dtypes.bfloat16's number, once somebody has used it (it is not NumPy's own); else none's.
+cdef int bfloat16_number = -1
+
+
+def set_bfloat16(dtype):
+    """Let the straight path know this dtype as bfloat16."""
+    global bfloat16_number
+    bfloat16_number = dtype.num
 
 
 # ---- memory for results --------------------------------------------------------------------------
@@ -170,7 +228,7 @@ cdef object pool_capsule = PyCapsule_New(&pool_handler, b"mem_handler", NULL)
 
 cdef inline ndarray new_array(int ndim, npy_intp *dims, int typenum, int *warm):
     """An uninitialised array; `warm` says whether its pages are known to exist."""
-    cdef size_t size = 8 if typenum == cnp.NPY_FLOAT64 else 4
+    cdef size_t size = size_of(typenum)
     cdef int i
     warm[0] = 0
     for i in range(ndim):
@@ -190,11 +248,20 @@ cdef ndarray pooled_array(int ndim, npy_intp *dims, int typenum, int *warm):
     return array
 
 
-def new_result(ndarray like):
-    """An uninitialised array of like's shape and type, and whether its pages are known to exist."""
-    cdef int warm
-    array = new_array(cnp.PyArray_NDIM(like), cnp.PyArray_DIMS(like), cnp.PyArray_TYPE(like), &warm)
-    return array, bool(warm)
+def new_result(tuple shape, cnp.dtype dtype):
+    """An uninitialised array, and whether its pages are known to exist."""
+    cdef object before
+    cdef size_t size = dtype.itemsize
+    for length in shape:
+        size *= length
+    if size < FN_POOL_LEAST:
+        return np.empty(shape, dtype), False
+    before = PyDataMem_SetHandler(pool_capsule)
+    try:
+        array = np.empty(shape, dtype)
+        return array, bool(fn_pool_last_was_warm())
+    finally:
+        PyDataMem_SetHandler(before)
 
 
 def would_be_warm(size_t size):
@@ -304,7 +371,33 @@ cdef inline const void *parameter_data(object w) noexcept:
 
 
 cdef inline fn_dtype dtype_of(int typenum) noexcept:
-    return FN_F64 if typenum == cnp.NPY_FLOAT64 else FN_F32
+    if typenum == cnp.NPY_FLOAT32:
+        return FN_F32
+    if typenum == cnp.NPY_FLOAT64:
+        return FN_F64
+    if typenum == cnp.NPY_INT8:
+        return FN_I8
+    return FN_F16 if typenum == cnp.NPY_FLOAT16 else FN_BF16
+
+
+cdef inline size_t size_of(int typenum) noexcept:
+    if typenum == cnp.NPY_FLOAT32:
+        return 4
+    if typenum == cnp.NPY_FLOAT64:
+        return 8
+    return 1 if typenum == cnp.NPY_INT8 else 2
+
+
+cdef inline bint is_storage(int typenum) noexcept:
+    """Whether the kernels load and store this type."""
+    return (
+        typenum == cnp.NPY_FLOAT32 or typenum == cnp.NPY_FLOAT64 or typenum == cnp.NPY_FLOAT16
+        or (typenum == bfloat16_number and typenum >= 0)
+    )
+
+
+cdef inline int compute_type(int typenum) noexcept:
+    return cnp.NPY_FLOAT64 if typenum == cnp.NPY_FLOAT64 else cnp.NPY_FLOAT32
 
 
 cdef inline Py_ssize_t plain_rows(ndarray x, int axes, fn_shape *shape) noexcept:
@@ -315,7 +408,7 @@ cdef inline Py_ssize_t plain_rows(ndarray x, int axes, fn_shape *shape) noexcept
         cols *= cnp.PyArray_DIM(x, i)
     shape.cols = cols
     shape.rows = cnp.PyArray_SIZE(x) // cols if cols else 0
-    shape.outer_ndim = 0
+    shape.outer_ndim = shape.col_ndim = 0
     return cols * cnp.PyArray_ITEMSIZE(x)
 
 
@@ -323,15 +416,28 @@ cdef inline fn_rows rows_at(object a, Py_ssize_t stride) noexcept:
     cdef fn_rows rows
     rows.data = NULL if a is None else cnp.PyArray_DATA(<ndarray>a)
     rows.stride = stride
+    rows.outer_strides = rows.col_strides = NULL
+    rows.dtype = FN_F32 if a is None else dtype_of(cnp.PyArray_TYPE(<ndarray>a))
     return rows
 
 
-cdef inline void call_layer_norm(fn_layer_norm_args *args, fn_dtype dtype):
-    if 2 * args.shape.rows * args.shape.cols * (8 if dtype == FN_F64 else 4) >= GIL_BYTES:
+cdef inline bint is_long(fn_shape *shape, fn_dtype dtype, int arrays) noexcept:
+    """Whether a call moves enough to let go of the GIL."""
+    return arrays * shape.rows * shape.cols * (8 if dtype == FN_F64 else 4) >= GIL_BYTES
+
+
+cdef int raise_no_scratch(Py_ssize_t cols) except -1:
+    raise MemoryError(f"no memory for a thread's row of {cols} elements; nothing was written")
+
+
+cdef inline int call_layer_norm(fn_layer_norm_args *args, fn_dtype dtype) except -1:
+    cdef int status
+    if is_long(&args.shape, dtype, 2):
         with nogil:
-            fn_layer_norm(args, dtype, 0)
+            status = fn_layer_norm(args, dtype, 0)
     else:
-        fn_layer_norm(args, dtype, 0)
+        status = fn_layer_norm(args, dtype, 0)
+    return raise_no_scratch(args.shape.cols) if status != FN_OK else 0
 
 
 # ---- layer_norm ----------------------------------------------------------------------------------
@@ -379,6 +485,8 @@ cdef inline object direct_layer_norm(
             return None
         y = <ndarray>out
         args.y_is_warm = 1
+    args.rms = 0
+    args.steps = NULL
     args.mean = args.rstd = NULL
     if return_stats:
         mean = cnp.PyArray_EMPTY(cnp.PyArray_NDIM(x) - axes, cnp.PyArray_DIMS(x), typenum, 0)
@@ -393,10 +501,173 @@ cdef inline object direct_layer_norm(
     return (y, mean, rstd) if return_stats else y
 
 
+# ---- the straight path of the other cases: rms, half types, a residual --------------------------
+
+cdef double EPS_F32 = 1.1920928955078125e-07
+cdef double EPS_F64 = 2.220446049250313e-16
+
+
+cdef inline bint is_any_parameter(object w, ndarray x, int axes) noexcept:
+    """None, or a plain array of any storage type with x's trailing shape."""
+    return w is None or (
+        cnp.PyArray_CheckExact(w)
+        and is_storage(cnp.PyArray_TYPE(<ndarray>w))
+        and is_parameter(w, cnp.PyArray_TYPE(<ndarray>w), x, axes)
+    )
+
+
+cdef inline bint is_of_type(object w, int typenum) noexcept:
+    return w is None or cnp.PyArray_TYPE(<ndarray>w) == typenum
+
+
+cdef inline int wider(int a, int b) noexcept:
+    """What NumPy promotes two storage types to."""
+    if a == b:
+        return a
+    return cnp.NPY_FLOAT64 if a == cnp.NPY_FLOAT64 or b == cnp.NPY_FLOAT64 else cnp.NPY_FLOAT32
+
+
+cdef inline double eps_of(object eps, int compute) noexcept:
+    """eps as a double; None means the machine epsilon. -1 where it is neither."""
+    if eps is None:
+        return EPS_F64 if compute == cnp.NPY_FLOAT64 else EPS_F32
+    return PyFloat_AS_DOUBLE(eps) if PyFloat_CheckExact(eps) else -1
+
+
+cdef struct options:
+    # What an op asks for besides its arrays.
+    bint rms, adds, return_stats, round_before_weight, round_sum
+    double offset
+
+
+cdef inline bint is_sum(object out, ndarray x, int typenum, object residual) noexcept:
+    """Whether the sum may be written to `out`: x or residual themselves, or memory elsewhere."""
+    return is_plain(out, typenum, C_ALIGNED_WRITEABLE) and (
+        out is x or out is residual
+        or (same_shape(<ndarray>out, x) and apart(<ndarray>out, x)
+            and apart(<ndarray>out, residual))
+    )
+
+
+cdef object direct_norm(
+    options *opt, object x_object, object normalized_shape, object weight, object bias, object eps,
+    object out, object residual, object linear_bias, object sum_out,
+):
+    """The straight path of any storage type, for all four norms; None where it does not apply."""
+    cdef fn_layer_norm_args args
+    cdef fn_steps steps
+    cdef fn_output output
+    cdef ndarray x, y
+    cdef object total = None, mean = None, rstd = None
+    cdef int typenum, compute, sum_type, axes, ndim, warm
+    cdef Py_ssize_t stride
+    cdef bint converts
+    if not cnp.PyArray_CheckExact(x_object):
+        return None
+    x = <ndarray>x_object
+    typenum = sum_type = cnp.PyArray_TYPE(x)
+    if not is_storage(typenum) or not is_plain(x, typenum, C_ALIGNED):
+        return None
+    if opt.adds:
+        if not cnp.PyArray_CheckExact(residual):
+            return None
+        sum_type = cnp.PyArray_TYPE(<ndarray>residual)
+        if not is_storage(sum_type) or not is_plain(residual, sum_type, C_ALIGNED):
+            return None
+        if not same_shape(x, <ndarray>residual):
+            return None
+        sum_type = wider(typenum, sum_type)
+    compute = compute_type(sum_type)
+    args.eps = eps_of(eps, compute)
+    axes = trailing_axes(x, normalized_shape)
+    if axes < 0 or not args.eps >= 0:
+        return None
+    if not (is_any_parameter(weight, x, axes) and is_any_parameter(bias, x, axes)
+            and is_any_parameter(linear_bias, x, axes)):
+        return None
+    stride = plain_rows(x, axes, &args.shape)
+    if args.shape.rows == 0:
+        return None
+    converts = not (
+        is_of_type(weight, compute) and is_of_type(bias, compute)
+        and (weight is None or opt.offset == 0)
+    )
+    if converts and not opt.adds and typenum == compute and is_long(&args.shape, FN_F32, 1):
+        return None  # it pays to convert them before, and take the plain way
+    if out is None:
+        y = new_array(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), typenum, &args.y_is_warm)
+    else:
+        if not (is_result(out, x, typenum, weight, bias) and apart(<ndarray>out, residual)
+                and apart(<ndarray>out, linear_bias)):
+            return None
+        y = <ndarray>out
+        args.y_is_warm = 1
+    if opt.adds:
+        if sum_out is None:
+            total = new_array(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), sum_type, &warm)
+        elif (is_sum(sum_out, x, sum_type, residual) and apart(<ndarray>sum_out, y)
+              and apart(<ndarray>sum_out, weight) and apart(<ndarray>sum_out, bias)
+              and apart(<ndarray>sum_out, linear_bias)):
+            total = sum_out
+        else:
+            return None
+    ndim = cnp.PyArray_NDIM(x) - axes
+    args.mean = args.rstd = NULL
+    if opt.return_stats:
+        rstd = cnp.PyArray_EMPTY(ndim, cnp.PyArray_DIMS(x), compute, 0)
+        args.rstd = cnp.PyArray_DATA(<ndarray>rstd)
+        if not opt.rms:
+            mean = cnp.PyArray_EMPTY(ndim, cnp.PyArray_DIMS(x), compute, 0)
+            args.mean = cnp.PyArray_DATA(<ndarray>mean)
+    args.rms = opt.rms
+    args.x = rows_at(x, stride)
+    args.y = rows_at(y, stride)
+    args.weight = parameter_data(weight)
+    args.bias = parameter_data(bias)
+    args.steps = NULL
+    if converts or opt.adds or typenum != compute:
+        memset(&steps, 0, sizeof(steps))
+        memset(&output, 0, sizeof(output))
+        output.y = args.y
+        output.weight = rows_at(weight, 0)
+        output.bias = rows_at(bias, 0)
+        steps.x = args.x
+        steps.outputs = &output
+        steps.output_count = 1
+        steps.offset = opt.offset
+        steps.round_before_weight = opt.round_before_weight
+        steps.round_sum = opt.round_sum
+        if opt.adds:
+            steps.linear_bias = rows_at(linear_bias, 0)
+            steps.residual = rows_at(
+                residual, args.shape.cols * cnp.PyArray_ITEMSIZE(<ndarray>residual))
+            steps.sum = rows_at(total, args.shape.cols * cnp.PyArray_ITEMSIZE(<ndarray>total))
+        args.steps = &steps
+    call_layer_norm(&args, dtype_of(compute))
+    if opt.adds:
+        if not opt.return_stats:
+            return y, total
+        return (y, total, rstd) if opt.rms else (y, total, mean, rstd)
+    if not opt.return_stats:
+        return y
+    return (y, rstd) if opt.rms else (y, mean, rstd)
+
+
+cdef inline bint is_bool(object value) noexcept:
+    return value is True or value is False
+
+
+cdef inline double plain_offset(object value) noexcept:
+    """A float as it is; NaN where it is none."""
+    return PyFloat_AS_DOUBLE(value) if PyFloat_CheckExact(value) else NAN
+
+
+# ---- layer_norm ----------------------------------------------------------------------------------
+
 def layer_norm(x, normalized_shape=None, weight=None, bias=None, eps=1e-5, *, axis=None, out=None,
-               return_stats=False):
+               dtype=None, return_stats=False, activation=None, lengths=None, mask=None):
     """layer_norm(x, normalized_shape=None, weight=None, bias=None, eps=1e-5, *, axis=None, \
-out=None, return_stats=False)
+out=None, dtype=None, return_stats=False, activation=None, lengths=None, mask=None)
 
     Layer normalization: ``y = (x - mean) / sqrt(var + eps) * weight + bias``.
 
@@ -406,37 +677,55 @@ out=None, return_stats=False)
     Parameters
     ----------
     x : array_like
-        float32 or float64 of any shape; integers and booleans become float64. Leading axes may
-        have any strides; other layouts are copied (``fastnorm.explain`` says when).
+        float16, bfloat16, float32 or float64 of any shape and layout; integers and booleans become
+        float64. The half types are worked on in float32 and rounded once, at the end. Tensors of
+        torch, and what offers DLPack or Arrow's interface, are read in place; torch tensors in
+        give torch tensors out.
     normalized_shape : int or sequence of int, optional
         Trailing shape to normalize over, as in ``torch.nn.functional.layer_norm``. Default: the
         last axis.
     weight, bias : array_like, optional
         Gain and offset of shape `normalized_shape` (with `axis`: the lengths of the axes in
-        ascending order), of any float type. Either may be left out.
+        ascending order), of any real type. Either may be left out. With more dimensions before
+        these, which broadcast against x's leading ones, rows have parameters of their own: (H, D)
+        for x of shape (..., H, D) is a pair for each head.
     eps : float
         Added to the variance; not negative.
     axis : int or tuple of int, optional
-        Axes to normalize over, in place of `normalized_shape`, as in Keras.
+        Axes to normalize over, in place of `normalized_shape`, as in Keras: any, in any number.
+        Where they are not last the array is read in place (``axis=1`` of an (N, C, H, W) array is
+        ConvNeXt's LayerNorm2d).
     out : ndarray, optional
-        Array for the result, of x's shape and type. It may be x itself, but not overlap an input
-        in another way.
+        Array for the result, of x's shape and the result's type. It may be x itself, but not
+        overlap an input in another way.
+    dtype : dtype, optional
+        Type of the result; default: x's. ``numpy.int8`` asks for dynamic quantisation, symmetric
+        and with a scale a row: ``scale = max(max|y| / 127, tiny)``, ``q = rint(y / scale)``.
     return_stats : bool
         Also return mean and ``rstd = 1 / sqrt(var + eps)``.
+    activation : str, optional
+        Applied to the result before it is rounded: "relu", "silu", "gelu" (by erf) or "gelu_tanh".
+    lengths : array_like of int, optional
+        Of the leading shape, or what broadcasts to it: how many elements of each row count, from
+        its first on. The others have no influence and their results are 0.
+    mask : array_like of bool, optional
+        What broadcasts to x's shape: the elements that count. The others' results are 0.
 
     Returns
     -------
     y : ndarray
-        Of x's shape and type (`out` where given).
+        Of x's shape and type, or `dtype` (`out` where given).
+    scale : ndarray
+        After y where `dtype` is int8: float32 of the leading shape.
     mean, rstd : ndarray
-        With `return_stats`, of the leading shape and x's type. They are what
-        ``layer_norm_backward`` takes.
+        With `return_stats`, of the leading shape, float32 (float64 for float64 input). They are
+        what ``layer_norm_backward`` takes.
 
     Raises
     ------
     TypeError
-        For a type that is not supported (complex, object, float16, masked arrays), or
-        `normalized_shape` and `axis` together.
+        For a type that is not supported (complex, object, masked arrays, tensors that require a
+        gradient), or `normalized_shape` and `axis`, or `lengths` and `mask`, together.
     ValueError
         For shapes that do not fit, an axis out of range or repeated (``numpy.exceptions.AxisError``
         where it is out of range), an eps that is negative or NaN, and an `out` that is read-only
@@ -463,66 +752,207 @@ out=None, return_stats=False)
     array([[-1.2247449,  0.       ,  1.2247449],
            [ 0.       ,  0.       ,  0.       ]], dtype=float32)
     """
-    if axis is None and (return_stats is True or return_stats is False):
+    cdef options opt
+    if (axis is None and dtype is None and activation is None and lengths is None
+            and mask is None and is_bool(return_stats)):
         result = direct_layer_norm(x, normalized_shape, weight, bias, eps, out,
                                    return_stats is True)
+        if result is None and PyFloat_CheckExact(eps):
+            memset(&opt, 0, sizeof(opt))
+            opt.return_stats = return_stats is True
+            result = direct_norm(&opt, x, normalized_shape, weight, bias, eps, out, None, None,
+                                 None)
         if result is not None:
             return result
-    return handlers["layer_norm"](x, normalized_shape, weight, bias, eps, axis, out, return_stats)
+    return handlers["layer_norm"](x, normalized_shape, weight, bias, eps, axis, out, dtype,
+                                  return_stats, activation, lengths, mask)
 
 
-# ---- arrays of rows with any leading strides -----------------------------------------------------
+def rms_norm(x, normalized_shape=None, weight=None, eps=None, *, axis=None, out=None, dtype=None,
+             offset=0.0, round_before_weight=False, return_stats=False, activation=None,
+             lengths=None, mask=None):
+    """rms_norm(x, normalized_shape=None, weight=None, eps=None, *, axis=None, out=None, \
+dtype=None, offset=0.0, round_before_weight=False, return_stats=False, activation=None, \
+lengths=None, mask=None)
 
-cdef struct leading:
-    # The leading axes of up to three arrays of one shape: axes that one stride can walk in all of
-    # them are merged, and axes of length 1 left out, whatever their stride says.
-    int ndim
-    Py_ssize_t shape[MAX_OUTER]
-    Py_ssize_t strides[3][MAX_OUTER]
+    Root mean square normalization: ``y = x / sqrt(mean(x^2) + eps) * (weight + offset)``.
+
+    Parameters
+    ----------
+    x, normalized_shape, axis, out, dtype, activation, lengths, mask
+        As for :func:`layer_norm`.
+    weight : array_like, optional
+        Gain, as for :func:`layer_norm`; None counts as ones, whatever the offset.
+    eps : float, optional
+        Added to the mean square; not negative. None: the machine epsilon of the type that is
+        computed in (float32's for the half types), as in torch.
+    offset : float
+        Added to the weight, in the type that is computed in: 1 for Gemma's ``1 + weight``.
+    round_before_weight : bool
+        For half types: round ``x * rstd`` to the result's type before it is multiplied by the
+        weight, as Llama and ONNX do, instead of once at the end, as torch and Gemma do.
+    return_stats : bool
+        Also return ``rstd = 1 / sqrt(mean(x^2) + eps)``.
+
+    Returns
+    -------
+    y : ndarray
+        Of x's shape and type, or `dtype` (`out` where given).
+    scale : ndarray
+        After y where `dtype` is int8: float32 of the leading shape.
+    rstd : ndarray
+        With `return_stats`, of the leading shape, float32 (float64 for float64 input).
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`layer_norm`.
+
+    References
+    ----------
+    Zhang, Sennrich: Root Mean Square Layer Normalization, arXiv 1910.07467 (2019).
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm
+    >>> fastnorm.rms_norm(np.float32([[3, 4], [0, 0]]))
+    array([[0.8485281, 1.1313708],
+           [0.       , 0.       ]], dtype=float32)
+    """
+    cdef options opt
+    if (axis is None and dtype is None and activation is None and lengths is None
+            and mask is None and is_bool(return_stats) and is_bool(round_before_weight)):
+        memset(&opt, 0, sizeof(opt))
+        opt.rms = True
+        opt.return_stats = return_stats is True
+        opt.round_before_weight = round_before_weight is True
+        opt.offset = plain_offset(offset)
+        if opt.offset - opt.offset == 0:
+            result = direct_norm(&opt, x, normalized_shape, weight, None, eps, out, None, None,
+                                 None)
+            if result is not None:
+                return result
+    return handlers["rms_norm"](x, normalized_shape, weight, eps, axis, out, dtype, offset,
+                                round_before_weight, return_stats, activation, lengths, mask)
 
 
-cdef void merge_leading(leading *lead, tuple arrays):
-    cdef ndarray first = arrays[0], a
-    cdef int d, k, count = <int>len(arrays)
-    cdef bint merges
-    lead.ndim = 0
-    for d in range(cnp.PyArray_NDIM(first) - 1):
-        if cnp.PyArray_DIM(first, d) == 1:
-            continue
-        merges = lead.ndim > 0
-        for k in range(count):
-            a = arrays[k]
-            if merges:
-                merges = lead.strides[k][lead.ndim - 1] == (
-                    cnp.PyArray_STRIDE(a, d) * cnp.PyArray_DIM(a, d)
-                )
-        if merges:
-            lead.shape[lead.ndim - 1] *= cnp.PyArray_DIM(first, d)
-        else:
-            lead.shape[lead.ndim] = cnp.PyArray_DIM(first, d)
-            lead.ndim += 1
-        for k in range(count):
-            lead.strides[k][lead.ndim - 1] = cnp.PyArray_STRIDE(<ndarray>arrays[k], d)
+# ---- a residual added before the norm ------------------------------------------------------------
+
+def add_layer_norm(x, residual, normalized_shape=None, weight=None, bias=None, eps=1e-5, *,
+                   axis=None, out=None, sum_out=None, dtype=None, linear_bias=None, round_sum=True,
+                   return_stats=False, activation=None):
+    """add_layer_norm(x, residual, normalized_shape=None, weight=None, bias=None, eps=1e-5, *, \
+axis=None, out=None, sum_out=None, dtype=None, linear_bias=None, round_sum=True, \
+return_stats=False, activation=None)
+
+    Layer normalization of a sum, which is returned too: ``s = (x + linear_bias) + residual``,
+    ``y = layer_norm(s)``.
+
+    Parameters
+    ----------
+    x, residual : array_like
+        Of one shape, of any types.
+    normalized_shape, weight, bias, eps, axis, activation
+        As for :func:`layer_norm`.
+    out, sum_out : ndarray, optional
+        Arrays for y and for the sum, of x's shape. `out` may be x, and `sum_out` x or residual
+        itself; they may not overlap each other or an input in another way.
+    dtype : dtype, optional
+        Type of y; default: x's. As for :func:`layer_norm`, int8 included.
+    linear_bias : array_like, optional
+        Of the normalized shape: the bias of the linear layer that x comes from.
+    round_sum : bool
+        Where the sum is of a half type, whether the statistics see it as it is returned (Hugging
+        Face, Liger: y is then what ``layer_norm(sum)`` gives, to the bit) or before it was rounded
+        (ONNX Runtime, flash-attn).
+    return_stats : bool
+        Also return mean and rstd.
+
+    Returns
+    -------
+    y : ndarray
+        Of x's shape and type, or `dtype`; followed by its scale where that is int8.
+    sum : ndarray
+        Of x's shape and the wider of x's and residual's types. Each addition is rounded in
+        float32 (float64 where either is float64), and the sum once more.
+    mean, rstd : ndarray
+        With `return_stats`, of the leading shape.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`layer_norm`.
+
+    References
+    ----------
+    ONNX Runtime's SkipLayerNormalization (whose eps is 1e-12).
+    """
+    cdef options opt
+    if (axis is None and dtype is None and activation is None and is_bool(return_stats)
+            and is_bool(round_sum) and PyFloat_CheckExact(eps)):
+        memset(&opt, 0, sizeof(opt))
+        opt.adds = True
+        opt.return_stats = return_stats is True
+        opt.round_sum = round_sum is True
+        result = direct_norm(&opt, x, normalized_shape, weight, bias, eps, out, residual,
+                             linear_bias, sum_out)
+        if result is not None:
+            return result
+    return handlers["add_layer_norm"](x, residual, normalized_shape, weight, bias, eps, axis, out,
+                                      sum_out, dtype, linear_bias, round_sum, return_stats,
+                                      activation)
 
 
-cdef void shape_of(leading *lead, ndarray x, fn_shape *shape):
-    cdef int d
-    shape.cols = cnp.PyArray_DIM(x, cnp.PyArray_NDIM(x) - 1)
-    shape.rows = 1
-    for d in range(lead.ndim):
-        shape.rows *= lead.shape[d]
-    shape.outer_ndim = lead.ndim - 1 if lead.ndim > 1 else 0
-    shape.inner = lead.shape[lead.ndim - 1] if lead.ndim else 1
-    shape.outer_shape = lead.shape
+def add_rms_norm(x, residual, normalized_shape=None, weight=None, eps=None, *, axis=None, out=None,
+                 sum_out=None, dtype=None, linear_bias=None, offset=0.0, round_before_weight=False,
+                 round_sum=True, return_stats=False, activation=None):
+    """add_rms_norm(x, residual, normalized_shape=None, weight=None, eps=None, *, axis=None, \
+out=None, sum_out=None, dtype=None, linear_bias=None, offset=0.0, round_before_weight=False, \
+round_sum=True, return_stats=False, activation=None)
+
+    Root mean square normalization of a sum, which is returned too.
+
+    Parameters
+    ----------
+    x, residual, out, sum_out, dtype, linear_bias, round_sum
+        As for :func:`add_layer_norm`.
+    normalized_shape, weight, eps, axis, offset, round_before_weight, return_stats, activation
+        As for :func:`rms_norm`.
+
+    Returns
+    -------
+    y, sum, rstd
+        As :func:`add_layer_norm`, without a mean.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`layer_norm`.
+
+    References
+    ----------
+    ONNX Runtime's SkipSimplifiedLayerNormalization.
+    """
+    cdef options opt
+    if (axis is None and dtype is None and activation is None and is_bool(return_stats)
+            and is_bool(round_sum) and is_bool(round_before_weight)):
+        memset(&opt, 0, sizeof(opt))
+        opt.rms = opt.adds = True
+        opt.return_stats = return_stats is True
+        opt.round_sum = round_sum is True
+        opt.round_before_weight = round_before_weight is True
+        opt.offset = plain_offset(offset)
+        if opt.offset - opt.offset == 0:
+            result = direct_norm(&opt, x, normalized_shape, weight, None, eps, out, residual,
+                                 linear_bias, sum_out)
+            if result is not None:
+                return result
+    return handlers["add_rms_norm"](x, residual, normalized_shape, weight, eps, axis, out, sum_out,
+                                    dtype, linear_bias, offset, round_before_weight, round_sum,
+                                    return_stats, activation)
 
 
-cdef fn_rows rows_of(leading *lead, object a, int k):
-    cdef fn_rows rows
-    rows.data = cnp.PyArray_DATA(<ndarray>a)
-    rows.stride = lead.strides[k][lead.ndim - 1] if lead.ndim else 0
-    rows.outer_strides = lead.strides[k]
-    return rows
-
+# ---- arrays of rows of any layout ----------------------------------------------------------------
 
 cdef dict plan_dict(fn_plan plan, fn_shape shape):
     return {
@@ -535,33 +965,244 @@ cdef dict plan_dict(fn_plan plan, fn_shape shape):
     }
 
 
-def layer_norm_rows(ndarray x, ndarray y, weight, bias, double eps, mean, rstd, bint warm,
-                    bint plan=False):
-    """The kernel on checked arrays: x and y of shape (..., n), rows contiguous, leading strides
-    free; the others contiguous, of x's type, or None. With `plan`, say what would be done."""
+@cython.auto_pickle(False)
+cdef class Frame:
+    """Arrays of one shape, (rows..., elements...), as the kernels walk them.
+
+    Axes that one stride can walk in every array are merged, and axes of length 1 left out, whatever
+    their stride says. None stands for an array that is absent."""
+
+    cdef list arrays
+    cdef int lead_ndim, col_ndim
+    cdef Py_ssize_t lead_shape[MAX_OUTER]
+    cdef Py_ssize_t col_shape[MAX_OUTER]
+    cdef Py_ssize_t *strides  # of each array: its lead strides, then its column strides
+
+    def __cinit__(self, list arrays, int lead):
+        cdef ndarray first
+        self.arrays = arrays
+        self.strides = <Py_ssize_t *>malloc(len(arrays) * 2 * MAX_OUTER * sizeof(Py_ssize_t))
+        if self.strides is NULL:
+            raise MemoryError("no memory for the strides of the arguments")
+        first = next(a for a in arrays if a is not None)
+        self.lead_ndim = self.merge(first, 0, lead, self.lead_shape, 0)
+        self.col_ndim = self.merge(first, lead, cnp.PyArray_NDIM(first), self.col_shape, MAX_OUTER)
+
+    def __dealloc__(self):
+        free(self.strides)
+
+    cdef int merge(self, ndarray first, int begin, int end, Py_ssize_t *shape, int place):
+        cdef int d, k, ndim = 0, count = <int>len(self.arrays)
+        cdef Py_ssize_t *strides
+        cdef bint merges
+        cdef ndarray a
+        for d in range(begin, end):
+            if cnp.PyArray_DIM(first, d) == 1:
+                continue
+            merges = ndim > 0
+            for k in range(count):
+                if merges and self.arrays[k] is not None:
+                    a = self.arrays[k]
+                    strides = self.strides + 2 * MAX_OUTER * k + place
+                    merges = strides[ndim - 1] == cnp.PyArray_STRIDE(a, d) * cnp.PyArray_DIM(a, d)
+            if merges:
+                shape[ndim - 1] *= cnp.PyArray_DIM(first, d)
+            else:
+                shape[ndim] = cnp.PyArray_DIM(first, d)
+                ndim += 1
+            for k in range(count):
+                if self.arrays[k] is not None:
+                    a = self.arrays[k]
+                    self.strides[2 * MAX_OUTER * k + place + ndim - 1] = cnp.PyArray_STRIDE(a, d)
+        return ndim
+
+    cdef void shape(self, fn_shape *shape):
+        cdef int d
+        shape.rows = shape.cols = 1
+        for d in range(self.lead_ndim):
+            shape.rows *= self.lead_shape[d]
+        for d in range(self.col_ndim):
+            shape.cols *= self.col_shape[d]
+        shape.outer_ndim = self.lead_ndim - 1 if self.lead_ndim > 1 else 0
+        shape.inner = self.lead_shape[self.lead_ndim - 1] if self.lead_ndim else 1
+        shape.outer_shape = self.lead_shape
+        shape.col_ndim = self.col_ndim
+        shape.col_shape = self.col_shape
+
+    cdef bint one_stride(self, Py_ssize_t *lead) noexcept:
+        """Whether an array's innermost row stride reaches all of its rows."""
+        cdef int d
+        cdef Py_ssize_t expected
+        if self.lead_ndim < 2:
+            return True
+        expected = lead[self.lead_ndim - 1]
+        for d in range(self.lead_ndim - 1, -1, -1):
+            if lead[d] != expected:
+                return False
+            expected *= self.lead_shape[d]
+        return True
+
+    cdef bint contiguous(self, Py_ssize_t *cols, Py_ssize_t size) noexcept:
+        cdef int d
+        for d in range(self.col_ndim - 1, -1, -1):
+            if cols[d] != size:
+                return False
+            size *= self.col_shape[d]
+        return True
+
+    cdef fn_rows rows(self, int k):
+        cdef fn_rows rows
+        cdef Py_ssize_t *lead = self.strides + 2 * MAX_OUTER * k
+        cdef Py_ssize_t *cols = lead + MAX_OUTER
+        cdef ndarray a
+        memset(&rows, 0, sizeof(rows))
+        if self.arrays[k] is None:
+            return rows
+        a = self.arrays[k]
+        rows.data = cnp.PyArray_DATA(a)
+        rows.stride = lead[self.lead_ndim - 1] if self.lead_ndim else 0
+        rows.outer_strides = NULL if self.one_stride(lead) else lead
+        rows.col_strides = NULL if self.contiguous(cols, cnp.PyArray_ITEMSIZE(a)) else cols
+        rows.dtype = storage_of(a)
+        return rows
+
+
+cdef inline fn_dtype storage_of(ndarray a):
+    """As dtype_of; what is neither NumPy's own nor a mask's byte is bfloat16, or its bits."""
+    cdef int typenum = cnp.PyArray_TYPE(a)
+    if typenum == cnp.NPY_BOOL:
+        return FN_I8
+    return dtype_of(typenum)
+
+
+cdef inline bint is_plain_rows(fn_rows *rows, fn_dtype dtype) noexcept:
+    return rows.dtype == dtype and rows.col_strides is NULL
+
+
+cdef inline bint is_plain_parameter(fn_rows *rows, fn_dtype dtype) noexcept:
+    return rows.data is NULL or (
+        is_plain_rows(rows, dtype) and rows.stride == 0 and rows.outer_strides is NULL
+    )
+
+
+def norm_rows(int lead, object compute, object x, list outputs, double eps, *, bint rms=False,
+              gate=None, linear_bias=None, residual=None, total=None, bint round_sum=True,
+              double offset=0.0, bint round_before_weight=False, int activation=0, lengths=None,
+              mask=None, mean=None, rstd=None, bint warm=False, bint plan=False):
+    """The forward kernel on checked arrays, of shape (rows..., elements...) with `lead` axes of rows.
+
+    All are native, aligned, and of storage types; parameters are broadcast to x's shape. `outputs`
+    holds (weight, bias, y, scale) of each; lengths (intp), mean, rstd, scale are C-contiguous.
+    With `plan`, say what would be done."""
     cdef fn_layer_norm_args args
-    cdef leading lead
-    cdef fn_dtype dtype = dtype_of(cnp.PyArray_TYPE(x))
-    merge_leading(&lead, (x, y))
-    shape_of(&lead, x, &args.shape)
-    args.x = rows_of(&lead, x, 0)
-    args.y = rows_of(&lead, y, 1)
-    args.weight = parameter_data(weight)
-    args.bias = parameter_data(bias)
+    cdef fn_steps steps
+    cdef fn_output *made
+    cdef int count = <int>len(outputs), i
+    cdef fn_dtype dtype = dtype_of(compute.num)
+    cdef list arrays = [x, gate, linear_bias, residual, total, mask]
+    for weight, bias, y, scale in outputs:
+        arrays += [weight, bias, y]
+    cdef Frame frame = Frame(arrays, lead)
+    memset(&args, 0, sizeof(args))
+    memset(&steps, 0, sizeof(steps))
+    frame.shape(&args.shape)
+    made = <fn_output *>malloc((count + 1) * sizeof(fn_output))
+    if made is NULL:
+        raise MemoryError("no memory for the outputs")
+    try:
+        for i in range(count):
+            made[i].weight = frame.rows(6 + 3 * i)
+            made[i].bias = frame.rows(7 + 3 * i)
+            made[i].y = frame.rows(8 + 3 * i)
+            made[i].scales = <float *>parameter_data(outputs[i][3])
+        steps.x = args.x = frame.rows(0)
+        steps.gate = frame.rows(1)
+        steps.linear_bias = frame.rows(2)
+        steps.residual = frame.rows(3)
+        steps.sum = frame.rows(4)
+        steps.mask = frame.rows(5)
+        steps.round_sum = round_sum
+        steps.outputs = made
+        steps.output_count = count
+        steps.offset = offset
+        steps.round_before_weight = round_before_weight
+        steps.activation = <fn_activation>activation
+        steps.lengths = <const Py_ssize_t *>parameter_data(lengths)
+        args.mean = <void *>parameter_data(mean)
+        args.rstd = <void *>parameter_data(rstd)
+        args.eps = eps
+        args.rms = rms
+        args.y_is_warm = warm
+        args.y = made[0].y
+        args.weight = made[0].weight.data
+        args.bias = made[0].bias.data
+        if not (
+            count == 1 and is_plain_rows(&args.x, dtype) and is_plain_rows(&args.y, dtype)
+            and is_plain_parameter(&made[0].weight, dtype)
+            and is_plain_parameter(&made[0].bias, dtype)
+            and steps.gate.data is NULL and steps.linear_bias.data is NULL
+            and steps.residual.data is NULL and steps.sum.data is NULL and steps.mask.data is NULL
+            and steps.lengths is NULL and (offset == 0 or args.weight is NULL)
+            and activation == 0
+        ):
+            args.steps = &steps
+        if plan:
+            return plan_dict(fn_plan_layer_norm(&args, dtype, 0), args.shape)
+        call_layer_norm(&args, dtype)
+    finally:
+        free(made)
+
+
+def norm_segments(object compute, ndarray x, ndarray starts, Py_ssize_t longest, weight, bias,
+                  ndarray y, scale, double eps, *, bint rms=False, double offset=0.0,
+                  int activation=0, mean=None, rstd=None, bint plan=False):
+    """The forward kernel on packed rows: x and y contiguous, row r from element starts[r] (intp) to
+    starts[r + 1], `longest` the most that one has; weight and bias of one length, which divides
+    every row's."""
+    cdef fn_layer_norm_args args
+    cdef fn_steps steps
+    cdef fn_output output
+    cdef fn_dtype dtype = dtype_of(compute.num)
+    memset(&args, 0, sizeof(args))
+    memset(&output, 0, sizeof(output))
+    packed_steps(&steps, &args.shape, x, starts, longest, weight, bias, offset, &output)
+    output.y = rows_at(y, 0)
+    output.scales = <float *>parameter_data(scale)
+    steps.activation = <fn_activation>activation
     args.mean = <void *>parameter_data(mean)
     args.rstd = <void *>parameter_data(rstd)
     args.eps = eps
-    args.y_is_warm = warm
+    args.rms = rms
+    args.steps = &steps
     if plan:
         return plan_dict(fn_plan_layer_norm(&args, dtype, 0), args.shape)
     call_layer_norm(&args, dtype)
+
+
+cdef void packed_steps(fn_steps *steps, fn_shape *shape, ndarray x, ndarray starts,
+                       Py_ssize_t longest, weight, bias, double offset, fn_output *output):
+    memset(steps, 0, sizeof(steps[0]))
+    shape.rows = cnp.PyArray_SIZE(starts) - 1
+    shape.cols = longest
+    shape.outer_ndim = shape.col_ndim = 0
+    output.weight = rows_at(weight, 0)
+    output.bias = rows_at(bias, 0)
+    steps.x = rows_at(x, 0)
+    steps.outputs = output
+    steps.output_count = 1
+    steps.offset = offset
+    steps.starts = <const Py_ssize_t *>cnp.PyArray_DATA(starts)
+    if weight is not None:
+        steps.param_cols = cnp.PyArray_SIZE(<ndarray>weight)
+    elif bias is not None:
+        steps.param_cols = cnp.PyArray_SIZE(<ndarray>bias)
 
 
 # ---- layer_norm_backward -------------------------------------------------------------------------
 
 cdef int call_backward(fn_layer_norm_backward_args *args, fn_dtype dtype):
     cdef int status
-    if 3 * args.shape.rows * args.shape.cols * (8 if dtype == FN_F64 else 4) >= GIL_BYTES:
+    if is_long(&args.shape, dtype, 3):
         with nogil:
             status = fn_layer_norm_backward(args, dtype, 0)
     else:
@@ -589,13 +1230,13 @@ cdef inline bint is_statistic(object a, int typenum, ndarray x, int axes) noexce
     return True
 
 
-cdef inline int wanted(object output_mask) noexcept:
-    """Bits for dx, dweight, dbias; -1 where it is not a tuple of three bools."""
+cdef inline int wanted(object output_mask, int count) noexcept:
+    """Bits for dx, dweight, dbias; -1 where it is not a tuple of `count` bools."""
     cdef int bits = 0, i
     cdef object item
-    if not PyTuple_CheckExact(output_mask) or PyTuple_GET_SIZE(output_mask) != 3:
+    if not PyTuple_CheckExact(output_mask) or PyTuple_GET_SIZE(output_mask) != count:
         return -1
-    for i in range(3):
+    for i in range(count):
         item = <object>PyTuple_GET_ITEM(output_mask, i)
         if item is True:
             bits |= 1 << i
@@ -605,11 +1246,12 @@ cdef inline int wanted(object output_mask) noexcept:
 
 
 cdef object direct_backward(object dy_object, object x_object, object normalized_shape, object mean,
-                            object rstd, object weight, object bias, object output_mask):
+                            object rstd, object weight, object bias, int mask, bint rms):
+    """The straight path; None where it does not apply. With `rms` there is no mean."""
     cdef fn_layer_norm_backward_args args
     cdef ndarray x
     cdef object dx = None, dweight = None, dbias = None
-    cdef int typenum, axes, mask = wanted(output_mask), first
+    cdef int typenum, axes, first
     cdef Py_ssize_t stride
     if mask <= 0 or not cnp.PyArray_CheckExact(x_object):
         return None
@@ -624,13 +1266,17 @@ cdef object direct_backward(object dy_object, object x_object, object normalized
         return None
     if not is_parameter(weight, typenum, x, axes) or not is_parameter(bias, typenum, x, axes):
         return None
-    if not is_statistic(mean, typenum, x, axes) or not is_statistic(rstd, typenum, x, axes):
+    if not (rms or is_statistic(mean, typenum, x, axes)):
+        return None
+    if not is_statistic(rstd, typenum, x, axes):
         return None
     stride = plain_rows(x, axes, &args.shape)
     if args.shape.rows == 0:
         return None
     first = cnp.PyArray_NDIM(x) - axes
+    args.rms = rms
     args.dx_is_warm = 0
+    args.steps = NULL
     if mask & 1:
         dx = new_array(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), typenum, &args.dx_is_warm)
     if mask & 2:
@@ -651,9 +1297,10 @@ cdef object direct_backward(object dy_object, object x_object, object normalized
 
 
 def layer_norm_backward(dy, x, normalized_shape, mean, rstd, weight=None, bias=None, *, axis=None,
-                        output_mask=(True, True, True)):
+                        output_mask=(True, True, True), from_output=False, lengths=None,
+                        mask=None):
     """layer_norm_backward(dy, x, normalized_shape, mean, rstd, weight=None, bias=None, *, \
-axis=None, output_mask=(True, True, True))
+axis=None, output_mask=(True, True, True), from_output=False, lengths=None, mask=None)
 
     Gradients of :func:`layer_norm`: dx, dweight and dbias.
 
@@ -666,7 +1313,7 @@ axis=None, output_mask=(True, True, True))
     Parameters
     ----------
     dy, x : array_like
-        Gradient of the output, and the input, of one shape, float32 or float64.
+        Gradient of the output, and the input, of one shape, of any type and layout.
     normalized_shape : int, sequence of int or None
         As for the forward call (None: the last axis, or what `axis` names).
     mean, rstd : array_like
@@ -680,13 +1327,20 @@ axis=None, output_mask=(True, True, True))
         In place of `normalized_shape`.
     output_mask : three bools
         Which of dx, dweight, dbias to compute; the others come back as None.
+    from_output : bool
+        `x` is what the forward call returned (without an activation), so that its input need not
+        be kept: ``xh = (x - bias) / weight``, which asks for a weight without zeros. `mean` is not
+        read, and may be None.
+    lengths, mask : array_like, optional
+        The forward call's.
 
     Returns
     -------
     dx : ndarray or None
         Of x's shape and type.
     dweight, dbias : ndarray or None
-        Of the normalized shape and x's type; zeros where there are no rows. Rows are summed in an
+        Of the weight's shape, or the normalized one, in float32 (float64 for float64 input); zeros
+        where there are no rows. Rows are summed in an
         order that depends on their number alone, so the result is the same for every number of
         threads.
 
@@ -702,35 +1356,134 @@ axis=None, output_mask=(True, True, True))
     ----------
     Ba, Kiros, Hinton: Layer Normalization, arXiv 1607.06450 (2016).
     """
-    if axis is None:
-        result = direct_backward(dy, x, normalized_shape, mean, rstd, weight, bias, output_mask)
+    if axis is None and from_output is False and lengths is None and mask is None:
+        result = direct_backward(dy, x, normalized_shape, mean, rstd, weight, bias,
+                                 wanted(output_mask, 3), False)
         if result is not None:
             return result
     return handlers["layer_norm_backward"](dy, x, normalized_shape, mean, rstd, weight, bias, axis,
-                                           output_mask)
+                                           output_mask, from_output, lengths, mask)
 
 
-def layer_norm_backward_rows(ndarray dy, ndarray x, dx, mean, rstd, weight, dweight, dbias,
-                             bint plan=False, bint warm=False):
-    """The kernel on checked arrays: dy, x and dx of shape (..., n), as layer_norm_rows has them."""
+def rms_norm_backward(dy, x, normalized_shape, rstd, weight=None, *, axis=None, offset=0.0,
+                      output_mask=(True, True), from_output=False, lengths=None, mask=None):
+    """rms_norm_backward(dy, x, normalized_shape, rstd, weight=None, *, axis=None, offset=0.0, \
+output_mask=(True, True), from_output=False, lengths=None, mask=None)
+
+    Gradients of :func:`rms_norm`: dx and dweight.
+
+    With ``xh = x * rstd`` and ``g = dy * (weight + offset)``::
+
+        dx = rstd * (g - xh * mean(g * xh))
+        dweight = sum over rows of dy * xh
+
+    Parameters
+    ----------
+    dy, x, normalized_shape, weight, axis, from_output, lengths, mask
+        As for :func:`layer_norm_backward`.
+    rstd : array_like
+        What ``rms_norm(x, ..., return_stats=True)`` returned.
+    offset : float
+        The forward call's.
+    output_mask : two bools
+        Which of dx and dweight to compute; the other comes back as None.
+
+    Returns
+    -------
+    dx, dweight
+        As :func:`layer_norm_backward`.
+
+    Raises
+    ------
+    TypeError, ValueError, MemoryError
+        As :func:`layer_norm_backward`.
+
+    References
+    ----------
+    Zhang, Sennrich: Root Mean Square Layer Normalization, arXiv 1910.07467 (2019).
+    """
+    if (axis is None and from_output is False and lengths is None and mask is None
+            and plain_offset(offset) == 0):
+        result = direct_backward(dy, x, normalized_shape, None, rstd, weight, None,
+                                 wanted(output_mask, 2), True)
+        if result is not None:
+            return result[:2]
+    return handlers["rms_norm_backward"](dy, x, normalized_shape, rstd, weight, axis, offset,
+                                         output_mask, from_output, lengths, mask)
+
+
+def norm_backward_rows(int lead, object compute, object dy, object x, object dx, weight, bias,
+                       mean, rstd, dweight, dbias, *, bint rms=False, double offset=0.0,
+                       bint from_output=False, lengths=None, mask=None, bint warm=False,
+                       bint plan=False):
+    """The backward kernel on checked arrays, as norm_rows has them; dweight, dbias: C-contiguous."""
     cdef fn_layer_norm_backward_args args
-    cdef leading lead
-    cdef fn_dtype dtype = dtype_of(cnp.PyArray_TYPE(x))
-    merge_leading(&lead, (dy, x) if dx is None else (dy, x, dx))
-    shape_of(&lead, x, &args.shape)
-    args.dy = rows_of(&lead, dy, 0)
-    args.x = rows_of(&lead, x, 1)
-    args.dx = rows_at(None, 0) if dx is None else rows_of(&lead, dx, 2)
-    args.weight = parameter_data(weight)
-    args.mean = parameter_data(mean)
-    args.rstd = parameter_data(rstd)
-    args.dweight = <void *>parameter_data(dweight)
-    args.dbias = <void *>parameter_data(dbias)
-    args.dx_is_warm = warm
+    cdef fn_steps steps
+    cdef fn_output output
+    cdef fn_dtype dtype = dtype_of(compute.num)
+    cdef Frame frame = Frame([x, dy, dx, weight, bias, mask], lead)
+    memset(&args, 0, sizeof(args))
+    memset(&steps, 0, sizeof(steps))
+    memset(&output, 0, sizeof(output))
+    frame.shape(&args.shape)
+    steps.x = args.x = frame.rows(0)
+    args.dy = frame.rows(1)
+    args.dx = frame.rows(2)
+    output.weight = frame.rows(3)
+    output.bias = frame.rows(4)
+    steps.mask = frame.rows(5)
+    steps.outputs = &output
+    steps.output_count = 1
+    steps.offset = offset
+    steps.from_output = from_output
+    steps.lengths = <const Py_ssize_t *>parameter_data(lengths)
+    args.weight = output.weight.data
+    backward_results(&args, mean, rstd, dweight, dbias, rms, warm)
+    if not (
+        is_plain_rows(&args.x, dtype) and is_plain_rows(&args.dy, dtype)
+        and (dx is None or is_plain_rows(&args.dx, dtype))
+        and is_plain_parameter(&output.weight, dtype) and (offset == 0 or args.weight is NULL)
+        and not from_output and steps.lengths is NULL and steps.mask.data is NULL
+    ):
+        args.steps = &steps
     if plan:
         return plan_dict(fn_plan_layer_norm_backward(&args, dtype, 0), args.shape)
     if call_backward(&args, dtype) != FN_OK:
         raise_no_memory(args.shape.cols)
+
+
+def norm_segments_backward(object compute, ndarray dy, ndarray x, dx, ndarray starts,
+                           Py_ssize_t longest, weight, mean, rstd, dweight, dbias,
+                           Py_ssize_t param_cols, *, bint rms=False, double offset=0.0,
+                           bint plan=False):
+    """The backward kernel on packed rows, as norm_segments has them."""
+    cdef fn_layer_norm_backward_args args
+    cdef fn_steps steps
+    cdef fn_output output
+    cdef fn_dtype dtype = dtype_of(compute.num)
+    memset(&args, 0, sizeof(args))
+    memset(&output, 0, sizeof(output))
+    packed_steps(&steps, &args.shape, x, starts, longest, weight, None, offset, &output)
+    steps.param_cols = param_cols
+    args.x = steps.x
+    args.dy = rows_at(dy, 0)
+    args.dx = rows_at(dx, 0)
+    backward_results(&args, mean, rstd, dweight, dbias, rms, False)
+    args.steps = &steps
+    if plan:
+        return plan_dict(fn_plan_layer_norm_backward(&args, dtype, 0), args.shape)
+    if call_backward(&args, dtype) != FN_OK:
+        raise_no_memory(args.shape.cols)
+
+
+cdef void backward_results(fn_layer_norm_backward_args *args, mean, rstd, dweight, dbias, bint rms,
+                           bint warm):
+    args.mean = parameter_data(mean)
+    args.rstd = parameter_data(rstd)
+    args.dweight = <void *>parameter_data(dweight)
+    args.dbias = <void *>parameter_data(dbias)
+    args.rms = rms
+    args.dx_is_warm = warm
 
 
 # ---- moments -------------------------------------------------------------------------------------
@@ -743,14 +1496,15 @@ def moments(x, axis=None):
     Parameters
     ----------
     x : array_like
-        float32 or float64; integers and booleans become float64.
+        Of any real type and layout; integers and booleans become float64.
     axis : int or tuple of int, optional
         Axes to reduce. Default: the last.
 
     Returns
     -------
     mean, variance : ndarray
-        Of x's shape without those axes and x's type. Over no elements: mean 0, variance NaN.
+        Of x's shape without those axes, float32 (float64 for float64 input). Over no elements:
+        mean 0, variance NaN.
 
     Raises
     ------
@@ -760,23 +1514,30 @@ def moments(x, axis=None):
     return handlers["moments"](x, axis)
 
 
-def moments_rows(ndarray x, mean, variance, bint plan=False):
-    """The kernel on checked arrays, as layer_norm_rows has them."""
+def moments_rows(int lead, object compute, ndarray x, mean, variance, bint plan=False):
+    """The kernel on a checked array, as norm_rows has it."""
     cdef fn_moments_args args
-    cdef leading lead
-    cdef fn_dtype dtype = dtype_of(cnp.PyArray_TYPE(x))
-    merge_leading(&lead, (x,))
-    shape_of(&lead, x, &args.shape)
-    args.x = rows_of(&lead, x, 0)
+    cdef fn_steps steps
+    cdef fn_dtype dtype = dtype_of(compute.num)
+    cdef Frame frame = Frame([x], lead)
+    cdef int status
+    memset(&args, 0, sizeof(args))
+    memset(&steps, 0, sizeof(steps))
+    frame.shape(&args.shape)
+    steps.x = args.x = frame.rows(0)
     args.mean = <void *>parameter_data(mean)
     args.variance = <void *>parameter_data(variance)
+    if not is_plain_rows(&args.x, dtype):
+        args.steps = &steps
     if plan:
         return plan_dict(fn_plan_moments(&args, dtype, 0), args.shape)
-    if args.shape.rows * args.shape.cols * (8 if dtype == FN_F64 else 4) >= GIL_BYTES:
+    if is_long(&args.shape, dtype, 1):
         with nogil:
-            fn_moments(&args, dtype, 0)
+            status = fn_moments(&args, dtype, 0)
     else:
-        fn_moments(&args, dtype, 0)
+        status = fn_moments(&args, dtype, 0)
+    if status != FN_OK:
+        raise_no_scratch(args.shape.cols)
 
 
 # ---- the bound call: parameters checked once -----------------------------------------------------
@@ -851,18 +1612,15 @@ cdef class BoundLayerNorm:
             args.weight = parameter_data(weight)
             args.bias = parameter_data(bias)
             args.mean = args.rstd = NULL
+            args.rms = 0
+            args.steps = NULL
             args.eps = self.eps_value
             call_layer_norm(&args, dtype_of(self.typenum))
             return y
         return self._checked_call(x, out)
 
     cdef object _checked_call(self, x, out):
-        result = direct_layer_norm(x, self.normalized_shape, self._weight, self._bias, self._eps,
-                                   out, False)
-        if result is not None:
-            return result
-        return handlers["layer_norm"](x, self.normalized_shape, self._weight, self._bias, self._eps,
-                                      None, out, False)
+        return layer_norm(x, self.normalized_shape, self._weight, self._bias, self._eps, out=out)
 
 
 # ---- instruction sets and threads ----------------------------------------------------------------

@@ -14,7 +14,13 @@ import numpy as np
 from numpy.exceptions import TooHardError
 from numpy.lib.array_utils import normalize_axis_tuple
 
-SUPPORTED = (np.dtype(np.float32), np.dtype(np.float64))
+from . import interop
+
+FLOAT16, FLOAT32, FLOAT64, INT8 = (np.dtype(t) for t in ("f2", "f4", "f8", "i1"))
+#: What is computed in; the half types are loaded and stored only.
+COMPUTED = (FLOAT32, FLOAT64)
+
+ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4}  # as fastnorm.h has them
 
 # How long NumPy may think about whether two arrays overlap; its annotations know of 0 and -1 alone.
 MAX_WORK: Any = 1 << 20
@@ -38,18 +44,68 @@ def is_masked(value: Any) -> bool:
     return subclass and isinstance(value, np.ma.MaskedArray)
 
 
+def is_storage(dtype: np.dtype) -> bool:
+    """Whether the kernels load and store this type, in either byte order."""
+    native = dtype.newbyteorder("=")
+    return native in (FLOAT16, FLOAT32, FLOAT64) or interop.is_bfloat16(dtype)
+
+
 def as_floating(name: str, value: Any) -> np.ndarray:
-    """`value` as float32 or float64 of either byte order; integers and booleans become float64."""
+    """`value` in a storage type of either byte order; integers and booleans become float64."""
     array = as_array(name, value)
     if array.dtype.kind in "biu":
         return array.astype(np.float64)
-    native = array.dtype.newbyteorder("=")
-    if native not in SUPPORTED:
+    if not is_storage(array.dtype):
         raise TypeError(
-            f"{name}: got dtype {array.dtype}, wanted float32 or float64 "
+            f"{name}: got dtype {array.dtype}, wanted float16, bfloat16, float32 or float64 "
             "(or integers, which become float64)"
         )
     return array
+
+
+def compute_type(*dtypes: np.dtype) -> np.dtype:
+    """float64 where one of them is, else float32."""
+    return FLOAT64 if any(dtype.newbyteorder("=") == FLOAT64 for dtype in dtypes) else FLOAT32
+
+
+def wider(a: np.dtype, b: np.dtype) -> np.dtype:
+    """What NumPy promotes two storage types to, in native order."""
+    a, b = a.newbyteorder("="), b.newbyteorder("=")
+    return a if a == b else compute_type(a, b)
+
+
+def as_result_type(dtype: Any) -> np.dtype:
+    """`dtype=` of a call: a storage type, or int8."""
+    if isinstance(dtype, str) and dtype == "bfloat16":
+        return interop.bfloat16_or_bits()
+    try:
+        wanted = np.dtype(dtype)
+    except TypeError:
+        wanted = np.dtype(object)
+    if wanted == INT8 or (is_storage(wanted) and wanted.isnative):
+        return wanted
+    raise TypeError(f"dtype: got {dtype!r}, wanted float16, bfloat16, float32, float64 or int8")
+
+
+def as_activation(activation: Any) -> int:
+    """The kernels' number of an activation."""
+    if activation is None or isinstance(activation, str):
+        if activation in ACTIVATIONS:
+            return ACTIVATIONS[activation]
+        names = ", ".join(repr(name) for name in ACTIVATIONS)
+        raise ValueError(f"activation: got {activation!r}, wanted one of: {names}")
+    raise TypeError(f"activation: got {type(activation).__name__}, wanted a name or None")
+
+
+def as_offset(offset: Any) -> float:
+    """A finite float."""
+    try:
+        value = float(operator.pos(offset))
+    except (TypeError, ValueError):
+        raise TypeError(f"offset: got {offset!r}, wanted a number") from None
+    if not np.isfinite(value):
+        raise ValueError(f"offset: got {offset!r}, wanted a finite number")
+    return value
 
 
 def as_eps(eps: Any) -> float:
@@ -128,21 +184,40 @@ def as_parameter(
     name: str, value: Any, shape: tuple[int, ...], dtype: np.dtype
 ) -> np.ndarray | None:
     """weight or bias as a contiguous array of `dtype`; None stays None."""
-    if value is None:
+    array = as_real(name, value)
+    if array is None:
         return None
-    array = as_array(name, value)
-    if array.dtype.kind not in "fbiu":
-        raise TypeError(f"{name}: got dtype {array.dtype}, wanted a real number type")
     if array.shape != shape:
         raise ValueError(f"{name}: got shape {array.shape}, wanted {shape}")
     with np.errstate(over="ignore"):
         return np.require(array.astype(dtype, copy=False), requirements=("C", "A"))
 
 
-def as_statistic(name: str, value: Any, x: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-    """mean or rstd, with or without kept axes of length 1, as a contiguous array of x's type."""
+def as_real(name: str, value: Any) -> np.ndarray | None:
+    """A parameter of any real type; None stays None."""
+    if value is None:
+        return None
+    array = as_array(name, value)
+    if interop.is_bfloat16(array.dtype):
+        return array
+    if array.dtype.kind not in "fbiu":
+        raise TypeError(f"{name}: got dtype {array.dtype}, wanted a real number type")
+    return array
+
+
+def as_stored(array: np.ndarray, compute: np.dtype) -> np.ndarray:
+    """A parameter as the kernels load it: native, aligned, of a storage type."""
+    if is_storage(array.dtype) and array.dtype.isnative and array.flags.aligned:
+        return array
+    with np.errstate(over="ignore"):
+        return np.require(array.astype(compute), requirements="A")
+
+
+def as_statistic(
+    name: str, value: Any, x: np.ndarray, axes: tuple[int, ...], dtype: np.dtype
+) -> np.ndarray:
+    """mean or rstd, with or without kept axes of length 1, as a contiguous array of `dtype`."""
     array = as_floating(name, value)
-    dtype = x.dtype.newbyteorder("=")
     lead = tuple(length for d, length in enumerate(x.shape) if d not in axes)
     kept = tuple(1 if d in axes else length for d, length in enumerate(x.shape))
     if array.shape not in (lead, kept):
@@ -151,46 +226,102 @@ def as_statistic(name: str, value: Any, x: np.ndarray, axes: tuple[int, ...]) ->
     return array.reshape(lead)
 
 
-def as_mask(output_mask: Any) -> tuple[bool, bool, bool]:
-    """Three truth values."""
+def as_lengths(value: Any, lead: tuple[int, ...], n: int) -> np.ndarray:
+    """How many elements of each row count, as a contiguous intp array of the leading shape."""
+    array = as_array("lengths", value)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"lengths: got dtype {array.dtype}, wanted integers")
+    _check_broadcasts("lengths", array, lead)
+    if array.size and not (array.min() >= 0 and array.max() <= n):
+        raise ValueError(
+            f"lengths: got values from {array.min()} to {array.max()}, wanted 0 to {n}, "
+            "the number of normalized elements"
+        )
+    return np.ascontiguousarray(np.broadcast_to(array, lead), dtype=np.intp)
+
+
+def as_element_mask(value: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Which elements count, as a bool view of x's shape."""
+    array = as_array("mask", value)
+    if array.dtype != np.bool_:
+        raise TypeError(f"mask: got dtype {array.dtype}, wanted bool")
+    _check_broadcasts("mask", array, shape)
+    return np.broadcast_to(array, shape)
+
+
+def _check_broadcasts(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
+    try:
+        fits = np.broadcast_shapes(array.shape, shape) == shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(f"{name}: got shape {array.shape}, wanted one that broadcasts to {shape}")
+
+
+def as_offsets(value: Any, total: int) -> np.ndarray:
+    """Where packed rows begin and end: ascending from 0 to the number of elements."""
+    array = as_array("offsets", value)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"offsets: got dtype {array.dtype}, wanted integers")
+    if array.ndim != 1 or not array.size:
+        raise ValueError(f"offsets: got shape {array.shape}, wanted one axis of at least 1")
+    offsets = np.ascontiguousarray(array, dtype=np.intp)
+    if offsets[0] != 0 or offsets[-1] != total or (np.diff(offsets) < 0).any():
+        raise ValueError(
+            f"offsets: got {array!r}, wanted integers that ascend from 0 to {total}, x's length"
+        )
+    return offsets
+
+
+def as_mask(output_mask: Any, names: str = "dx, dweight, dbias") -> tuple[bool, ...]:
+    """As many truth values as there are names."""
+    count = names.count(",") + 1
     try:
         mask = tuple(bool(item) for item in output_mask)
     except TypeError:
         mask = ()
-    if len(mask) != 3:
+    if len(mask) != count:
+        words = {2: "two", 3: "three"}[count]
         raise ValueError(
-            f"output_mask: got {output_mask!r}, wanted three truth values: dx, dweight, dbias"
+            f"output_mask: got {output_mask!r}, wanted {words} truth values: {names}"
         )
     return mask
 
 
-def check_out(out: Any, x: np.ndarray) -> None:
-    """A result of x's shape and type must fit into `out`."""
+def check_out(name: str, out: Any, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """A result of this shape and type must fit into `out`."""
     if not isinstance(out, np.ndarray) or is_masked(out):
-        raise TypeError(f"out: got {type(out).__name__}, wanted an ndarray")
-    dtype = x.dtype.newbyteorder("=")
+        raise TypeError(f"{name}: got {type(out).__name__}, wanted an ndarray")
     if out.dtype.newbyteorder("=") != dtype:
-        raise TypeError(f"out: got dtype {out.dtype}, wanted {dtype}, the type of the result")
-    if out.shape != x.shape:
-        raise ValueError(f"out: got shape {out.shape}, wanted {x.shape}, the shape of x")
+        raise TypeError(f"{name}: got dtype {out.dtype}, wanted {dtype}, the type of the result")
+    if out.shape != shape:
+        raise ValueError(f"{name}: got shape {out.shape}, wanted {shape}, the shape of x")
     if not out.flags.writeable:
-        raise ValueError("out: got a read-only array, wanted a writeable one")
+        raise ValueError(f"{name}: got a read-only array, wanted a writeable one")
     if overlaps_itself(out):
         raise ValueError(
-            "out: got an array whose elements overlap in memory, wanted each in a place of its own"
+            f"{name}: got an array whose elements overlap in memory, wanted each in a place of its "
+            "own"
         )
 
 
-def check_apart(out: np.ndarray, inputs: dict[str, Any]) -> None:
-    """`out` may be x's very elements, but share no memory with an input in another way."""
-    for name, value in inputs.items():
+def check_apart(
+    name: str, out: np.ndarray, inputs: dict[str, Any], allowed: tuple[str, ...] = ("x",)
+) -> None:
+    """`out` may be the very elements of what is `allowed`, but share no memory in another way."""
+    for other, value in inputs.items():
+        if value is None:
+            continue
         # A buffer that is not an ndarray shares its memory all the same.
         array = np.asarray(value)
-        if not np.may_share_memory(out, array) or (name == "x" and is_same_memory(out, array)):
+        if not np.may_share_memory(out, array):
+            continue
+        if other in allowed and is_same_memory(out, array):
             continue
         if shares_memory(out, array):
             raise ValueError(
-                f"out: got an array that overlaps {name}, wanted x itself or memory of its own"
+                f"{name}: got an array that overlaps {other}, wanted "
+                f"{' or '.join(allowed) + ' itself or ' if allowed else ''}memory of its own"
             )
 
 

@@ -1,81 +1,65 @@
 """Where a call goes, by device and layout, and what explain says of it.
 
 _core takes plain ndarrays straight down to the kernels. What is left arrives here: arguments are
-checked, layouts the kernels cannot walk are copied, and the call goes down through _core's
-``*_rows`` functions. Each op is one class, whose constructor decides and whose ``run`` computes, so
-that ``explain`` shows the very decisions a call would make.
+checked, what the kernels cannot load is converted, and the call goes down through _core's
+``*_rows`` functions. Each op makes one Call, whose constructor decides and whose ``run`` computes,
+so that ``explain`` shows the very decisions a call would make.
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import _core, checks
+from . import _core, checks, interop
+
+MACHINE_EPS = {t: float(np.finfo(t).eps) for t in checks.COMPUTED}
 
 
 class Rows:
-    """An array seen as (leading..., n): its normalized axes last, merged, and contiguous.
+    """An array seen as (leading..., elements...): its normalized axes last, in place.
 
-    `array` is a view where the layout allows it, else memory of its own, which `notes` records: a
-    copy, or, where not to `fill`, room for what will be written back.
+    `array` is a view where the kernels can load its elements, else memory of its own, which `notes`
+    records: a copy, or, where not to `fill`, room for what will be written back.
     """
 
     def __init__(
         self,
         name: str,
         source: np.ndarray,
-        axes: tuple[int, ...],
+        order: tuple[int, ...],
         notes: list[str],
         fill: bool = True,
     ) -> None:
-        lead = [d for d in range(source.ndim) if d not in axes]
         self.source = source
-        self.order = (*lead, *axes)
-        moved = source.transpose(self.order)
-        why = _why_copied(moved, len(lead))
+        self.order = order
+        why = _why_copied(source)
         self.copied = bool(why)
         if why:
             notes.append(f"{name} is copied: {why}")
-            room = np.empty(moved.shape, moved.dtype.newbyteorder("="))
+            source = np.empty(source.shape, source.dtype.newbyteorder("="))
             if fill:
-                np.copyto(room, moved)
-            moved = room
-        self.lead = moved.shape[: len(lead)]
-        self.array = _merge_last(moved, len(lead))
+                np.copyto(source, self.source)
+        self.stored = source
+        self.array = source.transpose(order)
 
     def write_back(self) -> None:
         """Bring the result from the copy to where the caller wants it."""
         if self.copied:
-            moved = self.source.transpose(self.order)
-            np.copyto(moved, self.array.reshape(moved.shape))
+            np.copyto(self.source, self.stored)
 
 
-def _why_copied(moved: np.ndarray, lead: int) -> str:
-    """Why the kernels cannot read this array where it lies; empty where they can."""
-    if not moved.dtype.isnative:
+def _why_copied(array: np.ndarray) -> str:
+    """Why the kernels cannot load this array's elements; empty where they can."""
+    if not array.dtype.isnative:
         return "its bytes are swapped"
-    if not moved.flags.aligned:
-        return "its elements are not aligned"
-    if not moved.size:
-        return ""
-    expected = moved.itemsize
-    for d in reversed(range(lead, moved.ndim)):
-        if moved.shape[d] > 1 and moved.strides[d] != expected:
-            return "its normalized axes are not contiguous and last"
-        expected *= moved.shape[d]
-    return ""
-
-
-def _merge_last(array: np.ndarray, lead: int) -> np.ndarray:
-    """Trailing axes from `lead` on, which are contiguous, as one; no copy."""
-    n = math.prod(array.shape[lead:])
-    strides = (*array.strides[:lead], array.itemsize)
-    return np.lib.stride_tricks.as_strided(array, (*array.shape[:lead], n), strides)
+    return "" if array.flags.aligned else "its elements are not aligned"
 
 
 class Call:
@@ -88,32 +72,104 @@ class Call:
 
     kernel: Callable[..., Any]
     result: Any
-    outputs: tuple[Rows, ...] = ()
 
-    def __init__(self, x: Any, normalized_shape: Any, axis: Any, explained: bool) -> None:
+    def __init__(
+        self, x: Any, normalized_shape: Any, axis: Any, explained: bool, others: Sequence[Any] = (),
+        name: str = "x",
+    ) -> None:  # fmt: skip
         self.explained = explained
         self.copies: list[str] = []
-        self.source = checks.as_floating("x", x)
+        self.outputs: list[Rows] = []
+        self.source = self.floating(name, x)
+        self.name = name
         self.axes = checks.normalized_axes(self.source, normalized_shape, axis)
         self.dtype = self.source.dtype.newbyteorder("=")
+        self.compute = checks.compute_type(self.dtype, *(np.asarray(o).dtype for o in others))
+        lead = tuple(d for d in range(self.source.ndim) if d not in self.axes)
+        self.order = (*lead, *self.axes)
+        self.lead = tuple(self.source.shape[d] for d in lead)
         self.normalized = tuple(self.source.shape[d] for d in self.axes)
+        self.moved_shape = self.lead + self.normalized
+
+    def floating(self, name: str, value: Any) -> np.ndarray:
+        array = checks.as_floating(name, value)
+        if interop.is_bfloat16(array.dtype) and array.dtype.kind != "V":
+            _core.set_bfloat16(array.dtype)
+        if array is not value and np.asarray(value).dtype.kind in "biu":
+            self.copies.append(f"{name} is copied: integers are converted to float64")
+        return array
+
+    def rows(self, name: str, source: np.ndarray, is_output: bool = False) -> np.ndarray:
+        """The array as the kernels see it; an output is written back after the call."""
+        rows = Rows(name, source, self.order, self.copies, not is_output and not self.explained)
+        if is_output:
+            self.outputs.append(rows)
+        return rows.array
+
+    def like_x(self, name: str, value: Any) -> np.ndarray:
+        """An array of x's shape and any storage type."""
+        array = self.floating(name, value)
+        if array.shape != self.source.shape:
+            raise ValueError(
+                f"{name}: got shape {array.shape}, wanted {self.source.shape}, "
+                f"the shape of {self.name}"
+            )
+        return array
 
     def parameter(self, name: str, value: Any) -> np.ndarray | None:
-        return checks.as_parameter(name, value, self.normalized, self.dtype)
+        """weight or bias: of the normalized shape, or with leading axes that broadcast to x's."""
+        array = checks.as_real(name, value)
+        if array is None:
+            return None
+        trailing = array.shape[array.ndim - len(self.normalized) :]
+        if trailing != self.normalized or not self._has_own_rows(array):
+            raise ValueError(f"{name}: got shape {array.shape}, wanted {self._wanted(array)}")
+        array = checks.as_stored(array, self.compute)
+        if array.ndim == len(self.normalized) and array.dtype != self.compute:
+            array = checks.as_parameter(name, array, self.normalized, self.compute)
+        assert array is not None
+        return array
 
-    def rows(self, name: str, source: np.ndarray, is_output: bool = False) -> Rows:
-        fill = not is_output and not self.explained
-        return Rows(name, source, self.axes, self.copies, fill)
+    def _has_own_rows(self, array: np.ndarray) -> bool:
+        """Whether what a parameter has before its normalized axes fits x's leading ones."""
+        own = array.shape[: array.ndim - len(self.normalized)]
+        if not own:
+            return True
+        if self.order != tuple(range(self.source.ndim)) or len(own) > len(self.lead):
+            return False
+        ends = self.lead[len(self.lead) - len(own) :]
+        return all(length in (1, wanted) for length, wanted in zip(own, ends, strict=True))
 
-    def new_result(self) -> tuple[np.ndarray, bool]:
-        """An array for the result, and whether its pages are known to exist."""
+    def _wanted(self, array: np.ndarray) -> str:
+        if array.ndim <= len(self.normalized):
+            return f"{self.normalized}"
+        return f"{self.normalized}, or axes before it that broadcast to {self.lead}"
+
+    def spread(self, array: np.ndarray | None) -> np.ndarray | None:
+        """A parameter as if there were one for each row; no copy."""
+        return None if array is None else np.broadcast_to(array, self.moved_shape)
+
+    def new_result(self, dtype: np.dtype) -> tuple[np.ndarray, bool]:
+        """An array for a result, and whether its pages are known to exist."""
+        nbytes = self.source.size * dtype.itemsize
         if self.explained:
-            return np.empty(self.source.shape, self.dtype), _core.would_be_warm(self.source.nbytes)
-        return _core.new_result(self.source)
+            return np.empty(self.source.shape, dtype), _core.would_be_warm(nbytes)
+        return _core.new_result(self.source.shape, dtype)
 
-    def statistics(self, lead: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    def statistics(self) -> tuple[np.ndarray, np.ndarray]:
         """Room for a mean and an rstd or variance, which hold what rows of length 0 have."""
-        return np.zeros(lead, self.dtype), np.full(lead, np.nan, self.dtype)
+        return np.zeros(self.lead, self.compute), np.full(self.lead, np.nan, self.compute)
+
+    def valid(self, lengths: Any, mask: Any) -> dict[str, np.ndarray]:
+        """Which elements count, as the kernels take it."""
+        if lengths is not None and mask is not None:
+            raise TypeError("lengths and mask: got both, wanted one")
+        if lengths is not None:
+            n = math.prod(self.normalized)
+            return {"lengths": checks.as_lengths(lengths, self.lead, n)}
+        if mask is None:
+            return {}
+        return {"mask": checks.as_element_mask(mask, self.source.shape).transpose(self.order)}
 
     def plan(self) -> dict[str, Any]:
         """What `run` would do, as _core describes it."""
@@ -127,70 +183,296 @@ class Call:
         return self.result
 
 
-class LayerNormCall(Call):
-    """One call of layer_norm."""
+class Pair(NamedTuple):
+    """A weight and a bias, the array that their result goes to, and what errors call them."""
+
+    weight: Any
+    bias: Any
+    out: Any
+    names: tuple[str, str, str] = ("weight", "bias", "out")
+
+
+class NormCall(Call):
+    """One forward call of a norm, with all that may be fused with it.
+
+    The result is y, or a tuple of what was asked for: y, its scale, the sum, mean, rstd.
+    """
 
     def __init__(
-        self, x: Any, normalized_shape: Any, weight: Any, bias: Any, eps: Any, axis: Any, out: Any,
-        return_stats: Any, explained: bool = False,
-    ) -> None:  # fmt: skip
-        super().__init__(x, normalized_shape, axis, explained)
-        w, b = self.parameter("weight", weight), self.parameter("bias", bias)
-        checked_eps = checks.as_eps(eps)
-        warm = True
-        if out is None:
-            out, warm = self.new_result()
+        self,
+        x: Any,
+        normalized_shape: Any,
+        axis: Any,
+        pairs: Sequence[Pair],
+        eps: Any,
+        *,
+        rms: bool = False,
+        dtype: Any = None,
+        return_stats: Any = False,
+        activation: Any = None,
+        lengths: Any = None,
+        mask: Any = None,
+        offset: Any = 0.0,
+        round_before_weight: Any = False,
+        addends: dict[str, Any] | None = None,
+        sum_out: Any = None,
+        round_sum: Any = True,
+        several: bool = False,
+        explained: bool = False,
+    ) -> None:
+        adds = addends or {}
+        residual = adds.get("residual")
+        others = [] if residual is None else [checks.as_floating("residual", residual)]
+        self.is_bits = interop.asks_for_bits(x, dtype)
+        if self.is_bits:
+            x, dtype = np.asarray(x).view(interop.BITS), None
+        super().__init__(x, normalized_shape, axis, explained, others)
+        self.y_type = self.dtype if dtype is None else checks.as_result_type(dtype)
+        self.inputs = {"x": x, **adds, "mask": mask, "lengths": lengths}
+        self.options = {
+            "rms": rms,
+            "offset": checks.as_offset(offset),
+            "round_before_weight": bool(round_before_weight),
+            "activation": checks.as_activation(activation),
+            **self.valid(lengths, mask),
+        }
+        self.options["eps"] = self.checked_eps(eps)
+        for pair in pairs:
+            self.inputs |= dict(zip(pair.names[:2], pair[:2], strict=True))
+        params = [
+            [self.parameter(name, value) for name, value in zip(p.names, p[:2], strict=False)]
+            for p in pairs
+        ]
+        params = [[self.with_offset(w), b] for w, b in params]
+        self.add_addends(adds, residual, sum_out, round_sum)
+        outputs = [self.output(pair, w, b) for pair, (w, b) in zip(pairs, params, strict=True)]
+        self.check_apart(pairs, [y for _, _, y, _ in outputs], sum_out)
+        mean, rstd = self.statistics() if return_stats else (None, None)
+        x_rows = self.rows("x", self.source)
+        self.kernel = partial(
+            _core.norm_rows, len(self.lead), self.compute, x_rows, self.kernel_outputs(outputs),
+            mean=None if rms else mean, rstd=rstd, warm=self.warm, **self.options,
+        )  # fmt: skip
+        self.result = self.gather(outputs, several, mean, rstd, rms)
+
+    def checked_eps(self, eps: Any) -> float:
+        if eps is None and self.options["rms"]:
+            return MACHINE_EPS[self.compute]
+        return checks.as_eps(eps)
+
+    def with_offset(self, weight: np.ndarray | None) -> np.ndarray | None:
+        """A weight for all rows gets its offset here, once, so that such calls can be plain."""
+        if weight is None or weight.ndim > len(self.normalized) or not self.options["offset"]:
+            return weight
+        offset = self.compute.type(self.options["offset"])
+        self.options["offset"] = 0.0
+        return weight + offset
+
+    def add_addends(
+        self, adds: dict[str, Any], residual: Any, sum_out: Any, round_sum: Any
+    ) -> None:
+        """linear_bias, gate and residual, and where the sum goes."""
+        self.total: np.ndarray | None = None
+        if residual is None:
+            return
+        array = self.like_x("residual", residual)
+        for name in ("linear_bias", "gate"):
+            self.options[name] = self.spread(self.parameter(name, adds.get(name)))
+        kind = checks.wider(self.dtype, array.dtype)
+        if sum_out is None:
+            sum_out, _ = self.new_result(kind)
         else:
-            checks.check_out(out, self.source)
-            checks.check_apart(out, {"x": x, "weight": weight, "bias": bias})
-        x_rows, y_rows = self.rows("x", self.source), self.rows("out", out, is_output=True)
-        mean, rstd = self.statistics(x_rows.lead) if return_stats else (None, None)
-        self.kernel = partial(
-            _core.layer_norm_rows, x_rows.array, y_rows.array, w, b, checked_eps, mean, rstd,
-            warm and not y_rows.copied,
-        )  # fmt: skip
-        self.outputs = (y_rows,)
-        self.result = (out, mean, rstd) if return_stats else out
+            checks.check_out("sum_out", sum_out, self.source.shape, kind)
+        self.total = sum_out
+        self.options |= {
+            "residual": self.rows("residual", array),
+            "total": self.rows("sum_out", sum_out, is_output=True),
+            "round_sum": bool(round_sum),
+        }
+
+    def output(
+        self, pair: Pair, weight: np.ndarray | None, bias: np.ndarray | None
+    ) -> tuple[Any, Any, np.ndarray, np.ndarray | None]:
+        """Weight, bias, y and scale of one result."""
+        self.warm = True
+        y = pair.out
+        if y is None:
+            y, self.warm = self.new_result(self.y_type)
+        elif self.is_bits:
+            checks.check_out(pair.names[2], y, self.source.shape, np.dtype(np.uint16))
+            y = y.view(interop.BITS)
+        else:
+            checks.check_out(pair.names[2], y, self.source.shape, self.y_type)
+        scale = None
+        if self.y_type == checks.INT8:
+            scale = np.full(self.lead, np.finfo(np.float32).tiny, np.float32)
+        return weight, bias, y, scale
+
+    def check_apart(self, pairs: Sequence[Pair], ys: list[np.ndarray], sum_out: Any) -> None:
+        given = [(p.names[2], p.out) for p in pairs if p.out is not None]
+        seen: dict[str, Any] = {}
+        if sum_out is not None:
+            checks.check_apart("sum_out", sum_out, self.inputs, ("x", "residual"))
+            seen["sum_out"] = sum_out
+        for name, out in given:
+            # With several results, one row of x is read for all of them.
+            allowed = ("x",) if len(pairs) == 1 else ()
+            checks.check_apart(name, out, self.inputs, allowed)
+            checks.check_apart(name, out, seen, ())
+            seen[name] = out
+
+    def kernel_outputs(self, outputs: list[Any]) -> list[Any]:
+        made = []
+        for weight, bias, y, scale in outputs:
+            rows = self.rows("out", y, is_output=True)
+            self.warm = self.warm and not self.outputs[-1].copied
+            made.append((self.spread(weight), self.spread(bias), rows, scale))
+        return made
+
+    def gather(
+        self, outputs: list[Any], several: bool, mean: Any, rstd: Any, rms: bool
+    ) -> Any:
+        """What the caller gets."""
+        ys = [y.view(np.uint16) if self.is_bits else y for _, _, y, _ in outputs]
+        scales = [scale for *_, scale in outputs]
+        has_scales = scales[0] is not None
+        parts: list[Any] = [tuple(ys) if several else ys[0]]
+        if has_scales:
+            parts.append(tuple(scales) if several else scales[0])
+        if self.total is not None:
+            parts.append(self.total)
+        if rstd is not None:
+            parts += [rstd] if rms else [mean, rstd]
+        return parts[0] if len(parts) == 1 else tuple(parts)
 
 
-class LayerNormBackwardCall(Call):
-    """One call of layer_norm_backward."""
+class NormBackwardCall(Call):
+    """One backward call of a norm: dx, dweight, dbias (rms: without the last)."""
 
     def __init__(
-        self, dy: Any, x: Any, normalized_shape: Any, mean: Any, rstd: Any, weight: Any, bias: Any,
-        axis: Any, output_mask: Any, explained: bool = False,
-    ) -> None:  # fmt: skip
-        super().__init__(x, normalized_shape, axis, explained)
-        grad = self.gradient(dy)
-        w = self.parameter("weight", weight)
-        self.parameter("bias", bias)
-        m = checks.as_statistic("mean", mean, self.source, self.axes)
-        r = checks.as_statistic("rstd", rstd, self.source, self.axes)
-        want_dx, want_dweight, want_dbias = checks.as_mask(output_mask)
-        dx, warm = self.new_result() if want_dx else (None, False)
-        dweight = np.zeros(self.normalized, self.dtype) if want_dweight else None
-        dbias = np.zeros(self.normalized, self.dtype) if want_dbias else None
-        x_rows, dy_rows = self.rows("x", self.source), self.rows("dy", grad)
-        dx_rows = None if dx is None else self.rows("dx", dx, is_output=True)
-        self.kernel = partial(
-            _core.layer_norm_backward_rows, dy_rows.array, x_rows.array,
-            None if dx_rows is None else dx_rows.array, m, r, w, dweight, dbias,
-            warm=warm and dx_rows is not None and not dx_rows.copied,
-        )  # fmt: skip
-        self.outputs = () if dx_rows is None else (dx_rows,)
-        self.result = (dx, dweight, dbias)
+        self,
+        dy: Any,
+        x: Any,
+        normalized_shape: Any,
+        axis: Any,
+        mean: Any,
+        rstd: Any,
+        weight: Any,
+        bias: Any,
+        output_mask: Any,
+        *,
+        rms: bool = False,
+        offset: Any = 0.0,
+        from_output: Any = False,
+        lengths: Any = None,
+        mask: Any = None,
+        names: tuple[str, str] = ("dy", "x"),
+        explained: bool = False,
+    ) -> None:
+        super().__init__(x, normalized_shape, axis, explained, name=names[1])
+        grad = self.like_x("dy", dy)
+        w, b = self.parameter("weight", weight), self.parameter("bias", bias)
+        self.options = {
+            "rms": rms, "offset": checks.as_offset(offset), "from_output": bool(from_output),
+            **self.valid(lengths, mask),
+        }  # fmt: skip
+        no_mean = rms or from_output
+        m = None if no_mean else self.statistic("mean", mean)
+        r = self.statistic("rstd", rstd)
+        wanted = checks.as_mask(output_mask, "dx, dweight" if rms else "dx, dweight, dbias")
+        want_dx, want_dweight, want_dbias = (*wanted, False)[:3]
+        dx, self.warm = self.new_result(self.dtype) if want_dx else (None, False)
+        shapes = [p.shape if p is not None else None for p in (w, b)]
+        self.dweight = self.gradient(want_dweight, shapes[0] or shapes[1])
+        self.dbias = self.gradient(want_dbias, shapes[1] or shapes[0])
+        arrays = [
+            self.rows("dy", grad),
+            self.rows("x", self.source),
+            None if dx is None else self.rows("dx", dx, is_output=True),
+            self.spread(w),
+            self.spread(b),
+        ]
+        self.kernel = partial(self.by_parameters, arrays, m, r)
+        self.result = (dx, self.dweight, self.dbias)[: 2 if rms else 3]
 
-    def gradient(self, dy: Any) -> np.ndarray:
-        """dy in x's type."""
-        grad = checks.as_floating("dy", dy)
-        if grad.shape != self.source.shape:
-            raise ValueError(
-                f"dy: got shape {grad.shape}, wanted {self.source.shape}, the shape of x"
-            )
-        if grad.dtype.newbyteorder("=") == self.dtype:
-            return grad
-        self.copies.append(f"dy is copied: it is {grad.dtype}, x is {self.dtype}")
-        return grad.astype(self.dtype)
+    def add_to_dx(self, more: np.ndarray) -> None:
+        """Add a gradient that reached x by another way, rounded once more."""
+        dx = self.result[0]
+        if dx is None:
+            return
+        kernel = self.kernel
+
+        def both(plan: bool = False) -> Any:
+            said = kernel(plan=plan)
+            if not plan:
+                np.add(dx, more, out=dx, casting="same_kind")
+            return said
+
+        self.kernel = both
+
+    def statistic(self, name: str, value: Any) -> np.ndarray:
+        return checks.as_statistic(name, value, self.source, self.axes, self.compute)
+
+    def gradient(self, wanted: bool, shape: tuple[int, ...] | None) -> np.ndarray | None:
+        return np.zeros(shape or self.normalized, self.compute) if wanted else None
+
+    def by_parameters(self, arrays: list[Any], mean: Any, rstd: Any, plan: bool = False) -> Any:
+        """The kernel, once for the rows of each pair of parameters."""
+        own = self._own_rows()
+        if own is None:
+            return self._call(arrays, mean, rstd, self.dweight, self.dbias, {}, plan)
+        said = None
+        for index in _each(own):
+            part = [None if a is None else a[index] for a in arrays]
+            valid = {
+                k: np.ascontiguousarray(self.options[k][index])
+                for k in ("lengths", "mask") if k in self.options
+            }  # fmt: skip
+            stats = [None if s is None else np.ascontiguousarray(s[index]) for s in (mean, rstd)]
+            sums = [self._sums_of(total, index) for total in (self.dweight, self.dbias)]
+            said = self._call(part, *stats, *sums, valid, plan)
+            if plan:
+                return said
+        return said
+
+    def _own_rows(self) -> tuple[int, ...] | None:
+        """Along which leading axes dweight or dbias differ, by length; None: along none."""
+        own = [1] * len(self.lead)
+        for total in (self.dweight, self.dbias):
+            if total is not None:
+                before = total.shape[: total.ndim - len(self.normalized)]
+                for d, length in enumerate(before, len(self.lead) - len(before)):
+                    own[d] = max(own[d], length)
+        return tuple(own) if any(length > 1 for length in own) else None
+
+    def _sums_of(self, total: np.ndarray | None, index: tuple[Any, ...]) -> np.ndarray | None:
+        """The place in dweight or dbias for the rows at `index`."""
+        if total is None:
+            return None
+        before = total.ndim - len(self.normalized)
+        steps = index[len(self.lead) - before :]
+        return total[tuple(
+            i if total.shape[d] > 1 and not isinstance(i, slice) else 0
+            for d, i in enumerate(steps)
+        )]  # fmt: skip
+
+    def _call(
+        self, arrays: list[Any], mean: Any, rstd: Any, dweight: Any, dbias: Any,
+        valid: dict[str, Any], plan: bool,
+    ) -> Any:  # fmt: skip
+        lead = arrays[1].ndim - len(self.normalized)
+        return _core.norm_backward_rows(
+            lead, self.compute, *arrays, mean, rstd, dweight, dbias, warm=self.warm, plan=plan,
+            **{**self.options, **valid},
+        )  # fmt: skip
+
+
+def _each(own: tuple[int, ...]) -> Iterator[tuple[Any, ...]]:
+    """Indices of leading axes: one number where a parameter has several, else all."""
+    for numbers in np.ndindex(*own):
+        yield tuple(
+            slice(None) if length == 1 else i for i, length in zip(numbers, own, strict=True)
+        )
 
 
 class MomentsCall(Call):
@@ -198,24 +480,373 @@ class MomentsCall(Call):
 
     def __init__(self, x: Any, axis: Any = None, explained: bool = False) -> None:
         super().__init__(x, None, axis, explained)
-        rows = self.rows("x", self.source)
-        self.result = self.statistics(rows.lead)
-        self.kernel = partial(_core.moments_rows, rows.array, *self.result)
+        self.result = self.statistics()
+        self.kernel = partial(
+            _core.moments_rows, len(self.lead), self.compute, self.rows("x", self.source),
+            *self.result,
+        )  # fmt: skip
+
+
+class SegmentsCall(Call):
+    """What calls on packed rows share: x of shape (total, *features), one row a segment."""
+
+    def __init__(self, x: Any, offsets: Any, explained: bool) -> None:
+        source = checks.as_floating("x", x)
+        if not source.ndim:
+            raise ValueError("x: got an array of 0 dimensions, wanted at least 1")
+        super().__init__(source, None, tuple(range(source.ndim)), explained)
+        self.features = self.source.shape[1:]
+        self.offsets = checks.as_offsets(offsets, self.source.shape[0])
+        self.lead = (self.offsets.size - 1,)
+        self.starts = self.offsets * math.prod(self.features)
+        self.longest = int(np.diff(self.starts).max(initial=0))
+
+    def packed(self, name: str, array: np.ndarray) -> np.ndarray:
+        """The array as one run of memory."""
+        if array.flags.c_contiguous and not _why_copied(array):
+            return array
+        self.copies.append(f"{name} is copied: it is not contiguous")
+        return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
+
+    def feature_parameter(self, name: str, value: Any) -> np.ndarray | None:
+        return checks.as_parameter(name, value, self.features, self.compute)
+
+    def statistic(self, name: str, value: Any) -> np.ndarray:
+        array = checks.as_floating(name, value)
+        if array.shape != self.lead:
+            raise ValueError(f"{name}: got shape {array.shape}, wanted {self.lead}")
+        return np.ascontiguousarray(array, dtype=self.compute)
+
+
+class SegmentNormCall(SegmentsCall):
+    """One forward call on packed rows."""
+
+    def __init__(
+        self, x: Any, offsets: Any, weight: Any, bias: Any, eps: Any, out: Any, dtype: Any,
+        return_stats: Any, activation: Any, *, rms: bool = False, offset: Any = 0.0,
+        explained: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(x, offsets, explained)
+        w, b = self.feature_parameter("weight", weight), self.feature_parameter("bias", bias)
+        y_type = self.dtype if dtype is None else checks.as_result_type(dtype)
+        machine = MACHINE_EPS[self.compute] if rms and eps is None else checks.as_eps(eps)
+        if out is not None:
+            checks.check_out("out", out, self.source.shape, y_type)
+            inputs = {"x": x, "weight": weight, "bias": bias, "offsets": offsets}
+            checks.check_apart("out", out, inputs)
+        direct = out is not None and out.flags.c_contiguous and not _why_copied(out)
+        self.y = out if direct else self.new_result(y_type)[0]
+        self.out = self.y if out is None else out
+        is_int8 = y_type == checks.INT8
+        scale = np.full(self.lead, np.finfo(np.float32).tiny, np.float32) if is_int8 else None
+        mean, rstd = self.statistics() if return_stats else (None, None)
+        self.kernel = partial(
+            _core.norm_segments, self.compute, self.packed("x", self.source), self.starts,
+            self.longest, *self._run_parameters(w, b), self.y, scale, machine, rms=rms,
+            offset=checks.as_offset(offset), activation=checks.as_activation(activation),
+            mean=None if rms else mean, rstd=rstd,
+        )  # fmt: skip
+        parts = [self.out, scale, None if rms else mean, rstd]
+        kept = [part for part in parts if part is not None]
+        self.result = kept[0] if len(kept) == 1 else tuple(kept)
+
+    def _run_parameters(self, w: Any, b: Any) -> tuple[Any, Any]:
+        return tuple(None if p is None else p.reshape(-1) for p in (w, b))
+
+    def run(self) -> Any:
+        super().run()
+        if self.out is not self.y:
+            np.copyto(self.out, self.y)
+        return self.result
+
+
+class SegmentNormBackwardCall(SegmentsCall):
+    """One backward call on packed rows."""
+
+    def __init__(
+        self, dy: Any, x: Any, offsets: Any, mean: Any, rstd: Any, weight: Any, bias: Any,
+        output_mask: Any, *, rms: bool = False, offset: Any = 0.0, explained: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(x, offsets, explained)
+        grad = self.like_x("dy", dy)
+        w = self.feature_parameter("weight", weight)
+        self.feature_parameter("bias", bias)
+        m = None if rms else self.statistic("mean", mean)
+        r = self.statistic("rstd", rstd)
+        wanted = checks.as_mask(output_mask, "dx, dweight" if rms else "dx, dweight, dbias")
+        want_dx, want_dweight, want_dbias = (*wanted, False)[:3]
+        dx = self.new_result(self.dtype)[0] if want_dx else None
+        sums = [
+            np.zeros(self.features, self.compute) if want else None
+            for want in (want_dweight, want_dbias)
+        ]
+        self.kernel = partial(
+            _core.norm_segments_backward, self.compute, self.packed("dy", grad),
+            self.packed("x", self.source), dx, self.starts, self.longest,
+            None if w is None else w.reshape(-1), m, r, *sums, math.prod(self.features), rms=rms,
+            offset=checks.as_offset(offset),
+        )  # fmt: skip
+        self.result = (dx, *sums)[: 2 if rms else 3]
+
+
+# ---- the ops ------------------------------------------------------------------------------------
+# Each takes what the public function of its name takes, in that order.
+
+
+def _layer_norm(
+    x: Any, normalized_shape: Any, weight: Any, bias: Any, eps: Any, axis: Any, out: Any,
+    dtype: Any, return_stats: Any, activation: Any, lengths: Any, mask: Any,
+    explained: bool = False,
+) -> Call:  # fmt: skip
+    return NormCall(
+        x, normalized_shape, axis, [Pair(weight, bias, out)], eps, dtype=dtype,
+        return_stats=return_stats, activation=activation, lengths=lengths, mask=mask,
+        explained=explained,
+    )  # fmt: skip
+
+
+def _rms_norm(
+    x: Any, normalized_shape: Any, weight: Any, eps: Any, axis: Any, out: Any, dtype: Any,
+    offset: Any, round_before_weight: Any, return_stats: Any, activation: Any, lengths: Any,
+    mask: Any, explained: bool = False,
+) -> Call:  # fmt: skip
+    return NormCall(
+        x, normalized_shape, axis, [Pair(weight, None, out)], eps, rms=True, dtype=dtype,
+        offset=offset, round_before_weight=round_before_weight, return_stats=return_stats,
+        activation=activation, lengths=lengths, mask=mask, explained=explained,
+    )  # fmt: skip
+
+
+def _add_layer_norm(
+    x: Any, residual: Any, normalized_shape: Any, weight: Any, bias: Any, eps: Any, axis: Any,
+    out: Any, sum_out: Any, dtype: Any, linear_bias: Any, round_sum: Any, return_stats: Any,
+    activation: Any, explained: bool = False,
+) -> Call:  # fmt: skip
+    return NormCall(
+        x, normalized_shape, axis, [Pair(weight, bias, out)], eps, dtype=dtype,
+        return_stats=return_stats, activation=activation, sum_out=sum_out, round_sum=round_sum,
+        addends={"residual": _given("residual", residual), "linear_bias": linear_bias},
+        explained=explained,
+    )  # fmt: skip
+
+
+def _add_rms_norm(
+    x: Any, residual: Any, normalized_shape: Any, weight: Any, eps: Any, axis: Any, out: Any,
+    sum_out: Any, dtype: Any, linear_bias: Any, offset: Any, round_before_weight: Any,
+    round_sum: Any, return_stats: Any, activation: Any, explained: bool = False,
+) -> Call:  # fmt: skip
+    return NormCall(
+        x, normalized_shape, axis, [Pair(weight, None, out)], eps, rms=True, dtype=dtype,
+        offset=offset, round_before_weight=round_before_weight, return_stats=return_stats,
+        activation=activation, sum_out=sum_out, round_sum=round_sum,
+        addends={"residual": _given("residual", residual), "linear_bias": linear_bias},
+        explained=explained,
+    )  # fmt: skip
+
+
+def _given(name: str, value: Any) -> Any:
+    if value is None:
+        raise TypeError(f"{name}: got None, wanted an array of x's shape")
+    return value
+
+
+def _adaptive_layer_norm(
+    x: Any, scale: Any, shift: Any, normalized_shape: Any, eps: Any, gate: Any, residual: Any,
+    out: Any, sum_out: Any, dtype: Any, round_sum: Any, return_stats: Any, activation: Any,
+    explained: bool = False,
+) -> Call:  # fmt: skip
+    if residual is None and (gate is not None or sum_out is not None):
+        name = "gate" if gate is not None else "sum_out"
+        raise TypeError(f"{name}: got an array without a residual, wanted both or neither")
+    ndim, axes = _trailing(x, normalized_shape)
+    names = ("scale", "shift", "out")
+    params = [per_sample(n, p, ndim, axes) for n, p in zip(names, (scale, shift), strict=False)]
+    addends = {"residual": residual, "gate": per_sample("gate", gate, ndim, axes)}
+    return NormCall(
+        x, normalized_shape, None, [Pair(*params, out, names)], eps, offset=1.0, dtype=dtype,
+        return_stats=return_stats, activation=activation, sum_out=sum_out, round_sum=round_sum,
+        addends=None if residual is None else addends, explained=explained,
+    )  # fmt: skip
+
+
+def _trailing(x: Any, normalized_shape: Any) -> tuple[int, int]:
+    """How many axes x has, and over how many of them it is normalized."""
+    array = checks.as_array("x", x)
+    return array.ndim, len(checks.normalized_axes(array, normalized_shape, None))
+
+
+def per_sample(name: str, value: Any, ndim: int, axes: int) -> np.ndarray | None:
+    """(B, *normalized) with axes of length 1 put in for the tokens of each sample."""
+    array = checks.as_real(name, value)
+    if array is None or array.ndim != axes + 1:
+        return array
+    ones = (1,) * (ndim - axes - 1)
+    return array.reshape(array.shape[0], *ones, *array.shape[1:])
+
+
+def _parallel_layer_norm(
+    x: Any, normalized_shape: Any, weights: Any, biases: Any, eps: Any, out: Any, dtype: Any,
+    return_stats: Any, activation: Any, explained: bool = False,
+) -> Call:  # fmt: skip
+    lists = {"weights": weights, "biases": biases, "out": out}
+    count = len(_sequence("weights", weights))
+    if not count:
+        raise ValueError("weights: got an empty sequence, wanted at least one weight (or None)")
+    filled = {k: [None] * count if v is None else _sequence(k, v) for k, v in lists.items()}
+    for name, items in filled.items():
+        if len(items) != count:
+            raise ValueError(f"{name}: got {len(items)} of them, wanted {count}, one a weight")
+    pairs = [
+        Pair(*parts, (f"weights[{i}]", f"biases[{i}]", f"out[{i}]"))
+        for i, parts in enumerate(zip(*filled.values(), strict=True))
+    ]
+    return NormCall(
+        x, normalized_shape, None, pairs, eps, dtype=dtype, return_stats=return_stats,
+        activation=activation, several=True, explained=explained,
+    )  # fmt: skip
+
+
+def _sequence(name: str, value: Any) -> list[Any]:
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    raise TypeError(f"{name}: got {type(value).__name__}, wanted a list or tuple")
+
+
+def _layer_norm_backward(
+    dy: Any, x: Any, normalized_shape: Any, mean: Any, rstd: Any, weight: Any, bias: Any,
+    axis: Any, output_mask: Any, from_output: Any, lengths: Any, mask: Any,
+    explained: bool = False,
+) -> Call:  # fmt: skip
+    return NormBackwardCall(
+        dy, x, normalized_shape, axis, mean, rstd, weight, bias, output_mask,
+        from_output=from_output, lengths=lengths, mask=mask, explained=explained,
+    )  # fmt: skip
+
+
+def _rms_norm_backward(
+    dy: Any, x: Any, normalized_shape: Any, rstd: Any, weight: Any, axis: Any, offset: Any,
+    output_mask: Any, from_output: Any, lengths: Any, mask: Any, explained: bool = False,
+) -> Call:  # fmt: skip
+    return NormBackwardCall(
+        dy, x, normalized_shape, axis, None, rstd, weight, None, output_mask, rms=True,
+        offset=offset, from_output=from_output, lengths=lengths, mask=mask, explained=explained,
+    )  # fmt: skip
+
+
+def _adaptive_layer_norm_backward(
+    dy: Any, x: Any, scale: Any, normalized_shape: Any, mean: Any, rstd: Any, output_mask: Any,
+    explained: bool = False,
+) -> Call:  # fmt: skip
+    ndim, axes = _trailing(x, normalized_shape)
+    own = per_sample("scale", scale, ndim, axes)
+    call = NormBackwardCall(
+        dy, x, normalized_shape, None, mean, rstd, own, None, output_mask, offset=1.0,
+        explained=explained,
+    )  # fmt: skip
+    shape = np.shape(scale)
+    dx, dscale, dshift = call.result
+    call.result = (dx, *(None if d is None else d.reshape(shape) for d in (dscale, dshift)))
+    return call
+
+
+def _segment_layer_norm(
+    x: Any, offsets: Any, weight: Any, bias: Any, eps: Any, out: Any, dtype: Any,
+    return_stats: Any, activation: Any, explained: bool = False,
+) -> Call:  # fmt: skip
+    return SegmentNormCall(
+        x, offsets, weight, bias, eps, out, dtype, return_stats, activation, explained=explained
+    )
+
+
+def _segment_rms_norm(
+    x: Any, offsets: Any, weight: Any, eps: Any, offset: Any, out: Any, dtype: Any,
+    return_stats: Any, activation: Any, explained: bool = False,
+) -> Call:  # fmt: skip
+    return SegmentNormCall(
+        x, offsets, weight, None, eps, out, dtype, return_stats, activation, rms=True,
+        offset=offset, explained=explained,
+    )  # fmt: skip
+
+
+def _segment_layer_norm_backward(
+    dy: Any, x: Any, offsets: Any, mean: Any, rstd: Any, weight: Any, bias: Any, output_mask: Any,
+    explained: bool = False,
+) -> Call:  # fmt: skip
+    return SegmentNormBackwardCall(
+        dy, x, offsets, mean, rstd, weight, bias, output_mask, explained=explained
+    )
+
+
+def _segment_rms_norm_backward(
+    dy: Any, x: Any, offsets: Any, rstd: Any, weight: Any, offset: Any, output_mask: Any,
+    explained: bool = False,
+) -> Call:  # fmt: skip
+    return SegmentNormBackwardCall(
+        dy, x, offsets, None, rstd, weight, None, output_mask, rms=True, offset=offset,
+        explained=explained,
+    )  # fmt: skip
+
+
+def _moments(x: Any, axis: Any, explained: bool = False) -> Call:
+    return MomentsCall(x, axis, explained)
+
+
+def _add_backward(made: Call, dsum: Any) -> Call:
+    """dx of the sum's parts: the gradient through the norm and the one that came to the sum."""
+    if dsum is None:
+        return made
+    assert isinstance(made, NormBackwardCall)
+    made.add_to_dx(made.like_x("dsum", dsum))
+    return made
+
+
+def _add_layer_norm_backward(
+    dy: Any, dsum: Any, sum: Any, normalized_shape: Any, mean: Any, rstd: Any, weight: Any,
+    bias: Any, axis: Any, output_mask: Any, explained: bool = False,
+) -> Call:  # fmt: skip
+    made = NormBackwardCall(
+        dy, sum, normalized_shape, axis, mean, rstd, weight, bias, output_mask,
+        names=("dy", "sum"), explained=explained,
+    )  # fmt: skip
+    return _add_backward(made, dsum)
+
+
+def _add_rms_norm_backward(
+    dy: Any, dsum: Any, sum: Any, normalized_shape: Any, rstd: Any, weight: Any, axis: Any,
+    offset: Any, output_mask: Any, explained: bool = False,
+) -> Call:  # fmt: skip
+    made = NormBackwardCall(
+        dy, sum, normalized_shape, axis, None, rstd, weight, None, output_mask, rms=True,
+        offset=offset, names=("dy", "sum"), explained=explained,
+    )  # fmt: skip
+    return _add_backward(made, dsum)
+
+
+CALLS: dict[str, Callable[..., Call]] = {
+    call.__name__.removeprefix("_"): call
+    for call in (
+        _layer_norm, _layer_norm_backward, _rms_norm, _rms_norm_backward, _add_layer_norm,
+        _add_layer_norm_backward, _add_rms_norm, _add_rms_norm_backward, _adaptive_layer_norm,
+        _adaptive_layer_norm_backward, _parallel_layer_norm, _segment_layer_norm,
+        _segment_layer_norm_backward, _segment_rms_norm, _segment_rms_norm_backward, _moments,
+    )
+}  # fmt: skip
 
 
 def _handler(call: Callable[..., Call]) -> Callable[..., Any]:
+    """The op itself, its arguments by position; they need not be ndarrays."""
+    names = tuple(inspect.signature(call).parameters)[:-1]
+    main = "x" if "x" in names else "sum"
+
     def handle(*args: Any) -> Any:
-        return call(*args).run()
+        return interop.run(lambda *converted: call(*converted).run(), names, *args, main=main)
 
     return handle
 
 
-for _op, _call in {
-    "layer_norm": LayerNormCall,
-    "layer_norm_backward": LayerNormBackwardCall,
-    "moments": MomentsCall,
-}.items():
-    _core.register(_op, _handler(_call))
+handlers = {name: _handler(call) for name, call in CALLS.items()}
+for _name in _core.STRAIGHT:
+    _core.register(_name, handlers[_name])
 
 
 # ---- explain ------------------------------------------------------------------------------------
@@ -249,43 +880,12 @@ class Explanation(NamedTuple):
         return "\n".join([head, *(f"  - {line}" for line in (*self.copies, *self.reasons))])
 
 
-# explain's arguments are the op's own, checked by Python as the op's are.
-
-
-def _layer_norm(
-    x: Any, normalized_shape: Any = None, weight: Any = None, bias: Any = None, eps: Any = 1e-5, *,
-    axis: Any = None, out: Any = None, return_stats: Any = False,
-) -> Call:  # fmt: skip
-    return LayerNormCall(x, normalized_shape, weight, bias, eps, axis, out, return_stats, True)
-
-
-def _layer_norm_backward(
-    dy: Any, x: Any, normalized_shape: Any, mean: Any, rstd: Any, weight: Any = None,
-    bias: Any = None, *, axis: Any = None, output_mask: Any = (True, True, True),
-) -> Call:  # fmt: skip
-    return LayerNormBackwardCall(
-        dy, x, normalized_shape, mean, rstd, weight, bias, axis, output_mask, True
-    )
-
-
-def _moments(x: Any, axis: Any = None) -> Call:
-    return MomentsCall(x, axis, True)
-
-
-_EXPLAINED: dict[str, Callable[..., Call]] = {
-    "layer_norm": _layer_norm,
-    "layer_norm_backward": _layer_norm_backward,
-    "moments": _moments,
-}
-
-for _name, _arguments in _EXPLAINED.items():
-    _arguments.__qualname__ = _name  # what Python calls it where the arguments do not fit
-
 # As parallel.c names them and op_layer_norm.h and op_layer_norm_backward.h have them.
 _REGIMES = {
     "narrow": "narrow: rows of at most four vectors go eight at a time, in registers",
     "group": "group: rows go two or four at a time and share what is loaded of the parameters",
     "row": "row: rows go one at a time",
+    "columns": "columns: rows lie side by side, and go as many at a time as a vector holds",
     "stream": "stream: the output is large and its pages exist, so it is written past the cache",
 }
 
@@ -311,7 +911,7 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
         If `op` is none of fastnorm's ops. Else what the call itself would raise.
     """
     name = _name_of(op)
-    call = _EXPLAINED[name](*args, **kwargs)
+    call = _checked(name, args, kwargs)
     plan = call.plan()
     return Explanation(
         op=name,
@@ -329,10 +929,23 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
 
 
 def _name_of(op: Any) -> str:
-    for name in _EXPLAINED:
-        if op is getattr(_core, name) or (isinstance(op, str) and op == name):
-            return name
-    raise ValueError(f"op: got {op!r}, wanted one of: {', '.join(_EXPLAINED)}")
+    name = op if isinstance(op, str) else getattr(op, "__name__", None)
+    if name in CALLS and (op == name or op is _public(name)):
+        return name
+    raise ValueError(f"op: got {op!r}, wanted one of: {', '.join(CALLS)}")
+
+
+def _public(name: str) -> Any:
+    """The function that users call."""
+    return getattr(importlib.import_module(__package__), name)
+
+
+def _checked(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """The call that the op would make of these arguments, explained."""
+    bound = inspect.signature(_public(name)).bind(*args, **kwargs)
+    bound.apply_defaults()
+    converted = {key: interop.convert(key, value) for key, value in bound.arguments.items()}
+    return CALLS[name](**converted, explained=True)
 
 
 def _why_threads(plan: dict[str, Any]) -> str:

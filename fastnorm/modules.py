@@ -68,7 +68,7 @@ class LayerNorm(_core.BoundLayerNorm):
         if not shape:
             raise ValueError("normalized_shape: got (), wanted at least one length")
         kind = np.dtype(dtype)
-        if kind not in checks.SUPPORTED:
+        if kind not in checks.COMPUTED:
             raise TypeError(f"dtype: got {kind}, wanted float32 or float64")
         super().__init__(shape, checks.as_eps(eps), kind)
         if elementwise_affine:

@@ -82,6 +82,23 @@ INLINE void affine_pass(const affine *a, const int rows, ptrdiff_t n)
         affine_pass_with(a, rows, n, 0, 0);
 }
 
+/* Part of a row, from the parameters' own places for it. */
+#define affine_strip FN_OF_T(affine_strip)
+OUTLINE void affine_strip(const element *x, element *y, const element *w, const element *b,
+                          ptrdiff_t n, const row_stats *stats, ptrdiff_t x_ahead, ptrdiff_t y_ahead)
+{
+    const affine a = {.x = {x},
+                      .y = {y},
+                      .pivot = {v_set1(stats->pivot)},
+                      .rstd = {v_set1(stats->rstd)},
+                      .shift = {v_set1(stats->shift)},
+                      .w = w,
+                      .b = b,
+                      .x_ahead = x_ahead,
+                      .y_ahead = y_ahead};
+    affine_pass(&a, 1, n);
+}
+
 /* ---- past the cache --------------------------------------------------------------------------- */
 
 /* The cache line that two rows share, held back until it is whole: elements from .. to of it are

@@ -13,6 +13,7 @@ typedef struct {
 #define FN_X86_FMA (1u << 12)
 #define FN_X86_OSXSAVE (1u << 27)
 #define FN_X86_AVX (1u << 28)
+#define FN_X86_F16C (1u << 29)
 #define FN_X86_BMI2 (1u << 8)
 #define FN_X86_AVX2 (1u << 5)
 #define FN_X86_AVX512 (1u << 16 | 1u << 17 | 1u << 30 | 1u << 31) /* F, DQ, BW, VL */
@@ -21,7 +22,7 @@ typedef struct {
 
 static inline int fn_x86_has_avx2(fn_x86_cpu cpu)
 {
-    const uint32_t leaf1 = FN_X86_FMA | FN_X86_OSXSAVE | FN_X86_AVX;
+    const uint32_t leaf1 = FN_X86_FMA | FN_X86_OSXSAVE | FN_X86_AVX | FN_X86_F16C;
     return (cpu.leaf1_ecx & leaf1) == leaf1 && (cpu.leaf7_ebx & FN_X86_AVX2) &&
            (cpu.xcr0 & FN_X86_YMM) == FN_X86_YMM;
 }

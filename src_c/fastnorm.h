@@ -22,31 +22,70 @@ extern "C" {
 /* ---- What exists: one list each, from which tables, tests and benchmarks are made ------------- */
 
 #define FN_OPS(X) X(layer_norm) X(layer_norm_backward) X(moments)
-#define FN_DTYPES(X) X(f32) X(f64)
 
-typedef enum { FN_F32, FN_F64, FN_DTYPE_COUNT } fn_dtype;
+/* What arrays hold. The first two are also what is computed in; the half types and int8 exist in
+ * loads and stores only (int8 in stores only). */
+#define FN_DTYPES(X) X(f32) X(f64)
+typedef enum { FN_F32, FN_F64, FN_F16, FN_BF16, FN_I8 } fn_dtype;
+enum { FN_DTYPE_COUNT = 2 };
 
 enum { FN_OK = 0, FN_NO_MEMORY = 1, FN_UNKNOWN_ISA = 2, FN_UNSUPPORTED_ISA = 3 };
+
+typedef enum { FN_NO_ACTIVATION, FN_RELU, FN_SILU, FN_GELU, FN_GELU_TANH } fn_activation;
 
 /* ---- Arguments -------------------------------------------------------------------------------- */
 
 /* How many rows there are, and how they are counted: row r is the r-th in C order over the outer
  * dimensions and, innermost, `inner` rows that lie one stride apart. outer_ndim == 0: one stride
- * reaches every row, and inner and outer_shape are not read. */
+ * reaches every row, and inner and outer_shape are not read. col_shape: the dimensions whose
+ * elements, in C order, make a row, where an array's col_strides ask for them. */
 typedef struct {
     ptrdiff_t rows, cols;
     ptrdiff_t inner;
     ptrdiff_t outer_ndim;
     const ptrdiff_t *outer_shape;
+    ptrdiff_t col_ndim;
+    const ptrdiff_t *col_shape;
 } fn_shape;
 
-/* One array of rows. The `cols` elements of a row are contiguous; strides are in bytes and may be
- * zero or negative. */
+/* One array of rows. Strides are in bytes and may be zero or negative. outer_strides == NULL: one
+ * stride reaches every row of this array, whatever the others need. col_strides == NULL: the
+ * `cols` elements of a row are contiguous. dtype is read where the array is a step's. */
 typedef struct {
     void *data;
     ptrdiff_t stride;
     const ptrdiff_t *outer_strides;
+    const ptrdiff_t *col_strides;
+    fn_dtype dtype;
 } fn_rows;
+
+/* A pair of parameters and the result they make: y = xh * (weight + offset) + bias. */
+typedef struct {
+    fn_rows weight, bias; /* data NULL: ones, zeros */
+    fn_rows y;
+    float *scales; /* one a row, where y holds FN_I8 */
+} fn_output;
+
+/* What is done to a row before its statistics are formed and after it is normalised: everything
+ * but the plain case, which is contiguous rows of the type that is computed in. */
+typedef struct {
+    /* s = (gate * x + linear_bias) + residual, in the compute type; absent where data is NULL. */
+    fn_rows x, gate, linear_bias, residual;
+    fn_rows sum;   /* s is written here, where data is not NULL */
+    int round_sum; /* the statistics see s as `sum` holds it */
+    const fn_output *outputs;
+    ptrdiff_t output_count;
+    ptrdiff_t param_cols; /* parameters repeat after so many elements; 0: after cols */
+    double offset;
+    int round_before_weight; /* xh is rounded to y's type before it is multiplied */
+    int from_output;         /* backward: x holds y, xh = (y - bias) / weight */
+    fn_activation activation;
+    /* Rows of fewer elements than cols, the rest of y being 0: lengths[row] first ones of each, or
+     * where mask is not 0 (bytes); or rows that follow one another in memory, row r from element
+     * starts[r] to starts[r + 1]. */
+    const ptrdiff_t *lengths, *starts;
+    fn_rows mask;
+} fn_steps;
 
 /* y = (x - mean) * rstd * weight + bias. weight and bias: cols elements of x's type, or NULL;
  * mean and rstd: rows elements of x's type to be written, or NULL. y may be x itself. */
@@ -56,20 +95,25 @@ typedef struct {
     const void *weight, *bias;
     void *mean, *rstd;
     double eps;
-    int y_is_warm; /* y's pages exist already: they may be written past the cache */
+    int rms;        /* root mean square: the mean counts as 0 */
+    int y_is_warm;  /* y's pages exist already: they may be written past the cache */
+    const fn_steps *steps; /* NULL: plain. Else x, y, weight and bias are the steps' */
     /* Set by the library: whether y is written past the cache, whether rows are fetched ahead, and
      * whether x is too large for any cache. */
     int stream, fetch, from_memory;
 } fn_layer_norm_args;
 
 /* dx, dweight and dbias from dy. mean and rstd: rows elements as layer_norm wrote them; weight:
- * cols elements or NULL for ones; dx.data, dweight, dbias: NULL where not wanted. */
+ * cols elements or NULL for ones; dx.data, dweight, dbias: NULL where not wanted. With steps, dy,
+ * x and dx may be of any type and layout, and steps->outputs[0] has weight and bias. */
 typedef struct {
     fn_shape shape;
     fn_rows dy, x, dx;
     const void *weight, *mean, *rstd;
     void *dweight, *dbias;
+    int rms;
     int dx_is_warm;
+    const fn_steps *steps;
     int stream, fetch; /* set by the library */
 } fn_layer_norm_backward_args;
 
@@ -78,13 +122,16 @@ typedef struct {
     fn_shape shape;
     fn_rows x;
     void *mean, *variance;
+    const fn_steps *steps;
 } fn_moments_args;
 
-/* ---- Calls: `threads` is the most that may be used; 0 leaves it to the library ------------------ */
+/* ---- Calls: `threads` is the most that may be used; 0 leaves it to the library. dtype is what is
+ * computed in, FN_F32 or FN_F64. Where there are steps, there may be no memory for their scratch:
+ * then nothing has been written. --------------------------------------------------------------- */
 
-void fn_layer_norm(fn_layer_norm_args *args, fn_dtype dtype, int threads);
+int fn_layer_norm(fn_layer_norm_args *args, fn_dtype dtype, int threads);
 int fn_layer_norm_backward(fn_layer_norm_backward_args *args, fn_dtype dtype, int threads);
-void fn_moments(fn_moments_args *args, fn_dtype dtype, int threads);
+int fn_moments(fn_moments_args *args, fn_dtype dtype, int threads);
 
 /* What a call would do; `bytes` counts what it reads and writes. The calls decide by the same
  * functions. */

@@ -12,17 +12,95 @@
 typedef struct {
     const char *name;
     ptrdiff_t narrow_cols[FN_DTYPE_COUNT]; /* rows up to this width go in registers */
-    /* The op's arguments, then the rows first .. end - 1 to do. */
-    void (*layer_norm[FN_DTYPE_COUNT])(const void *, ptrdiff_t, ptrdiff_t);
-    void (*moments[FN_DTYPE_COUNT])(const void *, ptrdiff_t, ptrdiff_t);
+    /* The op's arguments, the rows first .. end - 1 to do, and, where there are steps, the scratch
+     * that they ask for below. layer_norm_columns is layer_norm where rows lie side by side. */
+    void (*layer_norm[FN_DTYPE_COUNT])(const void *, ptrdiff_t, ptrdiff_t, void *);
+    void (*layer_norm_columns[FN_DTYPE_COUNT])(const void *, ptrdiff_t, ptrdiff_t, void *);
+    void (*moments[FN_DTYPE_COUNT])(const void *, ptrdiff_t, ptrdiff_t, void *);
     /* At most FN_BACKWARD_ROWS rows where the sums over them, the last two, are not NULL. */
-    void (*layer_norm_backward[FN_DTYPE_COUNT])(const void *, ptrdiff_t, ptrdiff_t, void *, void *);
+    void (*layer_norm_backward[FN_DTYPE_COUNT])(const void *, ptrdiff_t, ptrdiff_t, void *, void *,
+                                                void *);
     /* into[i] (+)= from[i] in double, and back. */
     void (*widen_add[FN_DTYPE_COUNT])(double *into, const void *from, ptrdiff_t n, int add);
     void (*narrow[FN_DTYPE_COUNT])(void *into, const double *from, ptrdiff_t n);
 } fn_isa;
 
 extern const fn_isa *fn_active_isa;
+
+/* ---- scratch for steps ------------------------------------------------------------------------ */
+
+/* Rows of at most this many elements go in groups (a block, in row.h's words). */
+#define FN_GROUP_COLS 1024
+/* A group has four rows where they are short, else two: those and the rows that follow them would
+ * crowd each other out of L1. */
+#define FN_FOUR_ROWS_BYTES 1024
+/* Wider rows overlap, two at a time, up to this size. */
+#define FN_OVERLAP_BYTES ((ptrdiff_t)8 << 10)
+
+/* How many rows are in flight at a time, so how many rooms a thread needs for what becomes of them
+ * before they are normalised. */
+static inline int fn_rows_in_flight(ptrdiff_t cols, ptrdiff_t size)
+{
+    if (cols <= FN_GROUP_COLS) return cols * size <= FN_FOUR_ROWS_BYTES ? 8 : 4;
+    return cols * size <= FN_OVERLAP_BYTES ? 2 : 1;
+}
+
+/* Elements from one room to the next: at least a vector more than a row, which packing may
+ * overwrite, and not a multiple of 4,096 bytes, at which loads and stores get into each other's
+ * way. */
+static inline ptrdiff_t fn_room_stride(ptrdiff_t cols) { return cols / 64 * 64 + 128; }
+
+/* Parameters that repeat within a row are laid out often enough to fill a strip. */
+static inline ptrdiff_t fn_tile(ptrdiff_t cols, ptrdiff_t param_cols)
+{
+    if (!param_cols || param_cols >= cols) return cols;
+    return param_cols >= FN_GROUP_COLS ? param_cols : FN_GROUP_COLS / param_cols * param_cols;
+}
+
+/* Rooms that a call needs: forward, for the rows in flight and a row of results; backward, for x
+ * and dy, and where the sums see something else than the pass does, for that too. */
+static inline int fn_rooms(const fn_shape *shape, const fn_steps *steps, ptrdiff_t size,
+                           int backward)
+{
+    if (backward) return steps->mask.data || steps->starts ? 4 : 2;
+    return fn_rows_in_flight(shape->cols, size) + 1;
+}
+
+/* Rooms; the parameters of each output, with a note of what they were converted from; in a backward
+ * call of rows in which parameters repeat, their sums in double. */
+static inline size_t fn_scratch_bytes(const fn_shape *shape, const fn_steps *steps, ptrdiff_t size,
+                                      int backward)
+{
+    const ptrdiff_t count = 2 * steps->output_count;
+    const ptrdiff_t tile = fn_room_stride(fn_tile(shape->cols, steps->param_cols));
+    const ptrdiff_t rooms = fn_rooms(shape, steps, size, backward) * fn_room_stride(shape->cols);
+    const ptrdiff_t notes = (count * (ptrdiff_t)sizeof(void *) + 63) / 64 * 64;
+    const ptrdiff_t sums = backward && steps->starts ? 2 * tile * (ptrdiff_t)sizeof(double) : 0;
+    return (size_t)((rooms + count * tile) * size + notes + sums);
+}
+
+/* ---- where things lie ------------------------------------------------------------------------- */
+
+static inline ptrdiff_t fn_size_of(fn_dtype dtype)
+{
+    return dtype == FN_F64 ? 8 : dtype == FN_F32 ? 4 : dtype == FN_I8 ? 1 : 2;
+}
+
+/* Where element i of a row lies, in bytes from the first, and how many elements follow it, itself
+ * counted, at the stride of the innermost dimension. */
+static __attribute__((noinline, unused)) ptrdiff_t run_at(const fn_shape *shape,
+                                                          const ptrdiff_t *strides, ptrdiff_t i,
+                                                          ptrdiff_t *left)
+{
+    ptrdiff_t offset = 0;
+    ptrdiff_t d = shape->col_ndim - 1;
+    *left = shape->col_shape[d] - i % shape->col_shape[d];
+    for (; d >= 0; d--) {
+        offset += i % shape->col_shape[d] * strides[d];
+        i /= shape->col_shape[d];
+    }
+    return offset;
+}
 
 static __attribute__((noinline, unused)) void *row_at_outer(const fn_shape *shape,
                                                             const fn_rows *rows, ptrdiff_t row)
@@ -38,7 +116,7 @@ static __attribute__((noinline, unused)) void *row_at_outer(const fn_shape *shap
 
 static inline void *row_at(const fn_shape *shape, const fn_rows *rows, ptrdiff_t row)
 {
-    if (shape->outer_ndim) return row_at_outer(shape, rows, row);
+    if (shape->outer_ndim && rows->outer_strides) return row_at_outer(shape, rows, row);
     return (char *)rows->data + row * rows->stride;
 }
 

@@ -4,6 +4,7 @@
 #include <float.h>
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "isa.h"
 #include "names.h"
@@ -29,6 +30,7 @@ enum {
 /* An op's name reaches the table as it stands in FN_OPS: from here on the words are plain again. */
 #undef layer_norm
 #undef layer_norm_backward
+#undef layer_norm_columns
 #undef moments
 #undef widen_add
 #undef narrow
@@ -36,6 +38,7 @@ enum {
 
 const fn_isa FN_PASTE(fn_isa, FN_ISA) = {.name = FN_STRING(FN_ISA),
                                          .narrow_cols = OF_EACH_TYPE(narrow_cols),
+                                         .layer_norm_columns = OF_EACH_TYPE(layer_norm_columns),
                                          .widen_add = OF_EACH_TYPE(widen_add),
                                          .narrow = OF_EACH_TYPE(narrow),
                                          FN_OPS(FN_KERNELS)};

@@ -54,4 +54,20 @@ enum { LANES_f32 = 64, LANES_f64 = 32, BLOCK = 1024 };
 #define vd8_load_element FN_OF_T(vd8_load)
 #define vd8_store_element FN_OF_T(vd8_store)
 
+#define v_compress FN_OF_T(v_compress)
+#define v_keep FN_OF_T(v_keep)
+#define v_larger FN_OF_T(v_larger)
+#define v_largest FN_OF_T(v_largest)
+#define v_div FN_OF_T(v_div)
+#define v_clip127 FN_OF_T(v_clip127)
+#define ints FN_OF_T(ints)
+#define v_nearest FN_OF_T(v_nearest)
+#define v_store_i8 FN_OF_T(v_store_i8)
+
+#define v_fnma FN_OF_T(v_fnma)
+#define v_max FN_OF_T(v_max)
+#define v_min FN_OF_T(v_min)
+#define v_abs FN_OF_T(v_abs)
+#define v_power_of_2 FN_OF_T(v_power_of_2)
+
 #endif

@@ -17,69 +17,79 @@
 /* In plain C there is nothing to gain from registers. */
 #define NARROW_COLS (VW > 1 ? 4 * VW : 0)
 
-/* Four rows a group, or two where four and those that follow them would crowd each other out of L1. */
-#define FOUR_ROWS_BYTES 1024
+/* ---- one row ---------------------------------------------------------------------------------- */
 
-/* ---- rows that need care ---------------------------------------------------------------------- */
-
-#define careful_row FN_OF_T(careful_row)
-static COLD void careful_row(const fn_layer_norm_args *a, ptrdiff_t row)
+#define store_row_stats FN_OF_T(store_row_stats)
+INLINE void store_row_stats(const fn_layer_norm_args *a, ptrdiff_t row, double mean, double rstd)
 {
-    const element *x = row_at(&a->shape, &a->x, row);
-    element *y = row_at(&a->shape, &a->y, row);
-    const element *w = a->weight, *b = a->bias;
-    const ptrdiff_t n = a->shape.cols;
-    row_stats stats;
-    careful_stats(x, n, a->eps, &stats);
-    const vec pivot = v_set1(stats.pivot), rstd = v_set1(stats.rstd), shift = v_set1(stats.shift);
-    for (ptrdiff_t i = 0; i < n; i += VW) {
-        const ptrdiff_t left = n - i;
-        const vec h = normalise(scale_by(load_some(x + i, left), stats.s, 1), pivot, rstd, shift);
-        const vec wv = w ? load_some(w + i, left) : v_zero();
-        const vec bv = b ? load_some(b + i, left) : v_zero();
-        store_some(y + i, scale_and_shift(h, wv, bv, w != NULL, b != NULL), left);
-    }
-    if (a->mean) ((element *)a->mean)[row] = (element)stats.mean;
-    if (a->rstd) ((element *)a->rstd)[row] = (element)stats.reported_rstd;
+    if (a->mean) ((element *)a->mean)[row] = (element)mean;
+    if (a->rstd) ((element *)a->rstd)[row] = (element)rstd;
 }
 
 #define affine_row FN_OF_T(affine_row)
-OUTLINE void affine_row(const fn_layer_norm_args *args, ptrdiff_t row, element pivot, element rstd,
-                        element shift)
+INLINE void affine_row(const fn_layer_norm_args *a, ptrdiff_t row, const row_stats *stats)
 {
-    affine a = {.w = args->weight, .b = args->bias};
-    a.x[0] = row_at(&args->shape, &args->x, row);
-    a.y[0] = row_at(&args->shape, &args->y, row);
-    a.pivot[0] = v_set1(pivot);
-    a.rstd[0] = v_set1(rstd);
-    a.shift[0] = v_set1(shift);
-    if (args->fetch) {
-        a.x_ahead = 2 * args->x.stride; /* the next row has been started already */
-        a.y_ahead = args->y.stride;
-    }
-    affine_pass(&a, 1, args->shape.cols);
+    /* Of x the next row has been started already. */
+    affine_strip(row_at(&a->shape, &a->x, row), row_at(&a->shape, &a->y, row), a->weight, a->bias,
+                 a->shape.cols, stats, a->fetch ? 2 * a->x.stride : 0, a->fetch ? a->y.stride : 0);
 }
 
-/* Rows of a group that cannot go side by side. */
-#define careful_group FN_OF_T(careful_group)
-static COLD void careful_group(const fn_layer_norm_args *a, ptrdiff_t row, int rows,
-                               const group_stats *stats)
+/* A plain row, read through stats->s. */
+#define scaled_affine_row FN_OF_T(scaled_affine_row)
+static COLD void scaled_affine_row(const fn_layer_norm_args *a, ptrdiff_t row,
+                                   const row_stats *stats)
 {
-    for (int i = 0; i < rows; i++)
+    const element *x = row_at(&a->shape, &a->x, row), *w = a->weight, *b = a->bias;
+    element *y = row_at(&a->shape, &a->y, row);
+    for (ptrdiff_t i = 0; i < a->shape.cols; i += BLOCK) {
+        const finished f = {.w = w, .b = b, .stats = stats, .scaled = 1};
+        finish_strip(&f, x + i, y + i, i, block_length(a->shape.cols, i));
+    }
+}
+
+/* A row whose statistics take care; x as the prologue left it. */
+#define careful_row FN_OF_T(careful_row)
+static COLD void careful_row(const fn_layer_norm_args *a, workspace *space, ptrdiff_t row,
+                             const element *x, ptrdiff_t n)
+{
+    row_stats stats = {.mean = 0, .reported_rstd = NAN, .s = {1, 1}};
+    if (n) careful_stats(x, n, a->eps, a->rms, &stats);
+    store_row_stats(a, row, stats.mean, stats.reported_rstd);
+    if (a->steps)
+        epilogue(&a->shape, a->steps, space, row, x, &stats, 1);
+    else
+        scaled_affine_row(a, row, &stats);
+}
+
+#define stats_in_group FN_OF_T(stats_in_group)
+INLINE row_stats stats_in_group(const group_stats *stats, int i)
+{
+    return (row_stats){.pivot = stats->pivot[i], .rstd = stats->rstd[i], .shift = stats->shift[i]};
+}
+
+/* Rows of a group that cannot go side by side: some need care, or there are steps. */
+#define finish_one_by_one FN_OF_T(finish_one_by_one)
+OUTLINE void finish_one_by_one(const fn_layer_norm_args *a, workspace *space, ptrdiff_t row,
+                               int rows, const group_stats *stats)
+{
+    for (int i = 0; i < rows; i++) {
+        const row_stats plain = stats_in_group(stats, i);
+        const element *x = a->steps ? stats->x[i] : row_at(&a->shape, &a->x, row + i);
         if (stats->careful >> i & 1)
-            careful_row(a, row + i);
+            careful_row(a, space, row + i, x, a->steps ? stats->n[i] : a->shape.cols);
+        else if (a->steps)
+            epilogue(&a->shape, a->steps, space, row + i, x, &plain, 0);
         else
-            affine_row(a, row + i, stats->pivot[i], stats->rstd[i], stats->shift[i]);
+            affine_row(a, row + i, &plain);
+    }
 }
 
 #define store_group_stats FN_OF_T(store_group_stats)
 OUTLINE void store_group_stats(const fn_layer_norm_args *a, ptrdiff_t row, int rows,
                                const group_stats *stats)
 {
-    element *mean = a->mean, *rstd = a->rstd;
-    for (int i = 0; mean && i < rows; i++)
-        mean[row + i] = (element)((double)stats->pivot[i] + stats->c[i]);
-    for (int i = 0; rstd && i < rows; i++) rstd[row + i] = (element)stats->reported_rstd[i];
+    for (int i = 0; i < rows; i++)
+        store_row_stats(a, row + i, (double)stats->pivot[i] + stats->c[i], stats->reported_rstd[i]);
 }
 
 /* ---- narrow ----------------------------------------------------------------------------------- */
@@ -139,7 +149,7 @@ INLINE void narrow_finish(const narrow_rows *s, ptrdiff_t row, const int few,
     const fn_layer_norm_args *a = s->a;
     char *y = (char *)a->y.data + row * a->y.stride;
     if (stats->careful) {
-        careful_group(a, row, 8, stats);
+        finish_one_by_one(a, NULL, row, 8, stats);
         return;
     }
     UNROLL for (int i = 0; i < 8; i++) {
@@ -213,7 +223,7 @@ INLINE void halves_finish(const narrow_rows *s, ptrdiff_t row, const group_stats
     const element *x = narrow_x(s, row);
     element *y = (element *)((char *)s->a->y.data + row * s->a->y.stride);
     if (stats->careful) {
-        careful_group(s->a, row, 8, stats);
+        finish_one_by_one(s->a, NULL, row, 8, stats);
         return;
     }
     UNROLL for (int k = 0; k < 4; k++) {
@@ -256,34 +266,66 @@ OUTLINE ptrdiff_t layer_norm_halves(const fn_layer_norm_args *a, ptrdiff_t row, 
 
 /* The rows that a group lacks of eight are copies. */
 #define copy_rows FN_OF_T(copy_rows)
-INLINE void copy_rows(quarter sums[8], const int rows)
+INLINE void copy_rows(quarter sums[8], int rows)
 {
-    UNROLL for (int i = rows; i < 8; i++) sums[i] = sums[i - rows];
+    NO_UNROLL for (int i = rows; i < 8; i++) sums[i] = sums[i - rows];
+}
+
+/* The lengths of a group's rows, where they differ. An empty row divides by nothing: its sums are
+ * 0, and it ends with care. */
+#define group_lengths FN_OF_T(group_lengths)
+INLINE void group_lengths(group_stats *stats, const int rows)
+{
+    for (int i = 0; i < rows; i++) stats->per_n[i] = stats->n[i] ? 1.0 / (double)stats->n[i] : 0;
+    for (int i = rows; i < 8; i++) stats->per_n[i] = stats->per_n[i - rows];
+    KEEP_IN_MEMORY(stats);
+}
+
+#define group_prologue FN_OF_T(group_prologue)
+OUTLINE void group_prologue(const fn_layer_norm_args *a, const workspace *space, ptrdiff_t row,
+                            int rows, int now, group_stats *stats)
+{
+    for (int i = 0; i < rows; i++)
+        stats->x[i] = prologue(&a->shape, a->steps, row + i,
+                               space->rooms + (now * rows + i) * space->room_stride, &stats->n[i]);
+    group_lengths(stats, rows);
 }
 
 #define group_start FN_OF_T(group_start)
-INLINE void group_start(const fn_layer_norm_args *a, ptrdiff_t row, const int rows, vd8 per_n,
-                        group_stats *stats)
+OUTLINE void group_start(const fn_layer_norm_args *a, const workspace *space, ptrdiff_t row,
+                         int rows, int now, group_stats *stats)
 {
     quarter sums[8];
+    if (a->steps)
+        group_prologue(a, space, row, rows, now, stats);
+    else
+        for (int i = 0; i < rows; i++) stats->x[i] = row_at(&a->shape, &a->x, row + i);
+    if (a->rms) {
+        for (int i = 0; i < rows; i++) stats->pivot[i] = 0;
+        return;
+    }
     NO_UNROLL for (int i = 0; i < rows; i++)
-        sums[i] = block_sum(row_at(&a->shape, &a->x, row + i), a->shape.cols, (scale){1, 1}, 0);
+        sums[i] = block_sum(stats->x[i], stats->n[i], (scale){1, 1}, 0);
     copy_rows(sums, rows);
-    group_pivots(quarter_hsum8(sums), per_n, stats);
+    group_pivots(quarter_hsum8(sums), vd8_load_f64(stats->per_n), stats);
 }
 
 #define group_middle FN_OF_T(group_middle)
-INLINE void group_middle(const fn_layer_norm_args *a, ptrdiff_t row, const int rows, vd8 per_n,
-                         group_stats *stats)
+OUTLINE void group_middle(const fn_layer_norm_args *a, ptrdiff_t row, int rows,
+                          group_stats *stats)
 {
     quarter sums[8], squares[8];
     NO_UNROLL for (int i = 0; i < rows; i++)
-        block_deviations(row_at(&a->shape, &a->x, row + i), a->shape.cols,
-                         v_set1(stats->pivot[i]), (scale){1, 1}, 0, &sums[i], &squares[i]);
+        block_deviations(stats->x[i], stats->n[i], v_set1(stats->pivot[i]), (scale){1, 1}, 0,
+                         &sums[i], &squares[i]);
     copy_rows(sums, rows);
     copy_rows(squares, rows);
-    group_rstds(quarter_hsum8(sums), quarter_hsum8(squares), per_n, a->eps, stats);
+    const vd8 deviations = a->rms ? vd8_set1(0) : quarter_hsum8(sums);
+    group_rstds(deviations, quarter_hsum8(squares), vd8_load_f64(stats->per_n), a->eps, stats);
     stats->careful &= (1u << rows) - 1;
+    if (a->steps)
+        for (int i = 0; i < rows; i++) stats->careful |= (unsigned)!stats->n[i] << i;
+    if (a->mean || a->rstd) store_group_stats(a, row, rows, stats);
 }
 
 #define group_affine FN_OF_T(group_affine)
@@ -298,7 +340,7 @@ INLINE void group_affine(const fn_layer_norm_args *args, ptrdiff_t row, const in
     }
     for (int first = 0; first < rows; first += together) {
         UNROLL for (int r = 0; r < together; r++) {
-            a.x[r] = row_at(&args->shape, &args->x, row + first + r);
+            a.x[r] = stats->x[first + r];
             a.y[r] = row_at(&args->shape, &args->y, row + first + r);
             a.pivot[r] = v_set1(stats->pivot[first + r]);
             a.rstd[r] = v_set1(stats->rstd[first + r]);
@@ -321,11 +363,11 @@ OUTLINE void group_affine_2(const fn_layer_norm_args *a, ptrdiff_t row, const gr
 }
 
 #define group_finish FN_OF_T(group_finish)
-INLINE void group_finish(const fn_layer_norm_args *a, ptrdiff_t row, const int rows,
+INLINE void group_finish(const fn_layer_norm_args *a, workspace *space, ptrdiff_t row, int rows,
                          const group_stats *stats)
 {
-    if (stats->careful)
-        careful_group(a, row, rows, stats);
+    if (stats->careful || a->steps)
+        finish_one_by_one(a, space, row, rows, stats);
     else if (rows == 4)
         group_affine_4(a, row, stats);
     else
@@ -333,19 +375,20 @@ INLINE void group_finish(const fn_layer_norm_args *a, ptrdiff_t row, const int r
 }
 
 #define layer_norm_group FN_OF_T(layer_norm_group)
-INLINE ptrdiff_t layer_norm_group(const fn_layer_norm_args *a, ptrdiff_t row, ptrdiff_t end,
-                                  const int rows)
+OUTLINE ptrdiff_t layer_norm_group(const fn_layer_norm_args *a, workspace *space, ptrdiff_t row,
+                                   ptrdiff_t end, int rows)
 {
-    const vd8 per_n = vd8_set1(1.0 / (double)a->shape.cols);
     const ptrdiff_t first = row;
     group_stats stats[2];
+    for (int i = 0; i < rows; i++) stats[0].n[i] = stats[1].n[i] = a->shape.cols;
+    group_lengths(&stats[0], rows);
+    group_lengths(&stats[1], rows);
     for (int now = 0;; row += rows, now = !now) {
         const int more = row + rows <= end;
-        if (more) group_start(a, row, rows, per_n, &stats[now]);
-        if (row > first) group_finish(a, row - rows, rows, &stats[!now]);
+        if (more) group_start(a, space, row, rows, now, &stats[now]);
+        if (row > first) group_finish(a, space, row - rows, rows, &stats[!now]);
         if (!more) return row;
-        group_middle(a, row, rows, per_n, &stats[now]);
-        if (a->mean || a->rstd) store_group_stats(a, row, rows, &stats[now]);
+        group_middle(a, row, rows, &stats[now]);
     }
 }
 
@@ -356,14 +399,35 @@ INLINE ptrdiff_t layer_norm_group(const fn_layer_norm_args *a, ptrdiff_t row, pt
 #define FETCHED_ROW_BYTES ((ptrdiff_t)1 << 17)
 #define FETCH_DISTANCE ((ptrdiff_t)15 << 10)
 
-#define row_middle FN_OF_T(row_middle)
-INLINE int row_middle(const fn_layer_norm_args *a, ptrdiff_t row, element pivot, row_stats *stats)
+/* A row on its way. */
+#define row_state FN_OF_T(row_state)
+typedef struct {
+    const element *x;
+    ptrdiff_t n;
+    row_stats stats;
+    int plain;
+} row_state;
+
+#define row_start FN_OF_T(row_start)
+INLINE element row_start(const fn_layer_norm_args *a, const workspace *space, ptrdiff_t row,
+                         int now, row_state *state)
 {
-    const element *x = row_at(&a->shape, &a->x, row);
-    const int plain = plain_stats(x, a->shape.cols, pivot, a->eps, stats);
-    if (plain && a->mean) ((element *)a->mean)[row] = (element)stats->mean;
-    if (plain && a->rstd) ((element *)a->rstd)[row] = (element)stats->reported_rstd;
-    return plain;
+    state->n = a->shape.cols;
+    if (a->steps)
+        state->x = prologue(&a->shape, a->steps, row, space->rooms + now * space->room_stride,
+                            &state->n);
+    else
+        state->x = row_at(&a->shape, &a->x, row);
+    return a->rms || !state->n ? 0 : row_pivot(state->x, state->n);
+}
+
+#define row_middle FN_OF_T(row_middle)
+INLINE void row_middle(const fn_layer_norm_args *a, ptrdiff_t row, element pivot, row_state *state)
+{
+    state->plain =
+        state->n && plain_stats(state->x, state->n, pivot, a->eps, a->rms, &state->stats);
+    if (state->plain)
+        store_row_stats(a, row, state->stats.mean, state->stats.reported_rstd);
 }
 
 #define stream_row FN_OF_T(stream_row)
@@ -385,16 +449,18 @@ INLINE void stream_row(const fn_layer_norm_args *a, ptrdiff_t row, ptrdiff_t end
 }
 
 #define row_finish FN_OF_T(row_finish)
-OUTLINE void row_finish(const fn_layer_norm_args *a, ptrdiff_t row, ptrdiff_t end, int plain,
-                        const row_stats *stats, carry *c)
+OUTLINE void row_finish(const fn_layer_norm_args *a, workspace *space, ptrdiff_t row,
+                        ptrdiff_t end, const row_state *state, carry *c)
 {
-    if (!plain) {
+    if (!state->plain) {
         release_carry(c);
-        careful_row(a, row);
+        careful_row(a, space, row, state->x, state->n);
+    } else if (a->steps) {
+        epilogue(&a->shape, a->steps, space, row, state->x, &state->stats, 0);
     } else if (a->stream) {
-        stream_row(a, row, end, stats, c);
+        stream_row(a, row, end, &state->stats, c);
     } else {
-        affine_row(a, row, stats->pivot, stats->rstd, stats->shift);
+        affine_row(a, row, &state->stats);
     }
 }
 
@@ -405,24 +471,24 @@ OUTLINE void row_finish(const fn_layer_norm_args *a, ptrdiff_t row, ptrdiff_t en
 INLINE int rows_overlap(const fn_layer_norm_args *a)
 {
     const ptrdiff_t bytes = a->shape.cols * (ptrdiff_t)sizeof(element);
-    if (!a->stream) return bytes <= 8 << 10;
+    if (!a->stream) return bytes <= FN_OVERLAP_BYTES;
     return bytes >= 16 << 10 || !a->from_memory;
 }
 
 #define layer_norm_rows FN_OF_T(layer_norm_rows)
-INLINE void layer_norm_rows(const fn_layer_norm_args *a, ptrdiff_t row, ptrdiff_t end)
+INLINE void layer_norm_rows(const fn_layer_norm_args *a, workspace *space, ptrdiff_t row,
+                            ptrdiff_t end)
 {
-    const ptrdiff_t n = a->shape.cols, first = row;
+    const ptrdiff_t first = row;
     const int overlap = rows_overlap(a);
-    row_stats stats[2];
-    int plain[2];
+    row_state state[2];
     carry c = {.line = NULL};
-    for (int now = 0;; row++, now = !now) {
-        const element pivot = row < end ? row_pivot(row_at(&a->shape, &a->x, row), n) : 0;
-        if (overlap && row > first) row_finish(a, row - 1, end, plain[!now], &stats[!now], &c);
+    for (int now = 0;; row++, now = overlap && !now) {
+        const element pivot = row < end ? row_start(a, space, row, now, &state[now]) : 0;
+        if (overlap && row > first) row_finish(a, space, row - 1, end, &state[!now], &c);
         if (row >= end) break;
-        plain[now] = row_middle(a, row, pivot, &stats[now]);
-        if (!overlap) row_finish(a, row, end, plain[now], &stats[now], &c);
+        row_middle(a, row, pivot, &state[now]);
+        if (!overlap) row_finish(a, space, row, end, &state[now], &c);
     }
     release_carry(&c);
     if (a->stream) v_fence();
@@ -432,16 +498,17 @@ INLINE void layer_norm_rows(const fn_layer_norm_args *a, ptrdiff_t row, ptrdiff_
 
 /* As many rows as fill groups; returns the first row that is left. */
 #define layer_norm_groups FN_OF_T(layer_norm_groups)
-OUTLINE ptrdiff_t layer_norm_groups(const fn_layer_norm_args *a, ptrdiff_t row, ptrdiff_t end)
+OUTLINE ptrdiff_t layer_norm_groups(const fn_layer_norm_args *a, workspace *space, ptrdiff_t row,
+                                    ptrdiff_t end)
 {
     const ptrdiff_t n = a->shape.cols;
+    const int in_registers = !a->shape.outer_ndim && !a->steps && !a->rms;
 #if HAS_HALVES
     const ptrdiff_t contiguous = n * (ptrdiff_t)sizeof(element);
-    if (n == VW / 2 && !a->shape.outer_ndim && a->x.stride == contiguous &&
-        a->y.stride == contiguous)
+    if (n == VW / 2 && in_registers && a->x.stride == contiguous && a->y.stride == contiguous)
         row = layer_norm_halves(a, row, end);
 #endif
-    if (n <= NARROW_COLS && end - row >= 8 && !a->shape.outer_ndim) {
+    if (n <= NARROW_COLS && end - row >= 8 && in_registers) {
         if (n <= VW)
             row = layer_norm_narrow(a, row, end, 1);
         else if (n <= 2 * VW)
@@ -449,15 +516,16 @@ OUTLINE ptrdiff_t layer_norm_groups(const fn_layer_norm_args *a, ptrdiff_t row, 
         else
             row = layer_norm_narrow(a, row, end, 4);
     }
-    if (n <= BLOCK && n * (ptrdiff_t)sizeof(element) <= FOUR_ROWS_BYTES)
-        row = layer_norm_group(a, row, end, 4);
-    return n <= BLOCK ? layer_norm_group(a, row, end, 2) : row;
+    if (n <= BLOCK && n * (ptrdiff_t)sizeof(element) <= FN_FOUR_ROWS_BYTES)
+        row = layer_norm_group(a, space, row, end, 4);
+    return n <= BLOCK ? layer_norm_group(a, space, row, end, 2) : row;
 }
 
 #define layer_norm FN_OF_T(layer_norm)
-static void layer_norm(const void *args, ptrdiff_t row0, ptrdiff_t row1)
+static void layer_norm(const void *args, ptrdiff_t row0, ptrdiff_t row1, void *scratch)
 {
     const fn_layer_norm_args *a = args;
-    if (!a->stream && row1 - row0 > 1) row0 = layer_norm_groups(a, row0, row1);
-    layer_norm_rows(a, row0, row1);
+    workspace space = workspace_in(scratch, &a->shape, a->steps, 0);
+    if (!a->stream && row1 - row0 > 1) row0 = layer_norm_groups(a, &space, row0, row1);
+    layer_norm_rows(a, &space, row0, row1);
 }

@@ -20,12 +20,14 @@ typedef struct {
     scale x, dy, dx;            /* powers of two for rows out of range, else 1 */
 } backward_row;
 
+/* rms: the means of x and of g count as 0. */
 #define dots_to_coefficients FN_OF_T(dots_to_coefficients)
-INLINE void dots_to_coefficients(const double sums[3], double rstd, ptrdiff_t n, backward_row *row)
+INLINE void dots_to_coefficients(const double sums[3], double rstd, ptrdiff_t n, int rms,
+                                 backward_row *row)
 {
     const double per_n = 1.0 / (double)n;
-    const double c = sums[0] * per_n;
-    const double mean_g = sums[1] * per_n;
+    const double c = rms ? 0 : sums[0] * per_n;
+    const double mean_g = rms ? 0 : sums[1] * per_n;
     const double mean_g_xh = (sums[2] - c * sums[1]) * per_n * rstd;
     row->rstd = row->dx_rstd = (element)rstd;
     row->shift = (element)(0.0 - c * rstd);
@@ -58,10 +60,10 @@ INLINE int within_range(const double sums[3], double rstd, ptrdiff_t n, const el
 /* 1/std of x times 2^up, where the rstd that was saved did not fit T: eps was 0 or next to it, and x
  * alone tells. 0 for a constant row: it has no gradient. */
 #define rstd_of_scaled FN_OF_T(rstd_of_scaled)
-static double rstd_of_scaled(const element *x, ptrdiff_t n, int up)
+static double rstd_of_scaled(const element *x, ptrdiff_t n, int rms, int up)
 {
     row_stats stats;
-    recentred_stats(x, n, 0, up, &stats);
+    recentred_stats(x, n, 0, rms, up, &stats);
     return stats.variance > 0 ? stats.reported_rstd : 0;
 }
 
@@ -69,26 +71,50 @@ static double rstd_of_scaled(const element *x, ptrdiff_t n, int up)
  * of each into [0.5, 1). */
 #define careful_backward FN_OF_T(careful_backward)
 static COLD void careful_backward(const element *x, const element *dy, const element *w,
-                                  ptrdiff_t n, element mean, element rstd, backward_row *row)
+                                  ptrdiff_t n, element mean, element rstd, int rms,
+                                  backward_row *row)
 {
     const double largest = row_largest(x, n), largest_dy = row_largest(dy, n);
     const int up = largest <= DBL_MAX ? exponent_to_one(largest) : 0;
     const int up_dy = largest_dy <= DBL_MAX ? exponent_to_one(largest_dy) : 0;
     const int lost = largest <= DBL_MAX && rstd > MOST;
-    const double x_rstd = lost ? rstd_of_scaled(x, n, up) : ldexp((double)rstd, -up);
+    const double x_rstd = lost ? rstd_of_scaled(x, n, rms, up) : ldexp((double)rstd, -up);
     double sums[3];
     row->x = scale_to(up);
     row->dy = scale_to(up_dy);
     row->pivot = (element)ldexp((double)mean, up);
     row_dots(x, dy, w, n, row->pivot, row->x, row->dy, 1, sums);
     /* x_rstd beyond T: x is constant, or eps is all that counts, and x - pivot is 0 all over. */
-    dots_to_coefficients(sums, x_rstd > (double)MOST ? (double)MOST : x_rstd, n, row);
+    dots_to_coefficients(sums, x_rstd > (double)MOST ? (double)MOST : x_rstd, n, rms, row);
     /* dx is multiplied by rstd as it was saved, or, if that is lost, by x's own and 2^up. */
     row->dx_rstd = lost ? (element)x_rstd : rstd;
     row->dx = scale_to(lost ? up - up_dy : -up_dy);
-    row->base = (element)(0.0 - sums[1] / (double)n * (double)row->dx_rstd);
+    row->base = (element)(0.0 - (rms ? 0 : sums[1] / (double)n) * (double)row->dx_rstd);
     const double sizes = fabs(sums[0]) + fabs(sums[1]) + fabs(sums[2]) + fabs(x_rstd);
     if (!(sizes <= DBL_MAX)) row->base = (element)NAN;
+}
+
+/* ---- sums in double, here and in parallel.c --------------------------------------------------- */
+
+#define widen_add FN_OF_T(widen_add)
+static void widen_add(double *into, const void *from, ptrdiff_t n, int add)
+{
+    const element *p = from;
+    const vd8 zero = vd8_set1(-0.0);
+    ptrdiff_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        vd8_store_f64(into + i,
+                      vd8_add(add ? vd8_load_f64(into + i) : zero, vd8_load_element(p + i)));
+    for (; i < n; i++) into[i] = (add ? into[i] : -0.0) + (double)p[i];
+}
+
+#define narrow FN_OF_T(narrow)
+static void narrow(void *into, const double *from, ptrdiff_t n)
+{
+    element *p = into;
+    ptrdiff_t i = 0;
+    for (; i + 8 <= n; i += 8) vd8_store_element(p + i, vd8_load_f64(from + i));
+    for (; i < n; i++) p[i] = (element)from[i];
 }
 
 /* ---- what one pass over x and dy can do with the coefficients ---------------------------------- */
@@ -127,8 +153,8 @@ INLINE void backward_vector(const element *const *x, const element *const *dy, e
         }
         if (want_dx) {
             const vec g = v_mul(scale_by(plain, c->dy, scaled), w);
-            const vec dx_rstd = scaled ? v_set1(c->dx_rstd) : rstd;
-            const vec out = v_fma(v_fma(xh, v_set1(c->slope), g), dx_rstd, v_set1(c->base));
+            const vec inner = v_fma(xh, v_set1(c->slope), g);
+            const vec out = v_fma(inner, v_set1(c->dx_rstd), v_set1(c->base));
             if (sums->stream && left >= VW)
                 v_stream(dx[k] + i, scale_by(out, c->dx, scaled));
             else
@@ -191,7 +217,14 @@ static COLD void scaled_backward_pass(const element *const *x, const element *co
     backward_pass(x, dy, dx, row, 1, sums, n, 1);
 }
 
-/* ---- the kernel ------------------------------------------------------------------------------- */
+#define one_row_pass FN_OF_T(one_row_pass)
+OUTLINE void one_row_pass(const element *const *x, const element *const *dy, element *const *dx,
+                          const backward_row *row, const backward_sums *sums, ptrdiff_t n)
+{
+    backward_pass(x, dy, dx, row, 1, sums, n, 0);
+}
+
+/* ---- groups of plain rows --------------------------------------------------------------------- */
 
 /* Rows whose pass shares dweight and dbias; more of them would crowd each other out of L1. */
 #define BACKWARD_GROUP 2
@@ -205,6 +238,21 @@ OUTLINE void plain_dots(const element *x, const element *dy, const element *w, p
         row_dots(x, dy, w, n, pivot, one, one, 0, sums);
     else
         row_dots(x, dy, NULL, n, pivot, one, one, 0, sums);
+}
+
+/* What the pass needs of a row, whose pivot is set; false where it must read through factors. */
+#define coefficients_of FN_OF_T(coefficients_of)
+INLINE int coefficients_of(const element *x, const element *dy, const element *w, ptrdiff_t n,
+                           element rstd, int rms, backward_row *row)
+{
+    double dots[3];
+    plain_dots(x, dy, w, n, row->pivot, dots);
+    if (within_range(dots, rstd, n, dy)) {
+        dots_to_coefficients(dots, rstd, n, rms, row);
+        return 1;
+    }
+    careful_backward(x, dy, w, n, row->pivot, rstd, rms, row);
+    return 0;
 }
 
 #define backward_group FN_OF_T(backward_group)
@@ -223,15 +271,8 @@ INLINE void backward_group(const fn_layer_norm_backward_args *a, ptrdiff_t row,
         dy[k] = row_at(&a->shape, &a->dy, row + k);
         dx[k] = a->dx.data ? row_at(&a->shape, &a->dx, row + k) : NULL;
         backward_row *c = &coefficients[k];
-        *c = (backward_row){.pivot = mean[row + k], .x = one, .dy = one, .dx = one};
-        double dots[3];
-        plain_dots(x[k], dy[k], a->weight, n, c->pivot, dots);
-        if (within_range(dots, rstd[row + k], n, dy[k])) {
-            dots_to_coefficients(dots, rstd[row + k], n, c);
-        } else {
-            careful = 1;
-            careful_backward(x[k], dy[k], a->weight, n, mean[row + k], rstd[row + k], c);
-        }
+        *c = (backward_row){.pivot = mean ? mean[row + k] : 0, .x = one, .dy = one, .dx = one};
+        careful |= !coefficients_of(x[k], dy[k], a->weight, n, rstd[row + k], a->rms, c);
     }
     if (a->fetch) { /* the group after the next: the next would not be there in time */
         sums->x_ahead = a->x.stride * rows * 2;
@@ -239,7 +280,10 @@ INLINE void backward_group(const fn_layer_norm_backward_args *a, ptrdiff_t row,
         sums->dx_ahead = a->dx.stride * rows;
     }
     if (!careful) {
-        backward_pass(x, dy, dx, coefficients, rows, sums, n, 0);
+        if (rows == 1)
+            one_row_pass(x, dy, dx, coefficients, sums, n);
+        else
+            backward_pass(x, dy, dx, coefficients, rows, sums, n, 0);
         return;
     }
     for (int k = 0; k < rows; k++) {
@@ -248,11 +292,203 @@ INLINE void backward_group(const fn_layer_norm_backward_args *a, ptrdiff_t row,
     }
 }
 
+/* ---- rows with steps: one at a time ------------------------------------------------------------ */
+
+/* A row of x and dy as the pass reads them. */
+#define step_rows FN_OF_T(step_rows)
+typedef struct {
+    const element *x, *dy, *w, *b;
+    ptrdiff_t n;
+} step_rows;
+
+#define into_room FN_OF_T(into_room)
+static element *into_room(const fn_shape *shape, const fn_steps *s, const fn_rows *rows,
+                          ptrdiff_t row, ptrdiff_t n, element *room)
+{
+    unsigned char mask_room[BLOCK];
+    load_part(room, shape, rows, step_row_at(shape, s, rows, row), 0, n);
+    if (!s->mask.data) return room;
+    const unsigned char *mask = row_at(shape, &s->mask, row);
+    for (ptrdiff_t i = 0; i < n; i += BLOCK) {
+        const ptrdiff_t m = block_length(n, i);
+        keep_strip(room + i, mask_part(shape, &s->mask, mask, i, m, mask_room), m);
+    }
+    return room;
+}
+
+/* The row in place, or, where it is not T or will be changed, in `room`. */
+#define step_row FN_OF_T(step_row)
+static const element *step_row(const fn_shape *shape, const fn_steps *s, const fn_rows *rows,
+                               ptrdiff_t row, ptrdiff_t n, element *room, int changed)
+{
+    if (is_direct(rows) && !changed && !s->mask.data)
+        return (const element *)step_row_at(shape, s, rows, row);
+    return into_room(shape, s, rows, row, n, room);
+}
+
+/* xh = (y - bias) / weight, in place. */
+#define undo_affine FN_OF_T(undo_affine)
+static void undo_affine(element *y, const element *w, const element *b, ptrdiff_t n)
+{
+    for (ptrdiff_t i = 0; i < n; i += VW) {
+        vec v = load_some(y + i, n - i);
+        if (b) v = v_sub(v, load_some(b + i, n - i));
+        if (w) v = v_div(v, load_some(w + i, n - i)); /* past the end: nothing is stored */
+        store_some(y + i, v, n - i);
+    }
+}
+
+/* x and g = dy * weight as the sums see them: without what the mask leaves out, and with the weight
+ * already in g, as it may repeat itself. Returns how many elements there are. */
+#define summed_rows FN_OF_T(summed_rows)
+static ptrdiff_t summed_rows(const fn_layer_norm_backward_args *a, const workspace *space,
+                             ptrdiff_t row, const step_rows *rows, element *x, element *g)
+{
+    const fn_steps *s = a->steps;
+    const unsigned char *mask = s->mask.data ? row_at(&a->shape, &s->mask, row) : NULL;
+    element strip[BLOCK];
+    unsigned char mask_room[BLOCK];
+    ptrdiff_t count = 0;
+    for (ptrdiff_t i = 0, m; i < rows->n; i += m) {
+        const ptrdiff_t at = i % space->tile, rest = space->tile - at;
+        m = block_length(rows->n, i) < rest ? block_length(rows->n, i) : rest;
+        add_strip(mask ? strip : g + i, rows->dy + i, rows->w ? rows->w + at : NULL, NULL, NULL, m);
+        if (!mask) continue;
+        const unsigned char *kept = mask_part(&a->shape, &s->mask, mask, i, m, mask_room);
+        compress_strip(g + count, strip, kept, m);
+        count += compress_strip(x + count, rows->x + i, kept, m);
+    }
+    return mask ? count : rows->n;
+}
+
+/* From xh, whose own rstd is 1, to x. */
+#define rescale_dx FN_OF_T(rescale_dx)
+static void rescale_dx(backward_row *c, element rstd)
+{
+    const element finite = rstd <= MOST ? rstd : 0;
+    c->base = (element)((double)c->base * (double)finite);
+    c->dx_rstd = c->dx_rstd * finite;
+}
+
+#define step_coefficients FN_OF_T(step_coefficients)
+static int step_coefficients(const fn_layer_norm_backward_args *a, const workspace *space,
+                             ptrdiff_t row, const step_rows *rows, backward_row *c)
+{
+    const fn_steps *s = a->steps;
+    const element rstd = ((const element *)a->rstd)[row], *mean = a->mean;
+    const scale one = {1, 1};
+    element *x = space->rooms + 2 * space->room_stride, *g = x + space->room_stride;
+    step_rows seen = *rows;
+    if (s->mask.data || s->starts) {
+        seen.n = summed_rows(a, space, row, rows, x, g);
+        seen = (step_rows){.x = s->mask.data ? x : rows->x, .dy = g, .n = seen.n};
+    }
+    if (!seen.n) return -1;
+    *c = (backward_row){.pivot = mean && !s->from_output ? mean[row] : 0,
+                        .x = one, .dy = one, .dx = one};
+    const int plain = coefficients_of(seen.x, seen.dy, seen.w, seen.n,
+                                      s->from_output ? 1 : rstd, a->rms, c);
+    if (s->from_output) rescale_dx(c, rstd);
+    return plain;
+}
+
+/* Nodes of a segment whose sums go in T, before they are added in double. */
+#define flush_sums FN_OF_T(flush_sums)
+static void flush_sums(const backward_sums *sums, double *into, ptrdiff_t n)
+{
+    widen_add(into, sums->dweight, n, 1);
+    widen_add(into + n, sums->dbias, n, 1);
+    memset(sums->dweight, 0, (size_t)n * sizeof(element));
+    memset(sums->dbias, 0, (size_t)n * sizeof(element));
+}
+
+#define step_pass FN_OF_T(step_pass)
+static void step_pass(const fn_layer_norm_backward_args *a, const workspace *space,
+                      const step_rows *rows, element *dx, const backward_row *c, int plain,
+                      backward_sums *sums)
+{
+    const ptrdiff_t period = a->steps->param_cols ? a->steps->param_cols : rows->n;
+    sums->w = rows->w;
+    for (ptrdiff_t i = 0, nodes = 1; i < rows->n; i += period, nodes++) {
+        const element *x = rows->x + i, *dy = rows->dy + i;
+        element *to = dx ? dx + i : NULL;
+        const ptrdiff_t m = period < rows->n - i ? period : rows->n - i;
+        if (plain)
+            one_row_pass(&x, &dy, &to, c, sums, m);
+        else
+            scaled_backward_pass(&x, &dy, &to, c, sums, m);
+        if (a->steps->starts && sums->dweight && nodes % FN_BACKWARD_ROWS == 0)
+            flush_sums(sums, space->sums, period);
+    }
+    if (a->steps->starts && sums->dweight) flush_sums(sums, space->sums, period);
+}
+
+/* dx of a row into its place, with zeros where nothing was read. */
+#define finish_dx FN_OF_T(finish_dx)
+static void finish_dx(const fn_layer_norm_backward_args *a, ptrdiff_t row, element *from, char *dx,
+                      ptrdiff_t n)
+{
+    const fn_steps *s = a->steps;
+    unsigned char mask_room[BLOCK];
+    if (s->mask.data) {
+        const unsigned char *mask = row_at(&a->shape, &s->mask, row);
+        for (ptrdiff_t i = 0; i < n; i += BLOCK) {
+            const ptrdiff_t m = block_length(n, i);
+            keep_strip(from + i, mask_part(&a->shape, &s->mask, mask, i, m, mask_room), m);
+        }
+    }
+    if (!is_direct(&a->dx)) store_part(&a->shape, &a->dx, dx, 0, from, n);
+    if (!s->starts && n < a->shape.cols) zero_rest(&a->shape, &a->dx, dx, n);
+}
+
+#define step_backward_row FN_OF_T(step_backward_row)
+static void step_backward_row(const fn_layer_norm_backward_args *a, workspace *space, ptrdiff_t row,
+                              backward_sums *sums)
+{
+    const fn_shape *shape = &a->shape;
+    const fn_steps *s = a->steps;
+    const fn_output *o = &s->outputs[0];
+    element *x_room = space->rooms, *dy_room = x_room + space->room_stride;
+    step_rows rows = {.n = step_length(shape, s, row)};
+    rows.w = parameter(shape, s, space, &o->weight, 0, s->offset, row);
+    rows.b = parameter(shape, s, space, &o->bias, 1, 0, row);
+    rows.x = step_row(shape, s, &s->x, row, rows.n, x_room, s->from_output);
+    rows.dy = step_row(shape, s, &a->dy, row, rows.n, dy_room, 0);
+    if (s->from_output) undo_affine(x_room, rows.w, rows.b, rows.n);
+    char *dx = a->dx.data ? step_row_at(shape, s, &a->dx, row) : NULL;
+    element *to = !dx ? NULL : is_direct(&a->dx) ? (element *)dx : dy_room;
+    backward_row c;
+    const int plain = step_coefficients(a, space, row, &rows, &c);
+    if (plain >= 0) step_pass(a, space, &rows, to, &c, plain, sums);
+    if (!dx) return;
+    finish_dx(a, row, to, dx, plain >= 0 ? rows.n : 0);
+}
+
+#define step_backward FN_OF_T(step_backward)
+static COLD void step_backward(const fn_layer_norm_backward_args *a, ptrdiff_t row0, ptrdiff_t row1,
+                               void *scratch, backward_sums *sums)
+{
+    workspace space = workspace_in(scratch, &a->shape, a->steps, 1);
+    const ptrdiff_t n = a->steps->param_cols ? a->steps->param_cols : a->shape.cols;
+    sums->first = 0;
+    if (sums->dweight) {
+        memset(sums->dweight, 0, (size_t)n * sizeof(element));
+        memset(sums->dbias, 0, (size_t)n * sizeof(element));
+        if (a->steps->starts) memset(space.sums, 0, 2 * (size_t)n * sizeof(double));
+    }
+    for (ptrdiff_t row = row0; row < row1; row++) step_backward_row(a, &space, row, sums);
+    if (!sums->dweight || !a->steps->starts) return;
+    narrow(sums->dweight, space.sums, n);
+    narrow(sums->dbias, space.sums + n, n);
+}
+
+/* ---- the kernel ------------------------------------------------------------------------------- */
+
 /* At most FN_BACKWARD_ROWS rows; dweight and dbias, where not NULL, are overwritten with their
  * sums over these rows. */
 #define layer_norm_backward FN_OF_T(layer_norm_backward)
 static void layer_norm_backward(const void *args, ptrdiff_t row0, ptrdiff_t row1, void *dweight,
-                                void *dbias)
+                                void *dbias, void *scratch)
 {
     const fn_layer_norm_backward_args *a = args;
     backward_sums sums = {.w = a->weight,
@@ -260,6 +496,10 @@ static void layer_norm_backward(const void *args, ptrdiff_t row0, ptrdiff_t row1
                           .dbias = dbias,
                           .first = 1,
                           .stream = a->stream};
+    if (a->steps) {
+        step_backward(a, row0, row1, scratch, &sums);
+        return;
+    }
     ptrdiff_t row = row0;
     for (; row + BACKWARD_GROUP <= row1; row += BACKWARD_GROUP) {
         backward_group(a, row, BACKWARD_GROUP, &sums);
@@ -270,27 +510,4 @@ static void layer_norm_backward(const void *args, ptrdiff_t row0, ptrdiff_t row1
         sums.first = 0;
     }
     if (a->stream) v_fence();
-}
-
-/* ---- sums in double, for parallel.c ----------------------------------------------------------- */
-
-#define widen_add FN_OF_T(widen_add)
-static void widen_add(double *into, const void *from, ptrdiff_t n, int add)
-{
-    const element *p = from;
-    const vd8 zero = vd8_set1(-0.0);
-    ptrdiff_t i = 0;
-    for (; i + 8 <= n; i += 8)
-        vd8_store_f64(into + i,
-                      vd8_add(add ? vd8_load_f64(into + i) : zero, vd8_load_element(p + i)));
-    for (; i < n; i++) into[i] = (add ? into[i] : -0.0) + (double)p[i];
-}
-
-#define narrow FN_OF_T(narrow)
-static void narrow(void *into, const double *from, ptrdiff_t n)
-{
-    element *p = into;
-    ptrdiff_t i = 0;
-    for (; i + 8 <= n; i += 8) vd8_store_element(p + i, vd8_load_f64(from + i));
-    for (; i < n; i++) p[i] = (element)from[i];
 }

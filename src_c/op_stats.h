@@ -48,12 +48,15 @@ OUTLINE element row_pivot(const element *x, ptrdiff_t n)
     return (element)(row_sum(x, n, (scale){1, 1}, 0) * (1.0 / (double)n));
 }
 
-/* The second; false where the row needs careful_stats. */
+/* The second; false where the row needs careful_stats. rms: deviations are from 0, and their mean
+ * counts as 0; pivot is 0. */
 #define plain_stats FN_OF_T(plain_stats)
-OUTLINE int plain_stats(const element *x, ptrdiff_t n, element pivot, double eps, row_stats *stats)
+OUTLINE int plain_stats(const element *x, ptrdiff_t n, element pivot, double eps, int rms,
+                        row_stats *stats)
 {
     double sum, squares;
     row_deviations(x, n, pivot, (scale){1, 1}, 0, &sum, &squares);
+    if (rms) sum = 0;
     return sums_to_stats(sum, squares, 1.0 / (double)n, eps, pivot, stats);
 }
 
@@ -70,17 +73,17 @@ static double scaled_rstd(double variance, double eps, int exponent)
 /* The recentred pass on the row times 2^exponent; what it stores is the scaled row's. A constant row,
  * whose variance is 0, gives the bias, also where 1/sqrt(eps) is infinite. */
 #define recentred_stats FN_OF_T(recentred_stats)
-static COLD void recentred_stats(const element *x, ptrdiff_t n, double eps, int exponent,
+static COLD void recentred_stats(const element *x, ptrdiff_t n, double eps, int rms, int exponent,
                                  row_stats *stats)
 {
     const double per_n = 1.0 / (double)n;
     const scale s = scale_to(exponent);
-    element pivot = (element)(row_sum(x, n, s, 1) * per_n);
+    element pivot = rms ? 0 : (element)(row_sum(x, n, s, 1) * per_n);
     double c;
     for (int pass = 0;; pass++) {
         double sum, squares;
         row_deviations(x, n, pivot, s, 1, &sum, &squares);
-        c = sum * per_n;
+        c = rms ? 0 : sum * per_n;
         stats->variance = squares * per_n - c * c;
         stats->mean = (double)pivot + c;
         const element moved = (element)stats->mean;
@@ -98,7 +101,8 @@ static COLD void recentred_stats(const element *x, ptrdiff_t n, double eps, int 
 }
 
 #define careful_stats FN_OF_T(careful_stats)
-static COLD void careful_stats(const element *x, ptrdiff_t n, double eps, row_stats *stats)
+static COLD void careful_stats(const element *x, ptrdiff_t n, double eps, int rms,
+                               row_stats *stats)
 {
     const double largest = row_largest(x, n);
     if (!(largest <= DBL_MAX)) { /* NaN and infinity take the row with them */
@@ -106,10 +110,10 @@ static COLD void careful_stats(const element *x, ptrdiff_t n, double eps, row_st
         return;
     }
     int exponent = 0;
-    recentred_stats(x, n, eps, exponent, stats);
+    recentred_stats(x, n, eps, rms, exponent, stats);
     if (!(stats->variance <= DBL_MAX && LEAST_VARIANCE <= stats->variance + eps)) {
         exponent = exponent_to_one(largest);
-        recentred_stats(x, n, eps, exponent, stats);
+        recentred_stats(x, n, eps, rms, exponent, stats);
     }
     stats->reported_rstd =
         stats->variance > 0 ? ldexp(stats->reported_rstd, exponent) : 1.0 / sqrt(eps);
@@ -123,6 +127,9 @@ static COLD void careful_stats(const element *x, ptrdiff_t n, double eps, row_st
  * sums_to_stats does. */
 #define group_stats FN_OF_T(group_stats)
 typedef struct {
+    const element *x[8];
+    ptrdiff_t n[8];
+    double per_n[8];
     element pivot[8], rstd[8], shift[8];
     double c[8], reported_rstd[8];
     unsigned careful; /* a bit for each row that needs careful_stats */

@@ -163,8 +163,6 @@ static int forced_parts(ptrdiff_t units)
 /* Calls that move this much find little of x in any cache. */
 #define MEMORY_BYTES ((ptrdiff_t)64 << 20)
 
-static ptrdiff_t element_size(fn_dtype dtype) { return dtype == FN_F64 ? 8 : 4; }
-
 static int planned_threads(ptrdiff_t bytes, ptrdiff_t units, int threads)
 {
     const int parts = forced_parts(units);
@@ -178,33 +176,85 @@ static int planned_threads(ptrdiff_t bytes, ptrdiff_t units, int threads)
 
 static int worth_streaming(const fn_shape *shape, const fn_rows *y, int warm, fn_dtype dtype)
 {
-    const ptrdiff_t row = shape->cols * element_size(dtype);
+    const ptrdiff_t row = shape->cols * fn_size_of(dtype);
     const ptrdiff_t bytes = row * shape->rows;
     return y->data && warm && bytes >= STREAM_BYTES && row >= STREAM_ROW_BYTES(bytes) &&
-           (uintptr_t)y->data % (uintptr_t)element_size(dtype) == 0;
+           (uintptr_t)y->data % (uintptr_t)fn_size_of(dtype) == 0;
+}
+
+/* ---- calls with steps ------------------------------------------------------------------------- */
+
+/* What they read and write, less the parameters: of packed rows what there is of them, of others
+ * all that they may have. */
+static ptrdiff_t step_bytes(const fn_shape *shape, const fn_steps *s)
+{
+    const ptrdiff_t elements =
+        s->starts ? s->starts[shape->rows] - s->starts[0] : shape->rows * shape->cols;
+    const fn_rows *arrays[] = {&s->x, &s->residual, &s->sum};
+    ptrdiff_t bytes = 0;
+    for (int i = 0; i < 3; i++)
+        if (arrays[i]->data) bytes += elements * fn_size_of(arrays[i]->dtype);
+    for (ptrdiff_t i = 0; i < s->output_count; i++)
+        if (s->outputs[i].y.data) bytes += elements * fn_size_of(s->outputs[i].y.dtype);
+    return bytes;
+}
+
+/* Fewer rows side by side than this are cheaper to gather one at a time. */
+#define LEAST_COLUMNS 8
+
+static int side_by_side(const fn_shape *shape, const fn_rows *rows)
+{
+    return rows->col_strides && rows->stride == fn_size_of(rows->dtype) &&
+           (rows->outer_strides || !shape->outer_ndim);
+}
+
+static int is_common(const fn_shape *shape, const fn_rows *rows)
+{
+    if (!rows->data) return 1;
+    for (ptrdiff_t d = 0; d < shape->outer_ndim; d++)
+        if (rows->outer_strides && rows->outer_strides[d]) return 0;
+    return rows->stride == 0 && !rows->col_strides;
+}
+
+/* Whether rows lie side by side, and nothing is asked that looks along a row but the statistics. */
+static int in_columns(const fn_layer_norm_args *a)
+{
+    const fn_steps *s = a->steps;
+    const ptrdiff_t inner = a->shape.outer_ndim ? a->shape.inner : a->shape.rows;
+    if (!s || s->residual.data || s->gate.data || s->linear_bias.data || s->sum.data ||
+        s->mask.data || s->lengths || s->starts || s->output_count != 1 || s->round_before_weight)
+        return 0;
+    const fn_output *o = &s->outputs[0];
+    return inner >= LEAST_COLUMNS && o->y.dtype != FN_I8 && side_by_side(&a->shape, &s->x) &&
+           side_by_side(&a->shape, &o->y) && is_common(&a->shape, &o->weight) &&
+           is_common(&a->shape, &o->bias);
 }
 
 /* As op_layer_norm.h chooses. */
-static const char *regime_of(const fn_shape *shape, fn_dtype dtype, int stream)
+static const char *regime_of(const fn_layer_norm_args *a, fn_dtype dtype, int stream)
 {
+    const fn_shape *shape = &a->shape;
     if (stream) return "stream";
-    if (shape->cols <= fn_active_isa->narrow_cols[dtype] && shape->rows >= 8 && !shape->outer_ndim)
+    if (shape->cols <= fn_active_isa->narrow_cols[dtype] && shape->rows >= 8 &&
+        !shape->outer_ndim && !a->steps && !a->rms)
         return "narrow";
     return shape->cols <= 1024 && shape->rows > 1 ? "group" : "row";
 }
 
 fn_plan fn_plan_layer_norm(const fn_layer_norm_args *a, fn_dtype dtype, int threads)
 {
-    const ptrdiff_t bytes = 2 * a->shape.rows * a->shape.cols * element_size(dtype);
-    fn_plan plan = {.threads = planned_threads(bytes, a->shape.rows, threads), .bytes = bytes};
-    plan.stream = worth_streaming(&a->shape, &a->y, a->y_is_warm, dtype);
-    plan.regime = regime_of(&a->shape, dtype, plan.stream);
+    const ptrdiff_t bytes = 2 * a->shape.rows * a->shape.cols * fn_size_of(dtype);
+    fn_plan plan = {.bytes = a->steps ? step_bytes(&a->shape, a->steps) : bytes};
+    plan.threads = planned_threads(plan.bytes, a->shape.rows, threads);
+    plan.stream = !a->steps && worth_streaming(&a->shape, &a->y, a->y_is_warm, dtype);
+    plan.regime = in_columns(a) ? "columns" : regime_of(a, dtype, plan.stream);
     return plan;
 }
 
 fn_plan fn_plan_moments(const fn_moments_args *a, fn_dtype dtype, int threads)
 {
-    const ptrdiff_t bytes = a->shape.rows * a->shape.cols * element_size(dtype);
+    const ptrdiff_t bytes = a->steps ? step_bytes(&a->shape, a->steps)
+                                     : a->shape.rows * a->shape.cols * fn_size_of(dtype);
     return (fn_plan){.threads = planned_threads(bytes, a->shape.rows, threads),
                      .regime = "row",
                      .bytes = bytes};
@@ -219,10 +269,10 @@ fn_plan fn_plan_layer_norm_backward(const fn_layer_norm_backward_args *a, fn_dty
                                     int threads)
 {
     const ptrdiff_t arrays = a->dx.data ? 3 : 2;
-    const ptrdiff_t bytes = arrays * a->shape.rows * a->shape.cols * element_size(dtype);
+    const ptrdiff_t bytes = arrays * a->shape.rows * a->shape.cols * fn_size_of(dtype);
     /* By whole lines only where rows begin with one. */
     const int aligned = (uintptr_t)a->dx.data % 64 == 0 && a->dx.stride % 64 == 0 &&
-                        !a->shape.outer_ndim;
+                        !a->shape.outer_ndim && !a->steps;
     return (fn_plan){.threads = planned_threads(bytes, backward_blocks(a->shape.rows), threads),
                      .stream = aligned && worth_streaming(&a->shape, &a->dx, a->dx_is_warm, dtype),
                      .regime = a->shape.rows >= 4 ? "group" : "row",
@@ -231,45 +281,94 @@ fn_plan fn_plan_layer_norm_backward(const fn_layer_norm_backward_args *a, fn_dty
 
 /* ---- layer_norm and moments: rows are independent ---------------------------------------------- */
 
+typedef void fn_row_kernel(const void *args, ptrdiff_t, ptrdiff_t, void *scratch);
+
+/* Scratch up to this size lies on each thread's stack. */
+#define STACK_SCRATCH ((size_t)40 << 10)
+
 typedef struct {
-    void (*kernel)(const void *args, ptrdiff_t, ptrdiff_t);
+    fn_row_kernel *kernel;
     const void *args;
+    size_t scratch_bytes; /* of a part, a multiple of 64 */
+    char *scratch;        /* of all parts; NULL where stacks serve */
 } fn_rowwise;
+
+static __attribute__((noinline)) void run_on_stack(const fn_rowwise *call, ptrdiff_t first,
+                                                   ptrdiff_t end)
+{
+    _Alignas(64) char scratch[STACK_SCRATCH];
+    call->kernel(call->args, first, end, scratch);
+}
 
 static void rowwise_work(void *context, int part, ptrdiff_t first, ptrdiff_t end)
 {
     const fn_rowwise *call = context;
-    (void)part;
-    call->kernel(call->args, first, end);
+    if (!call->scratch_bytes)
+        call->kernel(call->args, first, end, NULL);
+    else if (!call->scratch)
+        run_on_stack(call, first, end);
+    else
+        call->kernel(call->args, first, end, call->scratch + (size_t)part * call->scratch_bytes);
 }
 
-static void run_rowwise(void (*kernel)(const void *, ptrdiff_t, ptrdiff_t), const void *args,
-                        ptrdiff_t rows, int threads)
+/* Memory for `parts` parts of so many bytes, at a cache line; *block is what to free. */
+static char *take_scratch(size_t bytes, int parts, void **block)
 {
-    if (threads == 1) {
-        kernel(args, 0, rows);
-        return;
-    }
-    const int taken = take_threads(threads);
-    fn_rowwise call = {kernel, args};
-    const fn_split split = {rowwise_work, &call, rows, taken};
-    run_split(&split, taken);
-    give_back_threads(taken);
+    *block = malloc(bytes * (size_t)parts + 64);
+    return *block ? (char *)*block + (64 - (uintptr_t)*block % 64) : NULL;
 }
 
-void fn_layer_norm(fn_layer_norm_args *args, fn_dtype dtype, int threads)
+static size_t scratch_of(const fn_shape *shape, const fn_steps *steps, fn_dtype dtype, int backward)
+{
+    if (!steps) return 0;
+    return (fn_scratch_bytes(shape, steps, fn_size_of(dtype), backward) + 63) / 64 * 64;
+}
+
+static int run_parts(fn_rowwise *call, ptrdiff_t rows, int parts)
+{
+    void *block = NULL;
+    if (call->scratch_bytes > STACK_SCRATCH) {
+        call->scratch = take_scratch(call->scratch_bytes, parts, &block);
+        if (!call->scratch) return FN_NO_MEMORY;
+    }
+    const fn_split split = {rowwise_work, call, rows, parts};
+    run_split(&split, parts);
+    free(block);
+    return FN_OK;
+}
+
+static int run_rowwise(fn_row_kernel *kernel, const void *args, ptrdiff_t rows, int threads,
+                       size_t scratch_bytes)
+{
+    fn_rowwise call = {kernel, args, scratch_bytes, NULL};
+    if (threads == 1 && !scratch_bytes) {
+        kernel(args, 0, rows, NULL);
+        return FN_OK;
+    }
+    if (threads == 1) return run_parts(&call, rows, 1);
+    const int taken = take_threads(threads);
+    const int status = run_parts(&call, rows, taken);
+    give_back_threads(taken);
+    return status;
+}
+
+int fn_layer_norm(fn_layer_norm_args *args, fn_dtype dtype, int threads)
 {
     const fn_plan plan = fn_plan_layer_norm(args, dtype, threads);
     args->stream = plan.stream;
     args->fetch = plan.bytes >= FETCH_BYTES && !args->shape.outer_ndim;
     args->from_memory = plan.bytes >= MEMORY_BYTES;
-    run_rowwise(fn_active_isa->layer_norm[dtype], args, args->shape.rows, plan.threads);
+    fn_row_kernel *kernel = in_columns(args) ? fn_active_isa->layer_norm_columns[dtype]
+                                             : fn_active_isa->layer_norm[dtype];
+    return run_rowwise(kernel, args, args->shape.rows, plan.threads,
+                       scratch_of(&args->shape, args->steps, dtype, 0));
 }
 
-void fn_moments(fn_moments_args *args, fn_dtype dtype, int threads)
+int fn_moments(fn_moments_args *args, fn_dtype dtype, int threads)
 {
     const fn_plan plan = fn_plan_moments(args, dtype, threads);
-    run_rowwise(fn_active_isa->moments[dtype], args, args->shape.rows, plan.threads);
+    return run_rowwise(fn_active_isa->moments[dtype], args, args->shape.rows, plan.threads,
+                       scratch_of(&args->shape, args->steps, dtype, 0));
 }
 
 /* ---- layer_norm_backward: sums over rows -------------------------------------------------------
@@ -293,10 +392,18 @@ typedef struct {
     void *run[2];    /* one block's dweight and dbias, in the rows' type */
 } fn_part_sums;
 
+/* How many elements dweight and dbias have. */
+static ptrdiff_t sums_cols(const fn_layer_norm_backward_args *a)
+{
+    return a->steps && a->steps->param_cols ? a->steps->param_cols : a->shape.cols;
+}
+
 typedef struct {
     const fn_layer_norm_backward_args *args;
     fn_dtype dtype;
-    fn_part_sums *parts;
+    fn_part_sums *parts; /* NULL: dx alone is wanted */
+    size_t scratch_bytes;
+    char *scratch;
 } fn_backward_call;
 
 static int digits(ptrdiff_t n)
@@ -324,14 +431,15 @@ static void backward_work(void *context, int part, ptrdiff_t first, ptrdiff_t en
 {
     const fn_backward_call *call = context;
     const fn_layer_norm_backward_args *a = call->args;
-    const ptrdiff_t n = a->shape.cols;
+    const ptrdiff_t n = sums_cols(a);
+    void *scratch = call->scratch ? call->scratch + (size_t)part * call->scratch_bytes : NULL;
     fn_part_sums none = {0}, *sums = call->parts ? &call->parts[part] : &none;
     for (ptrdiff_t block = first; block < end; block++) {
         const ptrdiff_t row0 = block * FN_BACKWARD_ROWS;
         const ptrdiff_t rest = a->shape.rows - row0;
         const ptrdiff_t rows = rest < FN_BACKWARD_ROWS ? rest : FN_BACKWARD_ROWS;
         fn_active_isa->layer_norm_backward[call->dtype](a, row0, row0 + rows, sums->run[0],
-                                                        sums->run[1]);
+                                                        sums->run[1], scratch);
         if (!sums->nodes) continue; /* dx alone */
         double *node = sums->storage + 2 * n * sums->count;
         for (int k = 0; k < 2; k++)
@@ -343,7 +451,7 @@ static void backward_work(void *context, int part, ptrdiff_t first, ptrdiff_t en
 
 static void fold_parts(const fn_backward_call *call, int parts, fn_node *all)
 {
-    const ptrdiff_t n = call->args->shape.cols;
+    const ptrdiff_t n = sums_cols(call->args);
     int count = 0;
     for (int part = 0; part < parts; part++)
         for (int k = 0; k < call->parts[part].count; k++) {
@@ -362,7 +470,7 @@ static void fold_parts(const fn_backward_call *call, int parts, fn_node *all)
  * another may hold two. */
 static void *lay_out(fn_backward_call *call, int parts, ptrdiff_t blocks, fn_node **all)
 {
-    const size_t n = (size_t)call->args->shape.cols, size = (size_t)element_size(call->dtype);
+    const size_t n = (size_t)sums_cols(call->args), size = (size_t)fn_size_of(call->dtype);
     const size_t nodes = (size_t)digits(blocks) * (parts > 1 ? 2 : 1) + 1;
     const size_t run_bytes = (2 * n * size + 63) / 64 * 64;
     const size_t sums_bytes = nodes * 2 * n * sizeof(double);
@@ -381,24 +489,25 @@ static void *lay_out(fn_backward_call *call, int parts, ptrdiff_t blocks, fn_nod
     return memory;
 }
 
-/* One block: its sums are the result. What is not asked for goes to scratch. */
-static int backward_of_one_block(const fn_layer_norm_backward_args *a, fn_dtype dtype)
+/* One block: its sums are the result. What is not asked for goes to memory that is thrown away. */
+static int backward_of_one_block(fn_backward_call *call)
 {
-    void *scratch = NULL;
+    const fn_layer_norm_backward_args *a = call->args;
+    const size_t bytes = (size_t)(sums_cols(a) * fn_size_of(call->dtype));
+    void *unwanted = NULL;
     if (!a->shape.rows) {
-        const size_t bytes = (size_t)(a->shape.cols * element_size(dtype));
         if (a->dweight) memset(a->dweight, 0, bytes);
         if (a->dbias) memset(a->dbias, 0, bytes);
         return FN_OK;
     }
     if (!a->dweight != !a->dbias) {
-        scratch = malloc((size_t)(a->shape.cols * element_size(dtype)));
-        if (!scratch) return FN_NO_MEMORY;
+        unwanted = malloc(bytes);
+        if (!unwanted) return FN_NO_MEMORY;
     }
-    fn_active_isa->layer_norm_backward[dtype](a, 0, a->shape.rows,
-                                              a->dweight ? a->dweight : scratch,
-                                              a->dbias ? a->dbias : scratch);
-    free(scratch);
+    fn_active_isa->layer_norm_backward[call->dtype](a, 0, a->shape.rows,
+                                                    a->dweight ? a->dweight : unwanted,
+                                                    a->dbias ? a->dbias : unwanted, call->scratch);
+    free(unwanted);
     return FN_OK;
 }
 
@@ -408,21 +517,35 @@ static void split_backward(fn_backward_call *call, ptrdiff_t blocks, int parts, 
     run_split(&split, threads);
 }
 
-static int backward_of_blocks(const fn_layer_norm_backward_args *a, fn_dtype dtype,
-                              ptrdiff_t blocks, int threads)
+static int backward_of_blocks(fn_backward_call *call, ptrdiff_t blocks, int threads)
 {
     fn_node *all;
-    fn_backward_call call = {.args = a, .dtype = dtype};
-    if (!a->dweight && !a->dbias) {
-        split_backward(&call, blocks, threads, threads);
+    if (!call->args->dweight && !call->args->dbias) {
+        split_backward(call, blocks, threads, threads);
         return FN_OK;
     }
-    void *memory = lay_out(&call, threads, blocks, &all);
+    void *memory = lay_out(call, threads, blocks, &all);
     if (!memory) return FN_NO_MEMORY;
-    split_backward(&call, blocks, threads, threads);
-    fold_parts(&call, threads, all);
+    split_backward(call, blocks, threads, threads);
+    fold_parts(call, threads, all);
     free(memory);
     return FN_OK;
+}
+
+static int backward_with_scratch(const fn_layer_norm_backward_args *args, fn_dtype dtype,
+                                 ptrdiff_t blocks, int threads)
+{
+    void *block = NULL;
+    fn_backward_call call = {.args = args, .dtype = dtype};
+    call.scratch_bytes = scratch_of(&args->shape, args->steps, dtype, 1);
+    if (call.scratch_bytes) {
+        call.scratch = take_scratch(call.scratch_bytes, threads, &block);
+        if (!call.scratch) return FN_NO_MEMORY;
+    }
+    const int status = blocks <= 1 ? backward_of_one_block(&call)
+                                   : backward_of_blocks(&call, blocks, threads);
+    free(block);
+    return status;
 }
 
 int fn_layer_norm_backward(fn_layer_norm_backward_args *args, fn_dtype dtype, int threads)
@@ -432,10 +555,9 @@ int fn_layer_norm_backward(fn_layer_norm_backward_args *args, fn_dtype dtype, in
     const ptrdiff_t blocks = backward_blocks(args->shape.rows);
     args->stream = plan.stream;
     args->fetch = plan.bytes >= FETCH_BYTES && !args->shape.outer_ndim;
-    if (blocks <= 1) return backward_of_one_block(args, dtype);
-    if (plan.threads == 1) return backward_of_blocks(args, dtype, blocks, 1);
+    if (plan.threads == 1 || blocks <= 1) return backward_with_scratch(args, dtype, blocks, 1);
     const int taken = take_threads(plan.threads);
-    const int status = backward_of_blocks(args, dtype, blocks, taken);
+    const int status = backward_with_scratch(args, dtype, blocks, taken);
     give_back_threads(taken);
     return status;
 }

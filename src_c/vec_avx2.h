@@ -1,6 +1,7 @@
 /* vec_avx2.h: the vector vocabulary in AVX2 and FMA. vec_scalar.h says what each word means. */
 #include <immintrin.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "names.h"
 
@@ -252,5 +253,224 @@ INLINE vd8 quarter_hsum8_f64(const quarter_f64 r[8]) { return vd8_hsum8(r); }
 INLINE wide_f64 wide_zero_f64(void) { return vd8_set1(0); }
 INLINE wide_f64 wide_add_f64(wide_f64 a, quarter_f64 q) { return vd8_add(a, q); }
 INLINE double wide_hsum_f64(wide_f64 a) { return vd8_hsum(a); }
+
+/* ---- storage types, masks, int8 (convert.h) --------------------------------------------------- */
+
+#define CONVERT_STEP 16
+
+INLINE void f32_from_f16(float *into, const uint16_t *from)
+{
+    UNROLL for (int k = 0; k < 16; k += 8)
+        _mm256_storeu_ps(into + k, _mm256_cvtph_ps(_mm_loadu_si128((const void *)(from + k))));
+}
+INLINE void f16_from_f32(uint16_t *into, const float *from)
+{
+    UNROLL for (int k = 0; k < 16; k += 8)
+        _mm_storeu_si128((void *)(into + k), _mm256_cvtps_ph(_mm256_loadu_ps(from + k),
+                                                             _MM_FROUND_TO_NEAREST_INT));
+}
+INLINE void f32_from_bf16(float *into, const uint16_t *from)
+{
+    UNROLL for (int k = 0; k < 16; k += 8) {
+        const __m128i h = _mm_loadu_si128((const void *)(from + k));
+        _mm256_storeu_si256((void *)(into + k), _mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+    }
+}
+INLINE __m256i upper_halves(__m256i a, __m256i b)
+{
+    const __m256i pairs = _mm256_packus_epi32(_mm256_srli_epi32(a, 16), _mm256_srli_epi32(b, 16));
+    return _mm256_permute4x64_epi64(pairs, 0xd8);
+}
+INLINE __m256i rounded_to_bf16(__m256i bits)
+{
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    return _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+}
+/* A NaN stays one when its lower half goes, and becomes quiet. */
+INLINE void bf16_from_f32(uint16_t *into, const float *from)
+{
+    const __m256 a = _mm256_loadu_ps(from), b = _mm256_loadu_ps(from + 8);
+    const __m256i ai = _mm256_castps_si256(a), bi = _mm256_castps_si256(b);
+    __m256i rounded = upper_halves(rounded_to_bf16(ai), rounded_to_bf16(bi));
+    if (__builtin_expect(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_UNORD_Q)), 0)) {
+        const __m256i nan = upper_halves(_mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)),
+                                         _mm256_castps_si256(_mm256_cmp_ps(b, b, _CMP_UNORD_Q)));
+        const __m256i quiet = _mm256_or_si256(upper_halves(ai, bi), _mm256_set1_epi16(0x40));
+        rounded = _mm256_blendv_epi8(rounded, quiet, nan);
+    }
+    _mm256_storeu_si256((void *)into, rounded);
+}
+
+/* To nearest, then back to what a cut would have left, with its last bit set. */
+INLINE __m128 rounded_to_odd(__m256d a)
+{
+    const __m128 nearest = _mm256_cvtpd_ps(a);
+    const __m256d sign = _mm256_set1_pd(-0.0), back = _mm256_cvtps_pd(nearest);
+    const __m256d beyond =
+        _mm256_cmp_pd(_mm256_andnot_pd(sign, back), _mm256_andnot_pd(sign, a), _CMP_GT_OQ);
+    const __m256d inexact = _mm256_cmp_pd(back, a, _CMP_NEQ_UQ);
+    const __m256i low_halves = _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6);
+    const __m256i b = _mm256_permutevar8x32_epi32(_mm256_castpd_si256(beyond), low_halves);
+    const __m256i i = _mm256_permutevar8x32_epi32(_mm256_castpd_si256(inexact), low_halves);
+    const __m128i cut = _mm_add_epi32(_mm_castps_si128(nearest), _mm256_castsi256_si128(b));
+    return _mm_castsi128_ps(_mm_or_si128(cut, _mm_srli_epi32(_mm256_castsi256_si128(i), 31)));
+}
+INLINE void vd8_store_f32_odd(float *p, vd8 a)
+{
+    _mm_storeu_ps(p, rounded_to_odd(a.lo));
+    _mm_storeu_ps(p + 4, rounded_to_odd(a.hi));
+}
+
+INLINE __m128i mask_bytes_f32(const unsigned char *mask)
+{
+    return _mm_cmpeq_epi8(_mm_loadl_epi64((const void *)mask), _mm_setzero_si128());
+}
+INLINE __m128i mask_bytes_f64(const unsigned char *mask)
+{
+    int bytes;
+    memcpy(&bytes, mask, 4);
+    return _mm_cmpeq_epi8(_mm_cvtsi32_si128(bytes), _mm_setzero_si128());
+}
+
+/* Where the lanes that a mask keeps come from, three bits each, lane 0's lowest: lane k goes to
+ * where the bits below it in the mask count to. */
+#define PLACE(m, k)                                                                                \
+    ((m) >> (k) & 1 ? (uint32_t)(k) << 3 * __builtin_popcount((m) & ((1 << (k)) - 1)) : 0)
+#define PLACES(m)                                                                                  \
+    (PLACE(m, 0) | PLACE(m, 1) | PLACE(m, 2) | PLACE(m, 3) | PLACE(m, 4) | PLACE(m, 5) |           \
+     PLACE(m, 6) | PLACE(m, 7))
+#define PLACES4(m) PLACES(m), PLACES((m) + 1), PLACES((m) + 2), PLACES((m) + 3)
+#define PLACES16(m) PLACES4(m), PLACES4((m) + 4), PLACES4((m) + 8), PLACES4((m) + 12)
+#define PLACES64(m) PLACES16(m), PLACES16((m) + 16), PLACES16((m) + 32), PLACES16((m) + 48)
+static const uint32_t places_f32[256] = {PLACES64(0), PLACES64(64), PLACES64(128), PLACES64(192)};
+
+INLINE __m256i places_of(uint32_t places)
+{
+    return _mm256_srlv_epi32(_mm256_set1_epi32((int)places),
+                             _mm256_setr_epi32(0, 3, 6, 9, 12, 15, 18, 21));
+}
+INLINE ptrdiff_t v_compress_f32(float *into, vec_f32 v, const unsigned char *mask)
+{
+    const unsigned kept = ~(unsigned)_mm_movemask_epi8(mask_bytes_f32(mask)) & 0xff;
+    _mm256_storeu_ps(into, _mm256_permutevar8x32_ps(v, places_of(places_f32[kept])));
+    return __builtin_popcount(kept);
+}
+/* A lane of double is two of float. */
+INLINE ptrdiff_t v_compress_f64(double *into, vec_f64 v, const unsigned char *mask)
+{
+    const __m128i out = mask_bytes_f64(mask);
+    const unsigned kept = ~(unsigned)_mm_movemask_epi8(_mm_unpacklo_epi8(out, out)) & 0xff;
+    const __m256i places = places_of(places_f32[kept]);
+    _mm256_storeu_ps((float *)into, _mm256_permutevar8x32_ps(_mm256_castpd_ps(v), places));
+    return __builtin_popcount(kept) / 2;
+}
+INLINE vec_f32 v_keep_f32(vec_f32 v, const unsigned char *mask)
+{
+    const __m256i out = _mm256_cvtepi8_epi32(mask_bytes_f32(mask));
+    return _mm256_andnot_ps(_mm256_castsi256_ps(out), v);
+}
+INLINE vec_f64 v_keep_f64(vec_f64 v, const unsigned char *mask)
+{
+    const __m256i out = _mm256_cvtepi8_epi64(mask_bytes_f64(mask));
+    return _mm256_andnot_pd(_mm256_castsi256_pd(out), v);
+}
+
+/* As integers NaN is larger than infinity. */
+INLINE vec_f32 v_larger_f32(vec_f32 a, vec_f32 v)
+{
+    const __m256i size = _mm256_castps_si256(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), v));
+    return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a), size));
+}
+INLINE float v_largest_f32(vec_f32 a)
+{
+    a = v_larger_f32(a, _mm256_permute2f128_ps(a, a, 1));
+    a = v_larger_f32(a, _mm256_permute_ps(a, 0x4e));
+    return _mm256_cvtss_f32(v_larger_f32(a, _mm256_permute_ps(a, 0xb1)));
+}
+INLINE vec_f64 v_larger_f64(vec_f64 a, vec_f64 v)
+{
+    const __m256d size = _mm256_andnot_pd(_mm256_set1_pd(-0.0), v);
+    const __m256i larger = _mm256_cmpgt_epi64(_mm256_castpd_si256(size), _mm256_castpd_si256(a));
+    return _mm256_blendv_pd(a, size, _mm256_castsi256_pd(larger));
+}
+INLINE double v_largest_f64(vec_f64 a)
+{
+    a = v_larger_f64(a, _mm256_permute2f128_pd(a, a, 1));
+    return _mm256_cvtsd_f64(v_larger_f64(a, _mm256_permute_pd(a, 5)));
+}
+
+INLINE vec_f32 v_div_f32(vec_f32 a, vec_f32 b) { return _mm256_div_ps(a, b); }
+INLINE vec_f64 v_div_f64(vec_f64 a, vec_f64 b) { return _mm256_div_pd(a, b); }
+INLINE vec_f32 v_clip127_f32(vec_f32 a)
+{
+    const __m256 clipped = _mm256_max_ps(_mm256_set1_ps(-127), a);
+    const __m256 number = _mm256_cmp_ps(a, a, _CMP_ORD_Q);
+    return _mm256_and_ps(number, _mm256_min_ps(_mm256_set1_ps(127), clipped));
+}
+INLINE vec_f64 v_clip127_f64(vec_f64 a)
+{
+    const __m256d clipped = _mm256_max_pd(_mm256_set1_pd(-127), a);
+    const __m256d number = _mm256_cmp_pd(a, a, _CMP_ORD_Q);
+    return _mm256_and_pd(number, _mm256_min_pd(_mm256_set1_pd(127), clipped));
+}
+
+typedef __m256i ints_f32;
+typedef __m128i ints_f64;
+INLINE ints_f32 v_nearest_f32(vec_f32 a) { return _mm256_cvtps_epi32(a); }
+INLINE ints_f64 v_nearest_f64(vec_f64 a) { return _mm256_cvtpd_epi32(a); }
+INLINE __m256i bytes_of_f32(const ints_f32 a[4])
+{
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m256i low = _mm256_packs_epi32(a[0], a[1]), high = _mm256_packs_epi32(a[2], a[3]);
+    return _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
+}
+INLINE __m128i bytes_of_f64(const ints_f64 a[4])
+{
+    return _mm_packs_epi16(_mm_packs_epi32(a[0], a[1]), _mm_packs_epi32(a[2], a[3]));
+}
+/* NaN and what no integer holds have become -128. */
+INLINE int v_store_i8_f32(signed char *into, const ints_f32 a[4], const ints_f32 b[4])
+{
+    const __m256i bytes = bytes_of_f32(a);
+    _mm256_storeu_si256((void *)into, bytes);
+    const __m256i agree = _mm256_cmpeq_epi8(bytes, bytes_of_f32(b));
+    const __m256i lost = _mm256_cmpeq_epi8(bytes, _mm256_set1_epi8(-128));
+    return _mm256_movemask_epi8(_mm256_andnot_si256(lost, agree)) != -1;
+}
+INLINE int v_store_i8_f64(signed char *into, const ints_f64 a[4], const ints_f64 b[4])
+{
+    const __m128i bytes = bytes_of_f64(a);
+    _mm_storeu_si128((void *)into, bytes);
+    const __m128i agree = _mm_cmpeq_epi8(bytes, bytes_of_f64(b));
+    const __m128i lost = _mm_cmpeq_epi8(bytes, _mm_set1_epi8(-128));
+    return _mm_movemask_epi8(_mm_andnot_si128(lost, agree)) != 0xffff;
+}
+
+/* ---- activations (activation.h) -------------------------------------------------------------- */
+
+#define UNROLL_LONG _Pragma("GCC unroll 16")
+
+INLINE vec_f32 v_fnma_f32(vec_f32 a, vec_f32 b, vec_f32 c)
+{
+    return _mm256_fnmadd_ps(a, b, c);
+}
+INLINE vec_f32 v_max_f32(vec_f32 a, vec_f32 b) { return _mm256_max_ps(a, b); }
+INLINE vec_f32 v_min_f32(vec_f32 a, vec_f32 b) { return _mm256_min_ps(a, b); }
+INLINE vec_f32 v_abs_f32(vec_f32 a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+INLINE vec_f32 v_power_of_2_f32(vec_f32 a)
+{
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a), 23));
+}
+INLINE vec_f64 v_fnma_f64(vec_f64 a, vec_f64 b, vec_f64 c)
+{
+    return _mm256_fnmadd_pd(a, b, c);
+}
+INLINE vec_f64 v_max_f64(vec_f64 a, vec_f64 b) { return _mm256_max_pd(a, b); }
+INLINE vec_f64 v_min_f64(vec_f64 a, vec_f64 b) { return _mm256_min_pd(a, b); }
+INLINE vec_f64 v_abs_f64(vec_f64 a) { return _mm256_andnot_pd(_mm256_set1_pd(-0.0), a); }
+INLINE vec_f64 v_power_of_2_f64(vec_f64 a)
+{
+    return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(a), 52));
+}
 
 INLINE void v_fence(void) { _mm_sfence(); }

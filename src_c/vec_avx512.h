@@ -1,6 +1,7 @@
 /* vec_avx512.h: the vector vocabulary in AVX-512 F, DQ, BW and VL. vec_scalar.h says what each
  * word means. */
 #include <immintrin.h>
+#include <stdint.h>
 
 #include "names.h"
 
@@ -208,5 +209,188 @@ INLINE vd8 quarter_hsum8_f64(const quarter_f64 r[8]) { return vd8_hsum8(r); }
 INLINE wide_f64 wide_zero_f64(void) { return vd8_set1(0); }
 INLINE wide_f64 wide_add_f64(wide_f64 a, quarter_f64 q) { return vd8_add(a, q); }
 INLINE double wide_hsum_f64(wide_f64 a) { return vd8_hsum(a); }
+
+/* ---- storage types, masks, int8 (convert.h) --------------------------------------------------- */
+
+#define CONVERT_STEP 32
+
+INLINE void f32_from_f16(float *into, const uint16_t *from)
+{
+    UNROLL for (int k = 0; k < 32; k += 16)
+        _mm512_storeu_ps(into + k, _mm512_cvtph_ps(_mm256_loadu_si256((const void *)(from + k))));
+}
+INLINE void f16_from_f32(uint16_t *into, const float *from)
+{
+    UNROLL for (int k = 0; k < 32; k += 16)
+        _mm256_storeu_si256((void *)(into + k), _mm512_cvtps_ph(_mm512_loadu_ps(from + k),
+                                                                _MM_FROUND_TO_NEAREST_INT));
+}
+INLINE void f32_from_bf16(float *into, const uint16_t *from)
+{
+    UNROLL for (int k = 0; k < 32; k += 16) {
+        const __m256i h = _mm256_loadu_si256((const void *)(from + k));
+        _mm512_storeu_si512(into + k, _mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+    }
+}
+/* The upper halves, and one more where the lower is above the middle, or is the middle while the
+ * upper is odd. A NaN stays one when its lower half goes, and becomes quiet. */
+INLINE void bf16_from_f32(uint16_t *into, const float *from)
+{
+    const __m512 a = _mm512_loadu_ps(from), b = _mm512_loadu_ps(from + 16);
+    const __m512i ai = _mm512_castps_si512(a), bi = _mm512_castps_si512(b);
+    const __m512i ones = _mm512_set1_epi16(1);
+    const __m512i odd_places = _mm512_setr_epi32(
+        0x030001, 0x070005, 0x0b0009, 0x0f000d, 0x130011, 0x170015, 0x1b0019, 0x1f001d, 0x230021,
+        0x270025, 0x2b0029, 0x2f002d, 0x330031, 0x370035, 0x3b0039, 0x3f003d);
+    const __m512i even_places = _mm512_sub_epi16(odd_places, ones);
+    const __m512i high = _mm512_permutex2var_epi16(ai, odd_places, bi);
+    const __m512i low = _mm512_permutex2var_epi16(ai, even_places, bi);
+    const __m512i above = _mm512_adds_epu16(low, _mm512_and_si512(high, ones));
+    const __mmask32 up = _mm512_cmpgt_epu16_mask(above, _mm512_set1_epi16((short)0x8000));
+    __m512i rounded = _mm512_mask_add_epi16(high, up, high, ones);
+    if (__builtin_expect(_mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q), 0)) {
+        const __mmask32 nan = _mm512_kunpackw(_mm512_cmp_ps_mask(b, b, _CMP_UNORD_Q),
+                                              _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q));
+        const __m512i quiet = _mm512_or_si512(high, _mm512_set1_epi16(0x40));
+        rounded = _mm512_mask_mov_epi16(rounded, nan, quiet);
+    }
+    _mm512_storeu_si512(into, rounded);
+}
+INLINE void vd8_store_f32_odd(float *p, vd8 a)
+{
+    const __m256 cut = _mm512_cvt_roundpd_ps(a, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+    const __mmask8 inexact = _mm512_cmp_pd_mask(_mm512_cvtps_pd(cut), a, _CMP_NEQ_UQ);
+    const __m256i bits = _mm256_castps_si256(cut);
+    _mm256_storeu_si256((void *)p,
+                        _mm256_mask_or_epi32(bits, inexact, bits, _mm256_set1_epi32(1)));
+}
+
+INLINE __mmask16 mask_f32(const unsigned char *mask)
+{
+    const __m128i bytes = _mm_loadu_si128((const void *)mask);
+    return _mm_test_epi8_mask(bytes, bytes);
+}
+INLINE __mmask8 mask_f64(const unsigned char *mask)
+{
+    const __m128i bytes = _mm_loadl_epi64((const void *)mask);
+    return (__mmask8)_mm_test_epi8_mask(bytes, bytes);
+}
+/* In a register first: straight to memory is many times as slow on some CPUs. */
+INLINE ptrdiff_t v_compress_f32(float *into, vec_f32 v, const unsigned char *mask)
+{
+    const __mmask16 kept = mask_f32(mask);
+    _mm512_storeu_ps(into, _mm512_maskz_compress_ps(kept, v));
+    return __builtin_popcount(kept);
+}
+INLINE ptrdiff_t v_compress_f64(double *into, vec_f64 v, const unsigned char *mask)
+{
+    const __mmask8 kept = mask_f64(mask);
+    _mm512_storeu_pd(into, _mm512_maskz_compress_pd(kept, v));
+    return __builtin_popcount(kept);
+}
+INLINE vec_f32 v_keep_f32(vec_f32 v, const unsigned char *mask)
+{
+    return _mm512_maskz_mov_ps(mask_f32(mask), v);
+}
+INLINE vec_f64 v_keep_f64(vec_f64 v, const unsigned char *mask)
+{
+    return _mm512_maskz_mov_pd(mask_f64(mask), v);
+}
+
+/* As integers NaN is larger than infinity. */
+INLINE vec_f32 v_larger_f32(vec_f32 a, vec_f32 v)
+{
+    const __m512i size = _mm512_castps_si512(_mm512_abs_ps(v));
+    return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), size));
+}
+INLINE float v_largest_f32(vec_f32 a)
+{
+    const int bits = _mm512_reduce_max_epi32(_mm512_castps_si512(a));
+    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(bits)));
+}
+INLINE vec_f64 v_larger_f64(vec_f64 a, vec_f64 v)
+{
+    const __m512i size = _mm512_castpd_si512(_mm512_abs_pd(v));
+    return _mm512_castsi512_pd(_mm512_max_epi64(_mm512_castpd_si512(a), size));
+}
+INLINE double v_largest_f64(vec_f64 a)
+{
+    const long long bits = _mm512_reduce_max_epi64(_mm512_castpd_si512(a));
+    return _mm_cvtsd_f64(_mm_castsi128_pd(_mm_cvtsi64_si128(bits)));
+}
+
+INLINE vec_f32 v_div_f32(vec_f32 a, vec_f32 b) { return _mm512_div_ps(a, b); }
+INLINE vec_f64 v_div_f64(vec_f64 a, vec_f64 b) { return _mm512_div_pd(a, b); }
+INLINE vec_f32 v_clip127_f32(vec_f32 a)
+{
+    const __m512 clipped = _mm512_max_ps(_mm512_set1_ps(-127), a);
+    const __mmask16 number = _mm512_cmp_ps_mask(a, a, _CMP_ORD_Q);
+    return _mm512_maskz_min_ps(number, _mm512_set1_ps(127), clipped);
+}
+INLINE vec_f64 v_clip127_f64(vec_f64 a)
+{
+    const __m512d clipped = _mm512_max_pd(_mm512_set1_pd(-127), a);
+    const __mmask8 number = _mm512_cmp_pd_mask(a, a, _CMP_ORD_Q);
+    return _mm512_maskz_min_pd(number, _mm512_set1_pd(127), clipped);
+}
+
+typedef __m512i ints_f32;
+typedef __m256i ints_f64;
+INLINE ints_f32 v_nearest_f32(vec_f32 a) { return _mm512_cvtps_epi32(a); }
+INLINE ints_f64 v_nearest_f64(vec_f64 a) { return _mm512_cvtpd_epi32(a); }
+INLINE __m512i bytes_of_f32(const ints_f32 a[4])
+{
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i low = _mm512_packs_epi32(a[0], a[1]), high = _mm512_packs_epi32(a[2], a[3]);
+    return _mm512_permutexvar_epi32(order, _mm512_packs_epi16(low, high));
+}
+INLINE __m256i bytes_of_f64(const ints_f64 a[4])
+{
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m256i low = _mm256_packs_epi32(a[0], a[1]), high = _mm256_packs_epi32(a[2], a[3]);
+    return _mm256_permutexvar_epi32(order, _mm256_packs_epi16(low, high));
+}
+/* NaN and what no integer holds have become -128. */
+INLINE int v_store_i8_f32(signed char *into, const ints_f32 a[4], const ints_f32 b[4])
+{
+    const __m512i bytes = bytes_of_f32(a);
+    _mm512_storeu_si512(into, bytes);
+    return (_mm512_cmpneq_epi8_mask(bytes, bytes_of_f32(b)) |
+            _mm512_cmpeq_epi8_mask(bytes, _mm512_set1_epi8(-128))) != 0;
+}
+INLINE int v_store_i8_f64(signed char *into, const ints_f64 a[4], const ints_f64 b[4])
+{
+    const __m256i bytes = bytes_of_f64(a);
+    _mm256_storeu_si256((void *)into, bytes);
+    return (_mm256_cmpneq_epi8_mask(bytes, bytes_of_f64(b)) |
+            _mm256_cmpeq_epi8_mask(bytes, _mm256_set1_epi8(-128))) != 0;
+}
+
+/* ---- activations (activation.h) -------------------------------------------------------------- */
+
+#define UNROLL_LONG _Pragma("GCC unroll 16")
+
+INLINE vec_f32 v_fnma_f32(vec_f32 a, vec_f32 b, vec_f32 c)
+{
+    return _mm512_fnmadd_ps(a, b, c);
+}
+INLINE vec_f32 v_max_f32(vec_f32 a, vec_f32 b) { return _mm512_max_ps(a, b); }
+INLINE vec_f32 v_min_f32(vec_f32 a, vec_f32 b) { return _mm512_min_ps(a, b); }
+INLINE vec_f32 v_abs_f32(vec_f32 a) { return _mm512_abs_ps(a); }
+INLINE vec_f32 v_power_of_2_f32(vec_f32 a)
+{
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a), 23));
+}
+INLINE vec_f64 v_fnma_f64(vec_f64 a, vec_f64 b, vec_f64 c)
+{
+    return _mm512_fnmadd_pd(a, b, c);
+}
+INLINE vec_f64 v_max_f64(vec_f64 a, vec_f64 b) { return _mm512_max_pd(a, b); }
+INLINE vec_f64 v_min_f64(vec_f64 a, vec_f64 b) { return _mm512_min_pd(a, b); }
+INLINE vec_f64 v_abs_f64(vec_f64 a) { return _mm512_abs_pd(a); }
+INLINE vec_f64 v_power_of_2_f64(vec_f64 a)
+{
+    return _mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(a), 52));
+}
 
 INLINE void v_fence(void) { _mm_sfence(); }

@@ -1,6 +1,7 @@
 /* vec_neon.h: the vector vocabulary in AArch64 Advanced SIMD. vec_scalar.h says what each word
  * means. */
 #include <arm_neon.h>
+#include <string.h>
 
 #include "names.h"
 
@@ -188,5 +189,165 @@ INLINE vd8 quarter_hsum8_f64(const quarter_f64 r[8]) { return vd8_hsum8(r); }
 INLINE wide_f64 wide_zero_f64(void) { return vd8_set1(0); }
 INLINE wide_f64 wide_add_f64(wide_f64 a, quarter_f64 q) { return vd8_add(a, q); }
 INLINE double wide_hsum_f64(wide_f64 a) { return vd8_hsum(a); }
+
+/* ---- storage types, masks, int8 (convert.h) --------------------------------------------------- */
+
+#define CONVERT_STEP 8
+
+INLINE uint16x4_t load_u16(const uint16_t *p)
+{
+    return vreinterpret_u16_u8(vld1_u8((const uint8_t *)p));
+}
+INLINE void store_u16(uint16_t *p, uint16x4_t a)
+{
+    vst1_u8((uint8_t *)p, vreinterpret_u8_u16(a));
+}
+INLINE void f32_from_f16(float *into, const uint16_t *from)
+{
+    UNROLL for (int k = 0; k < 8; k += 4)
+        vst1q_f32(into + k, vcvt_f32_f16(vreinterpret_f16_u16(load_u16(from + k))));
+}
+INLINE void f16_from_f32(uint16_t *into, const float *from)
+{
+    UNROLL for (int k = 0; k < 8; k += 4)
+        store_u16(into + k, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(from + k))));
+}
+INLINE void f32_from_bf16(float *into, const uint16_t *from)
+{
+    UNROLL for (int k = 0; k < 8; k += 4)
+        vst1q_f32(into + k, vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(load_u16(from + k)), 16)));
+}
+INLINE void bf16_from_f32(uint16_t *into, const float *from)
+{
+    UNROLL for (int k = 0; k < 8; k += 4) {
+        const float32x4_t v = vld1q_f32(from + k);
+        const uint32x4_t bits = vreinterpretq_u32_f32(v);
+        const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+        const uint16x4_t rounded = vaddhn_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+        const uint16x4_t quiet = vorr_u16(vshrn_n_u32(bits, 16), vdup_n_u16(0x40));
+        store_u16(into + k, vbsl_u16(vmovn_u32(vceqq_f32(v, v)), rounded, quiet));
+    }
+}
+INLINE void vd8_store_f32_odd(float *p, vd8 a)
+{
+    UNROLL for (int j = 0; j < 4; j++) vst1_f32(p + 2 * j, vcvtx_f32_f64(a.q[j]));
+}
+
+INLINE ptrdiff_t v_compress_f32(float *into, vec_f32 v, const unsigned char *mask)
+{
+    float lanes[4];
+    ptrdiff_t count = 0;
+    vst1q_f32(lanes, v);
+    UNROLL for (int j = 0; j < 4; j++) {
+        into[count] = lanes[j];
+        count += mask[j] != 0;
+    }
+    return count;
+}
+INLINE ptrdiff_t v_compress_f64(double *into, vec_f64 v, const unsigned char *mask)
+{
+    const ptrdiff_t first = mask[0] != 0;
+    into[0] = vgetq_lane_f64(v, 0);
+    into[first] = vgetq_lane_f64(v, 1);
+    return first + (mask[1] != 0);
+}
+INLINE vec_f32 v_keep_f32(vec_f32 v, const unsigned char *mask)
+{
+    uint32_t bytes;
+    memcpy(&bytes, mask, 4);
+    const uint16x8_t halves = vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(bytes)));
+    const uint32x4_t lanes = vmovl_u16(vget_low_u16(halves));
+    return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(v), vtstq_u32(lanes, lanes)));
+}
+INLINE vec_f64 v_keep_f64(vec_f64 v, const unsigned char *mask)
+{
+    const uint64x2_t lanes = vsetq_lane_u64(mask[1], vdupq_n_u64(mask[0]), 1);
+    return vreinterpretq_f64_u64(vandq_u64(vreinterpretq_u64_f64(v), vtstq_u64(lanes, lanes)));
+}
+
+/* As integers NaN is larger than infinity. */
+INLINE vec_f32 v_larger_f32(vec_f32 a, vec_f32 v)
+{
+    const uint32x4_t size = vreinterpretq_u32_f32(vabsq_f32(v));
+    return vreinterpretq_f32_u32(vmaxq_u32(vreinterpretq_u32_f32(a), size));
+}
+INLINE float v_largest_f32(vec_f32 a)
+{
+    const uint32_t bits = vmaxvq_u32(vreinterpretq_u32_f32(a));
+    return vget_lane_f32(vreinterpret_f32_u32(vdup_n_u32(bits)), 0);
+}
+INLINE vec_f64 v_larger_f64(vec_f64 a, vec_f64 v)
+{
+    const float64x2_t size = vabsq_f64(v);
+    return vbslq_f64(vcgtq_u64(vreinterpretq_u64_f64(size), vreinterpretq_u64_f64(a)), size, a);
+}
+INLINE double v_largest_f64(vec_f64 a)
+{
+    return vgetq_lane_f64(v_larger_f64(a, vextq_f64(a, a, 1)), 0);
+}
+
+INLINE vec_f32 v_div_f32(vec_f32 a, vec_f32 b) { return vdivq_f32(a, b); }
+INLINE vec_f64 v_div_f64(vec_f64 a, vec_f64 b) { return vdivq_f64(a, b); }
+INLINE vec_f32 v_clip127_f32(vec_f32 a)
+{
+    const float32x4_t clipped = vminq_f32(vmaxq_f32(a, vdupq_n_f32(-127)), vdupq_n_f32(127));
+    return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(clipped), vceqq_f32(a, a)));
+}
+INLINE vec_f64 v_clip127_f64(vec_f64 a)
+{
+    const float64x2_t clipped = vminq_f64(vmaxq_f64(a, vdupq_n_f64(-127)), vdupq_n_f64(127));
+    return vreinterpretq_f64_u64(vandq_u64(vreinterpretq_u64_f64(clipped), vceqq_f64(a, a)));
+}
+
+typedef int32x4_t ints_f32;
+typedef int32x2_t ints_f64;
+INLINE ints_f32 v_nearest_f32(vec_f32 a) { return vcvtnq_s32_f32(a); }
+INLINE ints_f64 v_nearest_f64(vec_f64 a) { return vqmovn_s64(vcvtnq_s64_f64(a)); }
+INLINE int8x16_t bytes_of_f32(const ints_f32 a[4])
+{
+    const int16x8_t low = vcombine_s16(vqmovn_s32(a[0]), vqmovn_s32(a[1]));
+    const int16x8_t high = vcombine_s16(vqmovn_s32(a[2]), vqmovn_s32(a[3]));
+    return vmaxq_s8(vcombine_s8(vqmovn_s16(low), vqmovn_s16(high)), vdupq_n_s8(-127));
+}
+INLINE int8x8_t bytes_of_f64(const ints_f64 a[4])
+{
+    const int16x4_t low = vqmovn_s32(vcombine_s32(a[0], a[1]));
+    const int16x4_t high = vqmovn_s32(vcombine_s32(a[2], a[3]));
+    return vmax_s8(vqmovn_s16(vcombine_s16(low, high)), vdup_n_s8(-127));
+}
+/* What no integer holds has become the nearest that there is, and NaN 0: nothing is lost. */
+INLINE int v_store_i8_f32(signed char *into, const ints_f32 a[4], const ints_f32 b[4])
+{
+    const int8x16_t bytes = bytes_of_f32(a);
+    vst1q_s8(into, bytes);
+    return vminvq_u8(vceqq_s8(bytes, bytes_of_f32(b))) == 0;
+}
+INLINE int v_store_i8_f64(signed char *into, const ints_f64 a[4], const ints_f64 b[4])
+{
+    const int8x8_t bytes = bytes_of_f64(a);
+    vst1_s8(into, bytes);
+    return vminv_u8(vceq_s8(bytes, bytes_of_f64(b))) == 0;
+}
+
+/* ---- activations (activation.h) -------------------------------------------------------------- */
+
+#define UNROLL_LONG _Pragma("GCC unroll 16")
+
+INLINE vec_f32 v_fnma_f32(vec_f32 a, vec_f32 b, vec_f32 c) { return vfmsq_f32(c, a, b); }
+INLINE vec_f32 v_max_f32(vec_f32 a, vec_f32 b) { return vmaxq_f32(a, b); }
+INLINE vec_f32 v_min_f32(vec_f32 a, vec_f32 b) { return vminq_f32(a, b); }
+INLINE vec_f32 v_abs_f32(vec_f32 a) { return vabsq_f32(a); }
+INLINE vec_f32 v_power_of_2_f32(vec_f32 a)
+{
+    return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(a), 23));
+}
+INLINE vec_f64 v_fnma_f64(vec_f64 a, vec_f64 b, vec_f64 c) { return vfmsq_f64(c, a, b); }
+INLINE vec_f64 v_max_f64(vec_f64 a, vec_f64 b) { return vmaxq_f64(a, b); }
+INLINE vec_f64 v_min_f64(vec_f64 a, vec_f64 b) { return vminq_f64(a, b); }
+INLINE vec_f64 v_abs_f64(vec_f64 a) { return vabsq_f64(a); }
+INLINE vec_f64 v_power_of_2_f64(vec_f64 a)
+{
+    return vreinterpretq_f64_u64(vshlq_n_u64(vreinterpretq_u64_f64(a), 52));
+}
 
 INLINE void v_fence(void) {}

@@ -33,7 +33,7 @@ def rng():
     return np.random.default_rng(20240229)
 
 
-@pytest.fixture(params=_core.DTYPES)
+@pytest.fixture(params=_core.COMPUTE_DTYPES)
 def dtype(request):
     """Every x type, in turn."""
     return np.dtype(request.param)

@@ -109,11 +109,12 @@ def test_an_instruction_set_that_the_cpu_lacks_is_refused(checksums):
 
 # ---- which CPU can run what ----------------------------------------------------------------------
 
-FMA, OSXSAVE, AVX = 1 << 12, 1 << 27, 1 << 28
+FMA, OSXSAVE, AVX, F16C = 1 << 12, 1 << 27, 1 << 28, 1 << 29
 AVX2, BMI2, F, DQ, BW, VL = 1 << 5, 1 << 8, 1 << 16, 1 << 17, 1 << 30, 1 << 31
 SSE_STATE, AVX_STATE, ZMM_STATE = 0x2, 0x4, 0xE0
-HASWELL = (FMA | OSXSAVE | AVX, AVX2 | BMI2, SSE_STATE | AVX_STATE)
-SKYLAKE = (FMA | OSXSAVE | AVX, AVX2 | BMI2 | F | DQ | BW | VL, SSE_STATE | AVX_STATE | ZMM_STATE)
+HASWELL = (FMA | OSXSAVE | AVX | F16C, AVX2 | BMI2, SSE_STATE | AVX_STATE)
+LEAF7_OF_SKYLAKE = AVX2 | BMI2 | F | DQ | BW | VL
+SKYLAKE = (FMA | OSXSAVE | AVX | F16C, LEAF7_OF_SKYLAKE, SSE_STATE | AVX_STATE | ZMM_STATE)
 
 
 def but(cpu, register, bits):
@@ -132,6 +133,7 @@ CPUS = {
     "the system does not use XSAVE": (but(SKYLAKE, 0, OSXSAVE), []),
     "no AVX": (but(SKYLAKE, 0, AVX), []),
     "no FMA": (but(SKYLAKE, 0, FMA), []),
+    "no F16C": (but(SKYLAKE, 0, F16C), []),
     "no AVX2": (but(SKYLAKE, 1, AVX2), []),
     "no AVX-512 F": (but(SKYLAKE, 1, F), ["avx2"]),
     "no AVX-512 DQ": (but(SKYLAKE, 1, DQ), ["avx2"]),

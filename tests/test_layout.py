@@ -17,7 +17,7 @@ from fastnorm import _core, accuracy
 from .helpers.arrays import assert_same_bits, guarded, placed
 
 GUARD_PAGES = Path(__file__).parent / "helpers" / "guard_pages.py"
-TYPES = st.sampled_from([np.dtype(name) for name in _core.DTYPES])
+TYPES = st.sampled_from([np.dtype(name) for name in _core.COMPUTE_DTYPES])
 examples = hypothesis.settings(deadline=None, max_examples=500)
 
 

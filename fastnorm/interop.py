@@ -1,0 +1,337 @@
+"""Inputs that are not ndarrays: torch tensors, DLPack, Arrow.
+
+They are read and written where they lie: what is no view of host memory is refused, with the call
+that would make it one. None of these libraries is imported before a caller hands over its objects.
+Buffers (memoryview, array.array) need nothing from here: NumPy takes them as they are.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import operator
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+#: bfloat16 where ml_dtypes is not installed: two bytes that NumPy will not take for integers.
+BITS = np.dtype([("bfloat16", np.uint16)])
+
+#: Arguments that are written to; the caller gets the very object back.
+OUTPUTS = ("out", "sum_out")
+
+#: Arguments that may be sequences of arrays. Long lists elsewhere are not worth a look.
+SEQUENCES = ("weights", "biases", "out")
+
+# What most arguments are, which settles it.
+_NATIVE = (np.ndarray, np.generic, int, float, complex, str, bytes, bytearray, memoryview)
+
+
+@functools.cache
+def bfloat16() -> np.dtype | None:
+    """ml_dtypes.bfloat16, or None where ml_dtypes is not installed."""
+    try:
+        return np.dtype(importlib.import_module("ml_dtypes").bfloat16)
+    except ImportError:
+        return None
+
+
+def bfloat16_or_bits() -> np.dtype:
+    """What bfloat16 arrays are of here."""
+    known = bfloat16()
+    return BITS if known is None else known
+
+
+def is_foreign(value: Any) -> bool:
+    """Whether `value` is an array that to_ndarray has to convert."""
+    if value is None or isinstance(value, (*_NATIVE, list, tuple)):
+        return False
+    return _is_tensor(value) or _is_arrow(value) or hasattr(type(value), "__dlpack__")
+
+
+def to_ndarray(name: str, value: Any) -> np.ndarray:
+    """The memory of `value` as an ndarray; nothing is copied.
+
+    bfloat16 has ml_dtypes' type, or BITS without ml_dtypes. The result is read-only where the
+    owner of the memory says so.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `value` is no view of host memory, or requires grad, or has nulls. `name` says which
+        argument it was.
+    """
+    if _is_tensor(value):
+        return _from_tensor(name, value)
+    if _is_arrow(value):
+        return _from_arrow(name, value)
+    if is_foreign(value):
+        return _from_dlpack(name, value)
+    return np.asarray(value)
+
+
+def wants_torch(*values: Any) -> bool:
+    """Whether results go back as tensors: one of `values`, the main inputs, is a tensor."""
+    return any(map(_is_tensor, values))
+
+
+def from_ndarray(result: Any) -> Any:
+    """`result`, an ndarray or a tuple or list with ndarrays in it, with tensors on their memory."""
+    if isinstance(result, (tuple, list)):
+        return type(result)(map(from_ndarray, result))
+    if not isinstance(result, np.ndarray):
+        return result
+    torch = sys.modules["torch"]
+    if is_bfloat16(result.dtype):
+        return torch.from_numpy(result.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(result)
+
+
+def is_bfloat16(dtype: np.dtype) -> bool:
+    """Whether `dtype` is bfloat16, by ml_dtypes or as BITS."""
+    # The name first: asking ml_dtypes imports it.
+    return dtype == BITS or (dtype.name == "bfloat16" and dtype == bfloat16())
+
+
+def convert(name: str, value: Any) -> Any:
+    """What an op takes in the place of `value`: the same object where there is nothing to do.
+
+    Arrays become ndarrays, also in a list or tuple of SEQUENCES; torch.float32 becomes "float32".
+    """
+    if value is None or isinstance(value, _NATIVE):
+        return value
+    if isinstance(value, (list, tuple)):
+        if name not in SEQUENCES or not any(map(is_foreign, value)):
+            return value
+        return [convert(f"{name}[{i}]", item) for i, item in enumerate(value)]
+    if _is_a(value, "torch", "dtype"):
+        return str(value).removeprefix("torch.")
+    return to_ndarray(name, value) if is_foreign(value) else value
+
+
+def asks_for_bits(x: Any, dtype: Any) -> bool:
+    """Whether x is bfloat16 as uint16: where ``dtype="bfloat16"`` is said by name."""
+    return isinstance(dtype, str) and dtype == "bfloat16" and getattr(x, "dtype", None) == np.uint16
+
+
+def run(call: Callable[..., Any], names: Sequence[str], *args: Any, main: str = "x") -> Any:
+    """``call(*args)``, where arguments need not be ndarrays.
+
+    `names` are the arguments' names, for errors, and to find the `main` input and OUTPUTS.
+    Results are tensors where x is one; an output that was given comes back as the object it was.
+    `call` must return the very array that it was given to write to.
+    """
+    converted = list(map(convert, names, args))
+    if all(map(operator.is_, converted, args)):
+        return call(*args)
+    result = call(*converted)
+    outputs: list[tuple[Any, Any]] = []
+    for name, array, given in zip(names, converted, args, strict=True):
+        if name in OUTPUTS:
+            outputs += _pairs(array, given)
+    return _returned(result, outputs, wants_torch(args[names.index(main)]))
+
+
+def _pairs(converted: Any, given: Any) -> list[tuple[Any, Any]]:
+    """Each array of an output, and what the caller gave for it."""
+    if isinstance(converted, (list, tuple)):
+        return list(zip(converted, given, strict=True))
+    return [(converted, given)]
+
+
+def _returned(result: Any, outputs: list[tuple[Any, Any]], as_tensors: bool) -> Any:
+    if isinstance(result, (tuple, list)):
+        return type(result)(_returned(item, outputs, as_tensors) for item in result)
+    for array, given in outputs:
+        if result is array and array is not None:
+            _note_written(given)
+            return given
+    if as_tensors:
+        return from_ndarray(result)
+    if isinstance(result, np.ndarray) and result.dtype == BITS:
+        return result.view(np.uint16)
+    return result
+
+
+def _is_a(value: Any, module: str, name: str) -> bool:
+    """isinstance without an import: whoever has such an object has imported the module."""
+    kind = getattr(sys.modules.get(module), name, None)
+    return kind is not None and isinstance(value, kind)
+
+
+# ---- torch ---------------------------------------------------------------------------------------
+
+
+def _is_tensor(value: Any) -> bool:
+    return _is_a(value, "torch", "Tensor")
+
+
+def _from_tensor(name: str, tensor: Any) -> np.ndarray:
+    torch = sys.modules["torch"]
+    if tensor.device.type != "cpu":
+        raise TypeError(f"{name}: got a tensor on device {tensor.device}, wanted one on the CPU")
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
+        kind = "nested" if tensor.is_nested else tensor.dtype
+        kind = kind if tensor.layout == torch.strided else tensor.layout
+        raise TypeError(f"{name}: got a tensor that is {kind}, wanted a dense one")
+    if tensor.requires_grad:
+        raise TypeError(
+            f"{name}: got a tensor that requires grad, wanted {name}.detach(): "
+            "no gradient would flow through this call"
+        )
+    if tensor.is_neg() or tensor.is_conj():
+        how = "resolve_neg" if tensor.is_neg() else "resolve_conj"
+        raise TypeError(f"{name}: got a tensor that is a lazy view, wanted {name}.{how}()")
+    try:
+        if tensor.dtype == torch.bfloat16:
+            # NumPy knows no bfloat16: the bits go over as integers of the same size.
+            return tensor.view(torch.int16).numpy().view(bfloat16_or_bits())
+        return tensor.numpy()
+    except (RuntimeError, TypeError) as error:
+        raise TypeError(
+            f"{name}: got a {type(tensor).__name__} of {tensor.dtype} that has no memory NumPy "
+            f"could read, wanted a plain tensor of a type that NumPy knows ({error})"
+        ) from error
+
+
+def _note_written(value: Any) -> None:
+    """Tell autograd of a write, so that it will not use a tensor it has saved before."""
+    if not _is_tensor(value) or value.is_inference():
+        return
+    autograd_graph = sys.modules["torch"].autograd.graph
+    if hasattr(autograd_graph, "increment_version"):
+        autograd_graph.increment_version(value)
+
+
+# ---- DLPack --------------------------------------------------------------------------------------
+
+_CPU = 1
+_UNSIGNED, _BFLOAT = 1, 4
+
+
+class _DLTensor(ctypes.Structure):
+    """dlpack.h; a capsule named "dltensor" points to what begins with one."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+    )
+
+
+class _Exporter:
+    """What np.from_dlpack asks for a capsule."""
+
+    def __init__(self, capsule: Any) -> None:
+        self.capsule = capsule
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.capsule
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return _CPU, 0
+
+
+def _from_dlpack(name: str, value: Any) -> np.ndarray:
+    kind = type(value).__name__
+    device = int(value.__dlpack_device__()[0])
+    if device != _CPU:
+        raise TypeError(
+            f"{name}: got a {kind} on a device of DLPack type {device}, "
+            f"wanted one on the CPU (type {_CPU})"
+        )
+    try:
+        try:
+            return np.from_dlpack(value)
+        except (BufferError, RuntimeError):
+            array = _bfloat16_from_dlpack(value)
+            if array is None:
+                raise
+            return array
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name}: got a {kind} that NumPy cannot read through DLPack ({error}), "
+            "wanted real numbers in host memory; pass it as an ndarray"
+        ) from error
+
+
+def _bfloat16_from_dlpack(value: Any) -> np.ndarray | None:
+    """A bfloat16 array, which NumPy refuses to import, or None where `value` is of another type."""
+    capsule = value.__dlpack__()
+    pointer_of = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+        ("PyCapsule_GetPointer", ctypes.pythonapi)
+    )
+    tensor = _DLTensor.from_address(pointer_of(capsule, b"dltensor"))
+    if (tensor.code, tensor.bits, tensor.lanes) != (_BFLOAT, 16, 1):
+        return None
+    # The struct was made for this export alone and is the importer's. Called integers of the same
+    # size, its elements are taken over by NumPy, which also frees it.
+    tensor.code = _UNSIGNED
+    return np.from_dlpack(_Exporter(capsule)).view(bfloat16_or_bits())
+
+
+# ---- Arrow ---------------------------------------------------------------------------------------
+
+
+def _is_arrow(value: Any) -> bool:
+    if _is_a(value, "pyarrow", "Array") or _is_a(value, "pyarrow", "ChunkedArray"):
+        return True
+    kind = type(value)
+    exports = hasattr(kind, "__arrow_c_array__") or hasattr(kind, "__arrow_c_stream__")
+    # Series and tables of other libraries, which NumPy knows how to ask, are left to NumPy.
+    return exports and not hasattr(kind, "__array__")
+
+
+def _from_arrow(name: str, value: Any) -> np.ndarray:
+    array = _one_chunk(name, _as_pyarrow(name, value))
+    if array.null_count:
+        raise ValueError(
+            f"{name}: got an Arrow array with {array.null_count} nulls, wanted one without: "
+            f"{name}.fill_null(...) or {name}.drop_null()"
+        )
+    types = sys.modules["pyarrow"].types
+    if types.is_fixed_size_list(array.type):
+        items = _from_arrow(name, array.flatten())
+        return items.reshape(len(array), array.type.list_size, *items.shape[1:])
+    if hasattr(array, "to_numpy_ndarray"):  # fixed-shape tensors, whose storage is a list
+        _from_arrow(name, array.storage)
+        return array.to_numpy_ndarray()
+    if not (types.is_floating(array.type) or types.is_integer(array.type)):
+        raise TypeError(
+            f"{name}: got an Arrow array of {array.type}, "
+            "wanted numbers or fixed-size lists of numbers"
+        )
+    return array.to_numpy(zero_copy_only=True)
+
+
+def _as_pyarrow(name: str, value: Any) -> Any:
+    try:
+        pyarrow = importlib.import_module("pyarrow")
+    except ImportError:
+        raise TypeError(
+            f"{name}: got a {type(value).__name__}, an Arrow array that takes pyarrow to read, "
+            "which is not installed"
+        ) from None
+    if isinstance(value, (pyarrow.Array, pyarrow.ChunkedArray)):
+        return value
+    if hasattr(value, "__arrow_c_array__"):
+        return pyarrow.array(value)
+    return pyarrow.chunked_array(value)
+
+
+def _one_chunk(name: str, array: Any) -> Any:
+    if not hasattr(array, "num_chunks"):
+        return array
+    if array.num_chunks > 1:
+        raise ValueError(
+            f"{name}: got an Arrow array of {array.num_chunks} chunks, wanted one: "
+            f"{name}.combine_chunks()"
+        )
+    return array.chunk(0) if array.num_chunks else array.combine_chunks()

@@ -1,0 +1,371 @@
+/* steps.h: what is done to rows of T before their statistics are formed and after they are
+ * normalised.
+ *
+ * The plain case, contiguous rows of T, has no steps. All else is a prologue and an epilogue of
+ * steps on a strip of at most 1,024 elements, which stays in L1:
+ *
+ *   prologue   load from any type and layout; gate * x, + linear_bias, + residual; store the sum;
+ *              drop the elements that a mask leaves out
+ *   epilogue   weight and bias, the affine pass of every op; the activation; zeros for what is left
+ *              out; store to any type and layout, or, of a whole row, to int8
+ *
+ * Each step is one call a strip, chosen by what the arguments hold; so steps combine freely, and
+ * the arithmetic between them is that of the plain case: it sees rows of T that lie in a room of
+ * the thread's scratch, or where the caller has them, if that serves. */
+
+/* One thread's scratch. */
+#define workspace FN_OF_T(workspace)
+typedef struct {
+    element *rooms;          /* of the rows in flight */
+    element *result;         /* the last room: of a row of results, before it becomes int8 */
+    element *params;         /* converted parameters, two an output */
+    const void **params_of;  /* the row of parameters that each was converted from */
+    double *sums;            /* backward, where parameters repeat within a row */
+    ptrdiff_t room_stride, param_stride, tile;
+} workspace;
+
+#define workspace_in FN_OF_T(workspace_in)
+static workspace workspace_in(void *scratch, const fn_shape *shape, const fn_steps *steps,
+                              int backward)
+{
+    if (!steps) return (workspace){.rooms = NULL};
+    const ptrdiff_t count = 2 * steps->output_count;
+    workspace s = {.rooms = scratch, .room_stride = fn_room_stride(shape->cols)};
+    s.tile = fn_tile(shape->cols, steps->param_cols);
+    s.param_stride = fn_room_stride(s.tile);
+    s.params = s.rooms + fn_rooms(shape, steps, sizeof(element), backward) * s.room_stride;
+    s.result = s.params - s.room_stride;
+    s.params_of = (const void **)(s.params + count * s.param_stride);
+    s.sums = (double *)(s.params_of + (count + 7) / 8 * 8);
+    for (ptrdiff_t i = 0; i < count; i++) s.params_of[i] = NULL;
+    return s;
+}
+
+/* ---- rows of any type and layout -------------------------------------------------------------- */
+
+#define FN_OWN_TYPE (sizeof(element) == sizeof(float) ? FN_F32 : FN_F64)
+
+#define is_direct FN_OF_T(is_direct)
+INLINE int is_direct(const fn_rows *rows) { return rows->dtype == FN_OWN_TYPE && !rows->col_strides; }
+
+/* Elements i .. i + n - 1 of the row at `from`. */
+#define load_part FN_OF_T(load_part)
+OUTLINE void load_part(element *into, const fn_shape *shape, const fn_rows *rows, const char *from,
+                       ptrdiff_t i, ptrdiff_t n)
+{
+    const ptrdiff_t size = fn_size_of(rows->dtype);
+    if (!rows->col_strides) {
+        load_strip(into, from + i * size, size, rows->dtype, n);
+        return;
+    }
+    for (ptrdiff_t left; n > 0; n -= left, i += left, into += left) {
+        const char *run = from + run_at(shape, rows->col_strides, i, &left);
+        if (left > n) left = n;
+        load_strip(into, run, rows->col_strides[shape->col_ndim - 1], rows->dtype, left);
+    }
+}
+
+#define store_part FN_OF_T(store_part)
+OUTLINE void store_part(const fn_shape *shape, const fn_rows *rows, char *into, ptrdiff_t i,
+                        const element *from, ptrdiff_t n)
+{
+    const ptrdiff_t size = fn_size_of(rows->dtype);
+    if (!rows->col_strides) {
+        store_strip(into + i * size, size, rows->dtype, from, n);
+        return;
+    }
+    for (ptrdiff_t left; n > 0; n -= left, i += left, from += left) {
+        char *run = into + run_at(shape, rows->col_strides, i, &left);
+        if (left > n) left = n;
+        store_strip(run, rows->col_strides[shape->col_ndim - 1], rows->dtype, from, left);
+    }
+}
+
+/* Those elements where they lie, or converted into `room`. */
+#define part FN_OF_T(part)
+INLINE const element *part(const fn_shape *shape, const fn_rows *rows, const char *from, ptrdiff_t i,
+                           ptrdiff_t n, element *room)
+{
+    if (is_direct(rows)) return (const element *)from + i;
+    load_part(room, shape, rows, from, i, n);
+    return room;
+}
+
+/* Zeros from element i on. */
+#define zero_rest FN_OF_T(zero_rest)
+static void zero_rest(const fn_shape *shape, const fn_rows *rows, char *row, ptrdiff_t i)
+{
+    const ptrdiff_t size = fn_size_of(rows->dtype);
+    if (!rows->col_strides) {
+        memset(row + i * size, 0, (size_t)((shape->cols - i) * size));
+        return;
+    }
+    for (ptrdiff_t left; i < shape->cols; i++)
+        memset(row + run_at(shape, rows->col_strides, i, &left), 0, (size_t)size);
+}
+
+/* Where a row of x, y or another array that lies as they do begins. */
+#define step_row_at FN_OF_T(step_row_at)
+INLINE char *step_row_at(const fn_shape *shape, const fn_steps *steps, const fn_rows *rows,
+                         ptrdiff_t row)
+{
+    if (steps->starts) return (char *)rows->data + steps->starts[row] * fn_size_of(rows->dtype);
+    return row_at(shape, rows, row);
+}
+
+/* How many elements from the row's first on are to be read, and written as other than 0. */
+#define step_length FN_OF_T(step_length)
+INLINE ptrdiff_t step_length(const fn_shape *shape, const fn_steps *steps, ptrdiff_t row)
+{
+    if (steps->lengths) return steps->lengths[row];
+    return steps->starts ? steps->starts[row + 1] - steps->starts[row] : shape->cols;
+}
+
+/* The mask of elements i .. i + n - 1, in place or gathered into `room`. */
+#define mask_part FN_OF_T(mask_part)
+static const unsigned char *mask_part(const fn_shape *shape, const fn_rows *mask,
+                                      const unsigned char *row, ptrdiff_t i, ptrdiff_t n,
+                                      unsigned char *room)
+{
+    if (!mask->col_strides) return row + i;
+    for (ptrdiff_t k = 0, left; k < n; k++) room[k] = row[run_at(shape, mask->col_strides, i + k, &left)];
+    return room;
+}
+
+/* ---- prologue --------------------------------------------------------------------------------- */
+
+#define has_sum FN_OF_T(has_sum)
+INLINE int has_sum(const fn_steps *s)
+{
+    return s->residual.data || s->gate.data || s->linear_bias.data || s->sum.data;
+}
+
+/* (gate * x + linear_bias) + residual; what is NULL is left out. */
+#define add_strip FN_OF_T(add_strip)
+OUTLINE void add_strip(element *into, const element *x, const element *gate, const element *bias,
+                       const element *residual, ptrdiff_t n)
+{
+    for (ptrdiff_t i = 0; i < n; i += VW) {
+        vec v = load_some(x + i, n - i);
+        if (gate) v = v_mul(load_some(gate + i, n - i), v);
+        if (bias) v = v_add(v, load_some(bias + i, n - i));
+        if (residual) v = v_add(v, load_some(residual + i, n - i));
+        store_some(into + i, v, n - i);
+    }
+}
+
+/* Where the parts of one row's sum begin; NULL for those that are absent. */
+#define addends FN_OF_T(addends)
+typedef struct {
+    const char *x, *gate, *bias, *residual;
+    char *sum;
+} addends;
+
+#define addends_of FN_OF_T(addends_of)
+INLINE addends addends_of(const fn_shape *shape, const fn_steps *s, ptrdiff_t row)
+{
+    return (addends){.x = row_at(shape, &s->x, row),
+                     .gate = s->gate.data ? row_at(shape, &s->gate, row) : NULL,
+                     .bias = s->linear_bias.data ? row_at(shape, &s->linear_bias, row) : NULL,
+                     .residual = s->residual.data ? row_at(shape, &s->residual, row) : NULL,
+                     .sum = s->sum.data ? row_at(shape, &s->sum, row) : NULL};
+}
+
+/* One row's sum in T, into its own place where that serves, else into `room`. */
+#define sum_row FN_OF_T(sum_row)
+static const element *sum_row(const fn_shape *shape, const fn_steps *s, ptrdiff_t row, element *room)
+{
+    element x_room[BLOCK], gate_room[BLOCK], bias_room[BLOCK], residual_room[BLOCK];
+    const addends a = addends_of(shape, s, row);
+    const int in_place = a.sum && is_direct(&s->sum);
+    element *into = in_place ? (element *)a.sum : room;
+    const ptrdiff_t n = shape->cols;
+    for (ptrdiff_t i = 0; i < n; i += BLOCK) {
+        const ptrdiff_t m = block_length(n, i);
+        add_strip(into + i, part(shape, &s->x, a.x, i, m, x_room),
+                  a.gate ? part(shape, &s->gate, a.gate, i, m, gate_room) : NULL,
+                  a.bias ? part(shape, &s->linear_bias, a.bias, i, m, bias_room) : NULL,
+                  a.residual ? part(shape, &s->residual, a.residual, i, m, residual_room) : NULL,
+                  m);
+        if (!a.sum || in_place) continue;
+        store_part(shape, &s->sum, a.sum, i, into + i, m);
+        if (s->round_sum) round_strip(into + i, s->sum.dtype, m);
+    }
+    return into;
+}
+
+/* The elements that the mask keeps, packed. */
+#define masked_row FN_OF_T(masked_row)
+static const element *masked_row(const fn_shape *shape, const fn_steps *s, ptrdiff_t row,
+                                 element *room, ptrdiff_t *length)
+{
+    element x_room[BLOCK];
+    unsigned char mask_room[BLOCK];
+    const char *x = row_at(shape, &s->x, row);
+    const unsigned char *mask = row_at(shape, &s->mask, row);
+    const ptrdiff_t n = shape->cols;
+    *length = 0;
+    for (ptrdiff_t i = 0; i < n; i += BLOCK) {
+        const ptrdiff_t m = block_length(n, i);
+        const element *from = part(shape, &s->x, x, i, m, x_room);
+        *length += compress_strip(room + *length, from,
+                                  mask_part(shape, &s->mask, mask, i, m, mask_room), m);
+    }
+    return room;
+}
+
+/* What the statistics see of a row: *length elements of T, where they lie or in `room`. */
+#define prologue FN_OF_T(prologue)
+OUTLINE const element *prologue(const fn_shape *shape, const fn_steps *s, ptrdiff_t row,
+                                element *room, ptrdiff_t *length)
+{
+    if (s->mask.data) return masked_row(shape, s, row, room, length);
+    *length = step_length(shape, s, row);
+    if (has_sum(s)) return sum_row(shape, s, row, room);
+    const char *x = step_row_at(shape, s, &s->x, row);
+    if (is_direct(&s->x)) return (const element *)x;
+    load_part(room, shape, &s->x, x, 0, *length);
+    return room;
+}
+
+/* ---- parameters ------------------------------------------------------------------------------- */
+
+#define add_to_all FN_OF_T(add_to_all)
+static void add_to_all(element *p, element offset, ptrdiff_t n)
+{
+    for (ptrdiff_t i = 0; i < n; i += VW)
+        store_some(p + i, v_add(load_some(p + i, n - i), v_set1(offset)), n - i);
+}
+
+/* The row of parameters that belongs to `row`, in T, with the offset added: in place, or as it was
+ * converted for the row before, or converted. `which` counts them through all outputs. */
+#define parameter FN_OF_T(parameter)
+OUTLINE const element *parameter(const fn_shape *shape, const fn_steps *s, workspace *space,
+                                 const fn_rows *rows, ptrdiff_t which, double offset, ptrdiff_t row)
+{
+    if (!rows->data) return NULL;
+    const char *from = row_at(shape, rows, row);
+    const int repeats = s->param_cols && s->param_cols < space->tile;
+    if (is_direct(rows) && offset == 0 && !repeats) return (const element *)from;
+    element *into = space->params + which * space->param_stride;
+    if (space->params_of[which] == from) return into;
+    const ptrdiff_t n = repeats ? s->param_cols : space->tile;
+    load_part(into, shape, rows, from, 0, n);
+    if (offset != 0) add_to_all(into, (element)offset, n);
+    for (ptrdiff_t i = n; i < space->tile; i++) into[i] = into[i - n];
+    space->params_of[which] = from;
+    return into;
+}
+
+/* ---- epilogue --------------------------------------------------------------------------------- */
+
+/* What a strip of y is made from. */
+#define finished FN_OF_T(finished)
+typedef struct {
+    const element *w, *b;
+    const row_stats *stats;
+    int scaled; /* stats->s counts */
+    int round_first; /* round to `dtype` before weight and bias */
+    fn_dtype dtype;
+    fn_activation activation;
+} finished;
+
+/* x through stats->s. */
+#define scaled_strip FN_OF_T(scaled_strip)
+static COLD void scaled_strip(const element *x, element *y, scale s, ptrdiff_t n)
+{
+    for (ptrdiff_t i = 0; i < n; i += VW)
+        store_some(y + i, scale_by(load_some(x + i, n - i), s, 1), n - i);
+}
+
+#define finish_strip FN_OF_T(finish_strip)
+OUTLINE void finish_strip(const finished *f, const element *x, element *y, ptrdiff_t at,
+                          ptrdiff_t n)
+{
+    const row_stats *stats = f->stats;
+    const element *w = f->w ? f->w + at : NULL, *b = f->b ? f->b + at : NULL;
+    if (f->scaled) {
+        scaled_strip(x, y, stats->s, n);
+        x = y;
+    }
+    if (f->round_first) {
+        affine_strip(x, y, NULL, NULL, n, stats, 0, 0);
+        round_strip(y, f->dtype, n);
+        if (w || b) {
+            static const row_stats as_it_is = {.rstd = 1};
+            affine_strip(y, y, w, b, n, &as_it_is, 0, 0);
+        }
+    } else {
+        affine_strip(x, y, w, b, n, stats, 0, 0);
+    }
+    if (f->activation) activate_strip(y, n, f->activation);
+}
+
+/* max(largest/127, the least normal number) in float; NaN where the row is not finite. */
+#define int8_scale FN_OF_T(int8_scale)
+static float int8_scale(element largest)
+{
+    const float step = (float)(largest / 127);
+    return step < FLT_MIN ? FLT_MIN : step;
+}
+
+#define store_int8 FN_OF_T(store_int8)
+static void store_int8(const fn_shape *shape, const fn_output *o, char *y, ptrdiff_t row,
+                       const element *from, ptrdiff_t n)
+{
+    o->scales[row] = int8_scale(strip_largest(from, n));
+    const element step = (element)o->scales[row];
+    if (!o->y.col_strides) {
+        quantise_strip((signed char *)y, 1, from, step, n);
+        return;
+    }
+    for (ptrdiff_t i = 0, left; i < n; i += left) {
+        char *run = y + run_at(shape, o->y.col_strides, i, &left);
+        if (left > n - i) left = n - i;
+        quantise_strip((signed char *)run, o->y.col_strides[shape->col_ndim - 1], from + i, step,
+                       left);
+    }
+}
+
+/* One row of one output. x: the row as the prologue left it, or, where a mask packed it, NULL. */
+#define write_output FN_OF_T(write_output)
+static void write_output(const fn_shape *shape, const fn_steps *s, workspace *space, ptrdiff_t k,
+                         ptrdiff_t row, const element *x, const row_stats *stats, int scaled)
+{
+    element x_room[BLOCK], strip[BLOCK];
+    unsigned char mask_room[BLOCK];
+    const fn_output *o = &s->outputs[k];
+    const finished f = {
+        .w = parameter(shape, s, space, &o->weight, 2 * k, s->offset, row),
+        .b = parameter(shape, s, space, &o->bias, 2 * k + 1, 0, row),
+        .stats = stats,
+        .scaled = scaled,
+        .round_first = s->round_before_weight && o->y.dtype != FN_OWN_TYPE && o->y.dtype != FN_I8,
+        .dtype = o->y.dtype,
+        .activation = s->activation,
+    };
+    const char *from = step_row_at(shape, s, &s->x, row);
+    char *y = step_row_at(shape, s, &o->y, row);
+    const unsigned char *mask = s->mask.data ? row_at(shape, &s->mask, row) : NULL;
+    const int direct = is_direct(&o->y), to_int8 = o->y.dtype == FN_I8;
+    const ptrdiff_t n = step_length(shape, s, row);
+    for (ptrdiff_t i = 0, m; i < n; i += m) {
+        const ptrdiff_t at = i % space->tile, rest = space->tile - at;
+        m = block_length(n, i) < rest ? block_length(n, i) : rest;
+        element *to = to_int8 ? space->result + i : direct ? (element *)y + i : strip;
+        finish_strip(&f, x ? x + i : part(shape, &s->x, from, i, m, x_room), to, at, m);
+        if (mask) keep_strip(to, mask_part(shape, &s->mask, mask + 0, i, m, mask_room), m);
+        if (!direct && !to_int8) store_part(shape, &o->y, y, i, to, m);
+    }
+    if (to_int8) store_int8(shape, o, y, row, space->result, n);
+    if (!s->starts && n < shape->cols) zero_rest(shape, &o->y, y, n);
+}
+
+/* One row of every output, and its statistics. */
+#define epilogue FN_OF_T(epilogue)
+OUTLINE void epilogue(const fn_shape *shape, const fn_steps *s, workspace *space, ptrdiff_t row,
+                      const element *x, const row_stats *stats, int scaled)
+{
+    for (ptrdiff_t k = 0; k < s->output_count; k++)
+        write_output(shape, s, space, k, row, s->mask.data ? NULL : x, stats, scaled);
+}
