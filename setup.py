@@ -36,6 +36,9 @@ ISA_FLAGS = {
 # else.
 ARITHMETIC = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 
+# Nothing in C throws: tables for unwinding would be a tenth of the kernels' size.
+NO_TABLES = ["-fno-asynchronous-unwind-tables", "-fno-unwind-tables"]
+
 # Python's own flags may name the CPU that Python was built for. What is outside the kernels must
 # run on every CPU; which kernels run is decided at run time.
 BASELINE = {"x86_64": ["-march=x86-64", "-mtune=generic"]}
@@ -120,7 +123,7 @@ class BuildKernels(build_ext):
             self.compiler.compile(
                 [source],
                 output_dir=self.build_temp,
-                extra_postargs=[*COMPILE_FLAGS, *flags, *WARNINGS, *WERROR],
+                extra_postargs=[*COMPILE_FLAGS, *NO_TABLES, *flags, *WARNINGS, *WERROR],
             )
         return path
 

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import fastnorm
-from fastnorm import accuracy, contenders, timing
+from fastnorm import cases, contenders, timing
 
 # By the code path they exercise: one row, rows in cache, narrow rows, memory.
 SHAPES = [
@@ -56,7 +56,7 @@ class Result:
 
 
 def measure(
-    case: contenders.Case,
+    case: cases.Case,
     threads: int = 1,
     seconds: float = 3.0,
     rounds: int = timing.ROUNDS,
@@ -145,7 +145,7 @@ def _measure_all(
     ) as progress:
         task = progress.add_task("", total=len(shapes) * timing.ROUNDS)
         for shape in shapes:
-            case = contenders.Case(options.op, shape, options.dtype, options.align)
+            case = cases.Case(options.op, shape, options.dtype, options.align)
             progress.update(task, description=f"{case.op} {case.name}")
             if not console.is_terminal:
                 print(f"{case.op} {case.name} ...", file=sys.stderr, flush=True)
@@ -183,7 +183,7 @@ def _show(results: list[Result], options: argparse.Namespace, console: Console) 
         f"Medians of {timing.ROUNDS} rounds, in one process, in turns. ratio: the time over that "
         "of fastnorm with the same kind of output (below 1: faster than fastnorm). error: the "
         "largest, against float64; fastnorm promises at most "
-        f"{accuracy.bound(options.dtype):.0e} for the layer norms.\n{machine_line()}",
+        f"{cases.allowed_error(options.op, options.dtype):.1g}.\n{machine_line()}",
         highlight=False,
         soft_wrap=True,
         style="dim",

@@ -385,30 +385,20 @@ class NormBackwardCall(Call):
         shapes = [p.shape if p is not None else None for p in (w, b)]
         self.dweight = self.gradient(want_dweight, shapes[0] or shapes[1])
         self.dbias = self.gradient(want_dbias, shapes[1] or shapes[0])
-        arrays = [
+        self.more: np.ndarray | None = None
+        self.stats = (m, r)
+        self.arrays = [
             self.rows("dy", grad),
             self.rows("x", self.source),
             None if dx is None else self.rows("dx", dx, is_output=True),
             self.spread(w),
             self.spread(b),
         ]
-        self.kernel = partial(self.by_parameters, arrays, m, r)
         self.result = (dx, self.dweight, self.dbias)[: 2 if rms else 3]
 
     def add_to_dx(self, more: np.ndarray) -> None:
-        """Add a gradient that reached x by another way, rounded once more."""
-        dx = self.result[0]
-        if dx is None:
-            return
-        kernel = self.kernel
-
-        def both(plan: bool = False) -> Any:
-            said = kernel(plan=plan)
-            if not plan:
-                np.add(dx, more, out=dx, casting="same_kind")
-            return said
-
-        self.kernel = both
+        """A gradient that reaches x by another way, added after the norm's is rounded."""
+        self.more = more
 
     def statistic(self, name: str, value: Any) -> np.ndarray:
         return checks.as_statistic(name, value, self.source, self.axes, self.compute)
@@ -416,24 +406,31 @@ class NormBackwardCall(Call):
     def gradient(self, wanted: bool, shape: tuple[int, ...] | None) -> np.ndarray | None:
         return np.zeros(shape or self.normalized, self.compute) if wanted else None
 
-    def by_parameters(self, arrays: list[Any], mean: Any, rstd: Any, plan: bool = False) -> Any:
+    def kernel(self, plan: bool = False) -> Any:
         """The kernel, once for the rows of each pair of parameters."""
         own = self._own_rows()
-        if own is None:
-            return self._call(arrays, mean, rstd, self.dweight, self.dbias, {}, plan)
-        said = None
-        for index in _each(own):
-            part = [None if a is None else a[index] for a in arrays]
-            valid = {
-                k: np.ascontiguousarray(self.options[k][index])
-                for k in ("lengths", "mask") if k in self.options
-            }  # fmt: skip
-            stats = [None if s is None else np.ascontiguousarray(s[index]) for s in (mean, rstd)]
-            sums = [self._sums_of(total, index) for total in (self.dweight, self.dbias)]
-            said = self._call(part, *stats, *sums, valid, plan)
+        parts = [()] if own is None else _each(own)
+        for index in parts:
+            said = self._part(index, plan)
             if plan:
                 return said
-        return said
+        if self.more is not None and self.result[0] is not None:
+            np.add(self.result[0], self.more, out=self.result[0], casting="same_kind")
+        return None
+
+    def _part(self, index: tuple[Any, ...], plan: bool) -> Any:
+        """The kernel on the rows at `index`."""
+        own = {
+            name: np.ascontiguousarray(self.options[name][index])
+            for name in ("lengths", "mask") if index and name in self.options
+        }  # fmt: skip
+        arrays = [None if a is None else a[index] for a in self.arrays]
+        stats = [None if s is None else np.ascontiguousarray(s[index]) for s in self.stats]
+        sums = [self._sums_of(total, index) for total in (self.dweight, self.dbias)]
+        return _core.norm_backward_rows(
+            arrays[1].ndim - len(self.normalized), self.compute, *arrays, *stats, *sums,
+            warm=self.warm, plan=plan, **{**self.options, **own},
+        )  # fmt: skip
 
     def _own_rows(self) -> tuple[int, ...] | None:
         """Along which leading axes dweight or dbias differ, by length; None: along none."""
@@ -447,24 +444,14 @@ class NormBackwardCall(Call):
 
     def _sums_of(self, total: np.ndarray | None, index: tuple[Any, ...]) -> np.ndarray | None:
         """The place in dweight or dbias for the rows at `index`."""
-        if total is None:
-            return None
+        if total is None or not index:
+            return total
         before = total.ndim - len(self.normalized)
         steps = index[len(self.lead) - before :]
         return total[tuple(
             i if total.shape[d] > 1 and not isinstance(i, slice) else 0
             for d, i in enumerate(steps)
         )]  # fmt: skip
-
-    def _call(
-        self, arrays: list[Any], mean: Any, rstd: Any, dweight: Any, dbias: Any,
-        valid: dict[str, Any], plan: bool,
-    ) -> Any:  # fmt: skip
-        lead = arrays[1].ndim - len(self.normalized)
-        return _core.norm_backward_rows(
-            lead, self.compute, *arrays, mean, rstd, dweight, dbias, warm=self.warm, plan=plan,
-            **{**self.options, **valid},
-        )  # fmt: skip
 
 
 def _each(own: tuple[int, ...]) -> Iterator[tuple[Any, ...]]:

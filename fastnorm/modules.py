@@ -3,15 +3,150 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from . import _core, checks
+from . import _core, checks, interop
 from .memory import empty
 
 
-class LayerNorm(_core.BoundLayerNorm):
+class IncompatibleKeys(NamedTuple):
+    """What `load_state_dict` passed over, as torch names it."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+class _Norm(_core.BoundNorm):
+    """What all modules share: a shape, eps and parameters, their copies and comparison."""
+
+    #: The parameters there may be; _core holds them.
+    _names: ClassVar[tuple[str, ...]] = ("weight",)
+    #: What else a constructor sets, by the name that _core has for it.
+    _flags: ClassVar[tuple[str, ...]] = ()
+
+    # ---- parameters -----------------------------------------------------------------------------
+
+    @property
+    def eps(self) -> float:
+        """Added to the variance."""
+        return self._get("eps")
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self._set("eps", checks.as_eps(value))
+
+    @property
+    def weight(self) -> np.ndarray | None:
+        """Gain, or None for ones."""
+        return self._get("weight")
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        self._set("weight", self._parameter("weight", value))
+
+    def _parameter(self, name: str, value: Any) -> np.ndarray | None:
+        """A copy in aligned memory of its own, so that nobody else's change reaches it."""
+        value = interop.convert(name, value)
+        checked = checks.as_parameter(name, value, self.normalized_shape, self.dtype)
+        if checked is None:
+            return None
+        parameter = empty(checked.shape, checked.dtype)
+        parameter[...] = checked
+        return parameter
+
+    def parameters(self) -> dict[str, np.ndarray]:
+        """The parameters there are, by name: the arrays themselves."""
+        return _present({name: self._get(name) for name in self._names})
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Copies of the parameters under torch's key names."""
+        return {name: array.copy() for name, array in self.parameters().items()}
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True
+    ) -> IncompatibleKeys:
+        """Take the parameters from `state_dict`, as torch's module of this name saves them.
+
+        Parameters
+        ----------
+        state_dict : mapping of str to array_like
+            Values of any real type; they are converted, and copied.
+        strict : bool
+            Whether the keys must be exactly those of the parameters there are. Else what is
+            missing stays as it is, and what is unknown is passed over.
+
+        Returns
+        -------
+        missing_keys, unexpected_keys : list of str
+            A named tuple; both are empty where `strict`.
+
+        Raises
+        ------
+        KeyError
+            If `strict` and keys are missing or unknown.
+        TypeError, ValueError
+            If a value does not fit. Nothing has been changed then.
+        """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict: got {type(state_dict).__name__}, wanted a mapping")
+        wanted, got = list(self.parameters()), list(state_dict)
+        keys = IncompatibleKeys(
+            [name for name in wanted if name not in got], [key for key in got if key not in wanted]
+        )
+        if strict and any(keys):
+            raise KeyError(f"state_dict: got keys {sorted(got)}, wanted {sorted(wanted)}")
+        loaded = {name: state_dict[name] for name in wanted if name in got}
+        for name, value in loaded.items():
+            if value is None:
+                raise TypeError(f"{name}: got None, wanted an array of {self.normalized_shape}")
+            loaded[name] = self._parameter(name, value)
+        for name, array in loaded.items():
+            self._set(name, array)
+        return keys
+
+    # ---- copying and comparing ------------------------------------------------------------------
+
+    def _settings(self) -> tuple[Any, ...]:
+        """What the object is made of, but its parameters."""
+        flags = {name: self._get(name) for name in self._flags}
+        return self.normalized_shape, self.eps, self.dtype, flags
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        arguments = (type(self), *self._settings(), self.parameters())
+        return _rebuild, arguments, self.__dict__ or None
+
+    def __setstate__(self, attributes: dict[str, Any]) -> None:
+        """Give back what a subclass, or its user, has added."""
+        self.__dict__.update(attributes)
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        assert isinstance(other, _Norm)
+        mine, others = self.parameters(), other.parameters()
+        return (
+            self._settings() == other._settings()
+            and mine.keys() == others.keys()
+            and all(np.array_equal(array, others[name]) for name, array in mine.items())
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        shown = {"eps": self.eps, "elementwise_affine": self.weight is not None}
+        if "bias" in self._names:
+            shown["bias"] = self._get("bias") is not None
+        shown |= {name: self._get(name) for name in self._flags}
+        words = "".join(f", {name}={value}" for name, value in shown.items())
+        return f"{type(self).__name__}({self._repr_shape()}{words}, dtype={self.dtype.name})"
+
+    def _repr_shape(self) -> Any:
+        return self.normalized_shape
+
+
+class LayerNorm(_Norm):
     """Layer normalization over a trailing shape, with its parameters.
 
     Calls are stateless: nothing of a call stays on the object, and any number of threads may call
@@ -27,8 +162,10 @@ class LayerNorm(_core.BoundLayerNorm):
         Whether there is a weight, at first of ones, and with `bias` a bias, at first of zeros.
     bias : bool
         Whether there is a bias; without a weight there is none.
-    dtype : float32 or float64
-        Type of the parameters. Inputs may be of either type.
+    dtype : float16, bfloat16, float32 or float64
+        Type of the parameters (bfloat16 where ml_dtypes is installed). Inputs may be of any of
+        them, and results are of the input's type. float32 parameters are the fastest with inputs
+        of the half types, too: nothing is converted.
 
     Attributes
     ----------
@@ -55,6 +192,8 @@ class LayerNorm(_core.BoundLayerNorm):
            [0., 0., 0., 0.]], dtype=float32)
     """
 
+    _names = ("weight", "bias")
+
     def __init__(
         self,
         normalized_shape: Any,
@@ -64,37 +203,11 @@ class LayerNorm(_core.BoundLayerNorm):
         *,
         dtype: Any = np.float32,
     ) -> None:
-        shape = checks.as_shape("normalized_shape", normalized_shape)
-        if not shape:
-            raise ValueError("normalized_shape: got (), wanted at least one length")
-        kind = np.dtype(dtype)
-        if kind not in checks.COMPUTED:
-            raise TypeError(f"dtype: got {kind}, wanted float32 or float64")
-        super().__init__(shape, checks.as_eps(eps), kind)
+        super().__init__(_as_shape(normalized_shape), checks.as_eps(eps), _as_dtype(dtype))
         if elementwise_affine:
-            self.weight = np.ones(shape, kind)
+            self.weight = np.ones(self.normalized_shape)
             if bias:
-                self.bias = np.zeros(shape, kind)
-
-    # ---- parameters -----------------------------------------------------------------------------
-
-    @property
-    def eps(self) -> float:
-        """Added to the variance."""
-        return self._get("eps")
-
-    @eps.setter
-    def eps(self, value: float) -> None:
-        self._set("eps", checks.as_eps(value))
-
-    @property
-    def weight(self) -> np.ndarray | None:
-        """Gain, or None for ones."""
-        return self._get("weight")
-
-    @weight.setter
-    def weight(self, value: Any) -> None:
-        self._set("weight", self._parameter("weight", value))
+                self.bias = np.zeros(self.normalized_shape)
 
     @property
     def bias(self) -> np.ndarray | None:
@@ -105,40 +218,9 @@ class LayerNorm(_core.BoundLayerNorm):
     def bias(self, value: Any) -> None:
         self._set("bias", self._parameter("bias", value))
 
-    def _parameter(self, name: str, value: Any) -> np.ndarray | None:
-        """A copy in aligned memory of its own, so that nobody else's change reaches it."""
-        checked = checks.as_parameter(name, value, self.normalized_shape, self.dtype)
-        if checked is None:
-            return None
-        parameter = empty(checked.shape, checked.dtype)
-        parameter[...] = checked
-        return parameter
-
-    def parameters(self) -> dict[str, np.ndarray]:
-        """The parameters there are, by name: the arrays themselves."""
-        return _present(self.weight, self.bias)
-
-    def state_dict(self) -> dict[str, np.ndarray]:
-        """Copies of the parameters under torch's key names."""
-        return {name: array.copy() for name, array in self.parameters().items()}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take the parameters from `state_dict`, as torch.nn.LayerNorm saves them.
-
-        Raises
-        ------
-        KeyError
-            If keys are missing or unknown.
-        TypeError, ValueError
-            If a value does not fit. Nothing has been changed then.
-        """
-        wanted, got = set(self.parameters()), set(state_dict)
-        if wanted != got:
-            raise KeyError(f"state_dict: got keys {sorted(got)}, wanted {sorted(wanted)}")
-        for name, array in {n: self._parameter(n, state_dict[n]) for n in wanted}.items():
-            self._set(name, array)
-
-    # ---- forward and backward -------------------------------------------------------------------
+    def _where(self) -> dict[str, Any]:
+        """What the ops are told of the axes to normalize over."""
+        return {"normalized_shape": self.normalized_shape}
 
     def forward(self, x: Any) -> tuple[np.ndarray, tuple[Any, ...]]:
         """y, and what `backward` needs to go back from it.
@@ -146,65 +228,251 @@ class LayerNorm(_core.BoundLayerNorm):
         `saved` refers to x itself: do not change x in between.
         """
         y, mean, rstd = _core.layer_norm(
-            x, self.normalized_shape, self.weight, self.bias, self.eps, return_stats=True
+            x, weight=self.weight, bias=self.bias, eps=self.eps, return_stats=True, **self._where()
         )
         return y, (x, mean, rstd)
 
     def backward(self, dy: Any, saved: tuple[Any, ...]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """dx, and the parameters' gradients by name, from the output's gradient `dy`."""
+        """dx, and the parameters' gradients by name, from the output's gradient `dy`.
+
+        dx is of the input's type, the parameters' gradients are float32 (float64 for float64
+        input).
+        """
         x, mean, rstd = saved
-        wanted = (True, self.weight is not None, self.bias is not None)
+        weight, bias = self.weight, self.bias
         dx, dweight, dbias = _core.layer_norm_backward(
-            dy, x, self.normalized_shape, mean, rstd, self.weight, self.bias, output_mask=wanted
-        )
-        assert dx is not None  # it was asked for
-        return dx, _present(dweight, dbias)
-
-    # ---- copying and comparing ------------------------------------------------------------------
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        settings = (self.normalized_shape, self.eps, self.dtype.str, self.weight, self.bias)
-        return _rebuild, (type(self), *settings), self.__dict__ or None
-
-    def __setstate__(self, attributes: dict[str, Any]) -> None:
-        """Give back what a subclass, or its user, has added."""
-        self.__dict__.update(attributes)
-
-    def __eq__(self, other: object) -> bool:
-        if type(other) is not type(self):
-            return NotImplemented
-        assert isinstance(other, LayerNorm)
-        same = (self.normalized_shape, self.eps, self.dtype) == (
-            other.normalized_shape, other.eps, other.dtype,
+            dy, x, mean=mean, rstd=rstd, weight=weight, bias=bias,
+            output_mask=(True, weight is not None, bias is not None),
+            **{"normalized_shape": None, **self._where()},
         )  # fmt: skip
-        return same and _same(self.weight, other.weight) and _same(self.bias, other.bias)
+        return dx, _present({"weight": dweight, "bias": dbias})
 
-    __hash__ = None  # type: ignore[assignment]
 
-    def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}({self.normalized_shape}, eps={self.eps}, "
-            f"elementwise_affine={self.weight is not None}, bias={self.bias is not None}, "
-            f"dtype={self.dtype.name})"
+class LayerNorm2d(LayerNorm):
+    """Layer normalization over the channels of (N, C, H, W), at each pixel by itself.
+
+    The array is read in place. Axes after the channels may be any number, so (N, C), (N, C, L) and
+    (N, C, D, H, W) are taken too. All else is as :class:`LayerNorm` has it.
+
+    Parameters
+    ----------
+    num_channels : int
+        C, the length of the input's axis 1.
+    eps : float
+        Added to the variance; not negative.
+    elementwise_affine : bool
+        Whether there is a weight, at first of ones, and with `bias` a bias, at first of zeros.
+    bias : bool
+        Whether there is a bias; without a weight there is none.
+    dtype : float16, bfloat16, float32 or float64
+        Type of the parameters. Inputs may be of any of them.
+
+    Attributes
+    ----------
+    weight, bias : ndarray or None
+        Of shape (C,), as LayerNorm has them.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As fastnorm.layer_norm.
+
+    References
+    ----------
+    Liu et al.: A ConvNet for the 2020s, arXiv 2201.03545 (2022), channels first.
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm
+    >>> norm = fastnorm.LayerNorm2d(3)
+    >>> norm(np.ones((1, 3, 2, 2), np.float32)).shape
+    (1, 3, 2, 2)
+    """
+
+    def __init__(
+        self,
+        num_channels: int,
+        eps: float = 1e-6,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        *,
+        dtype: Any = np.float32,
+    ) -> None:
+        channels = checks.as_count("num_channels", num_channels, 0, "an integer")
+        super().__init__(channels, eps, elementwise_affine, bias, dtype=dtype)
+
+    def __call__(self, x: Any, out: np.ndarray | None = None) -> np.ndarray:
+        """Normalize x over its axis 1; see fastnorm.layer_norm."""
+        self._check_channels(x)
+        return _core.layer_norm(
+            x, weight=self.weight, bias=self.bias, eps=self.eps, axis=1, out=out
         )
 
+    def forward(self, x: Any) -> tuple[np.ndarray, tuple[Any, ...]]:
+        """y, and what `backward` needs to go back from it.
 
-def _present(weight: np.ndarray | None, bias: np.ndarray | None) -> dict[str, np.ndarray]:
-    """By name, what is not None."""
-    named = {"weight": weight, "bias": bias}
+        `saved` refers to x itself: do not change x in between.
+        """
+        self._check_channels(x)
+        return super().forward(x)
+
+    def _where(self) -> dict[str, Any]:
+        return {"axis": 1}
+
+    def _check_channels(self, x: Any) -> None:
+        shape = np.shape(interop.convert("x", x))
+        if shape[1:2] != self.normalized_shape:
+            channels = self.normalized_shape[0]
+            raise ValueError(f"x: got shape {shape}, wanted (N, {channels}, ...)")
+
+    def _repr_shape(self) -> int:
+        return self.normalized_shape[0]
+
+
+class RMSNorm(_Norm):
+    """Root mean square normalization over a trailing shape, with its weight.
+
+    Calls are stateless, as those of :class:`LayerNorm` are, and as direct.
+
+    Parameters
+    ----------
+    normalized_shape : int or sequence of int
+        Trailing shape of the input to normalize over.
+    eps : float, optional
+        Added to the mean square; not negative. None: the machine epsilon of the type that is
+        computed in (float32's for the half types), as in torch.
+    elementwise_affine : bool
+        Whether there is a weight. It begins as ``1 - offset``, so that the factor is 1.
+    offset : float
+        Added to the weight where it is used. 1 takes Gemma's checkpoints, which hold the factor
+        less 1; the weight then begins as zeros.
+    round_before_weight : bool
+        For half types: round the normalised value before it is multiplied by the weight, as Llama
+        does; see fastnorm.rms_norm.
+    dtype : float16, bfloat16, float32 or float64
+        Type of the weight, as for LayerNorm. Inputs may be of any of them.
+
+    Attributes
+    ----------
+    weight : ndarray or None
+        Of shape `normalized_shape`, `dtype`, 64-byte aligned. It may be assigned to (what is
+        assigned is converted) and changed in place: both take effect at the next call.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As fastnorm.rms_norm.
+
+    References
+    ----------
+    Zhang, Sennrich: Root Mean Square Layer Normalization, arXiv 1910.07467 (2019). Names and state
+    dict follow torch.nn.RMSNorm.
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm
+    >>> norm = fastnorm.RMSNorm(2)
+    >>> norm(np.float32([[3, 4]]))
+    array([[0.8485281, 1.1313708]], dtype=float32)
+    """
+
+    _flags = ("offset", "round_before_weight")
+
+    def __init__(
+        self,
+        normalized_shape: Any,
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        *,
+        offset: float = 0.0,
+        round_before_weight: bool = False,
+        dtype: Any = np.float32,
+    ) -> None:
+        super().__init__(
+            _as_shape(normalized_shape), None if eps is None else checks.as_eps(eps),
+            _as_dtype(dtype), rms=True, offset=checks.as_offset(offset),
+            round_before_weight=bool(round_before_weight),
+        )  # fmt: skip
+        if elementwise_affine:
+            self.weight = np.full(self.normalized_shape, 1 - self.offset)
+
+    @property
+    def eps(self) -> Any:
+        """Added to the mean square, or None for the machine epsilon."""
+        return self._get("eps")
+
+    @eps.setter
+    def eps(self, value: float | None) -> None:
+        self._set("eps", None if value is None else checks.as_eps(value))
+
+    @property
+    def offset(self) -> float:
+        """Added to the weight where it is used."""
+        return self._get("offset")
+
+    @property
+    def round_before_weight(self) -> bool:
+        """Whether the normalised value is rounded before it meets the weight."""
+        return self._get("round_before_weight")
+
+    def forward(self, x: Any) -> tuple[np.ndarray, tuple[Any, ...]]:
+        """y, and what `backward` needs to go back from it.
+
+        `saved` refers to x itself: do not change x in between.
+        """
+        y, rstd = _core.rms_norm(
+            x, self.normalized_shape, self.weight, self.eps, offset=self.offset,
+            round_before_weight=self.round_before_weight, return_stats=True,
+        )  # fmt: skip
+        return y, (x, rstd)
+
+    def backward(self, dy: Any, saved: tuple[Any, ...]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """dx, and the weight's gradient by name, from the output's gradient `dy`.
+
+        dx is of the input's type, the weight's gradient is float32 (float64 for float64 input).
+        """
+        x, rstd = saved
+        weight = self.weight
+        dx, dweight = _core.rms_norm_backward(
+            dy, x, self.normalized_shape, rstd, weight, offset=self.offset,
+            output_mask=(True, weight is not None),
+        )  # fmt: skip
+        return dx, _present({"weight": dweight})
+
+
+def _as_shape(normalized_shape: Any) -> tuple[int, ...]:
+    shape = checks.as_shape("normalized_shape", normalized_shape)
+    if not shape:
+        raise ValueError("normalized_shape: got (), wanted at least one length")
+    return shape
+
+
+def _as_dtype(dtype: Any) -> np.dtype:
+    """A type that parameters can be of."""
+    wanted = "wanted float16, bfloat16 (with ml_dtypes installed), float32 or float64"
+    try:
+        kind = checks.as_result_type(interop.convert("dtype", dtype))
+    except TypeError:
+        raise TypeError(f"dtype: got {dtype!r}, {wanted}") from None
+    # Bits that NumPy does not take for numbers would be no parameters to work with.
+    if dtype is None or kind in (checks.INT8, interop.BITS):
+        raise TypeError(f"dtype: got {dtype!r}, {wanted}")
+    return kind
+
+
+def _present(named: dict[str, Any]) -> dict[str, np.ndarray]:
+    """What is not None."""
     return {name: array for name, array in named.items() if array is not None}
 
 
-def _same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
-    return a is b or (a is not None and b is not None and np.array_equal(a, b))
-
-
 def _rebuild(
-    cls: type[LayerNorm], normalized_shape: tuple[int, ...], eps: float, dtype: str,
-    weight: np.ndarray | None, bias: np.ndarray | None,
-) -> LayerNorm:  # fmt: skip
-    """Undo LayerNorm.__reduce__; a subclass's constructor may take other arguments."""
+    cls: type[_Norm], normalized_shape: tuple[int, ...], eps: float | None, dtype: np.dtype,
+    flags: dict[str, Any], parameters: dict[str, np.ndarray],
+) -> _Norm:  # fmt: skip
+    """Undo __reduce__; a subclass's constructor may take other arguments."""
     module = cls.__new__(cls)
-    LayerNorm.__init__(module, normalized_shape, eps, False, dtype=dtype)
-    module.weight, module.bias = weight, bias
+    rms = {"rms": True} if issubclass(cls, RMSNorm) else {}
+    _core.BoundNorm.__init__(module, normalized_shape, eps, dtype, **rms, **flags)
+    for name, array in parameters.items():
+        module._set(name, module._parameter(name, array))
     return module

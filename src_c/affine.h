@@ -76,10 +76,8 @@ INLINE void affine_pass(const affine *a, const int rows, ptrdiff_t n)
         affine_pass_with(a, rows, n, 1, 1);
     else if (a->w)
         affine_pass_with(a, rows, n, 1, 0);
-    else if (a->b)
-        affine_pass_with(a, rows, n, 0, 1);
-    else
-        affine_pass_with(a, rows, n, 0, 0);
+    else /* seldom: one text for both */
+        affine_pass_with(a, rows, n, 0, a->b != NULL);
 }
 
 /* Part of a row, from the parameters' own places for it. */
@@ -181,8 +179,6 @@ INLINE void stream_pass(const streamed *s, element *y, ptrdiff_t n, carry *c)
         stream_pass_with(s, y, n, c, 1, 1);
     else if (s->w)
         stream_pass_with(s, y, n, c, 1, 0);
-    else if (s->b)
-        stream_pass_with(s, y, n, c, 0, 1);
     else
-        stream_pass_with(s, y, n, c, 0, 0);
+        stream_pass_with(s, y, n, c, 0, s->b != NULL);
 }

@@ -2,13 +2,19 @@
  *
  * Element i of all rows is a contiguous line. So rows are taken a strip of them at a time, and go
  * through the arithmetic of row_pivot, plain_stats and affine_pass together, each in its own place
- * of a vector: nothing is done across vectors, and a row's lanes, in row.h's sense, are vectors. The
- * four that v_fold adds are summed side by side in registers; that leaves a quarter of them to be
- * halved on. */
+ * of a vector: nothing is done across vectors, and a row's lanes, in row.h's sense, are vectors.
+ * The four that v_fold adds are summed side by side in registers; that leaves a quarter of them to
+ * be halved on.
+ *
+ * x is read three times, from cache but for the first. What is not T goes through a room of as many
+ * lines as are summed at a time. */
 
 /* Four cache lines: what lies a page or more apart is worth fetching only in some bulk. */
 #define STRIP (256 / (int)sizeof(element))
 #define QUARTER (LANES / 4)
+
+/* Lines that are summed at a time: every QUARTERth of a block. */
+#define RUN (BLOCK / QUARTER)
 
 /* Vectors whose statistics registers have room for. */
 #define AFFINE_VECTORS (VW == 1 ? STRIP : 4)
@@ -18,23 +24,24 @@ typedef struct {
     const fn_layer_norm_args *a;
     const fn_rows *x, *y;
     ptrdiff_t x_step, y_step; /* bytes from line to line, or FN_UNEVEN */
-    const char *x_at;         /* where the first line of this strip begins */
-    char *y_at;
-    ptrdiff_t x_ahead, y_ahead; /* bytes to the next strip */
-    ptrdiff_t rows;             /* up to STRIP */
-    int direct;                 /* x is read where it lies */
+    const element *w, *b;
+    ptrdiff_t w_step, b_step;
+    const char *x_at, *x_next; /* where the first lines of this strip and the next one begin */
+    char *y_at, *y_next;
+    ptrdiff_t rows; /* up to STRIP */
+    int direct;     /* x is read where it lies */
     element pivot[STRIP], rstd[STRIP], shift[STRIP];
     uint64_t careful; /* a bit for each row that needs careful_stats */
 } column_strip;
 
-/* Quarter lanes of a block, and their totals where there are more blocks. */
+/* Quarter lanes of a block, and their totals in double, of which the first end as the sums. */
 #define column_sums FN_OF_T(column_sums)
 typedef struct {
     element block[QUARTER][STRIP];
     double total[QUARTER][STRIP];
 } column_sums;
 
-/* ---- lines ------------------------------------------------------------------------------------- */
+/* ---- where things lie ------------------------------------------------------------------------ */
 
 #ifndef FN_UNEVEN
 #define FN_UNEVEN PTRDIFF_MIN
@@ -57,26 +64,80 @@ OUTLINE ptrdiff_t line_at(const fn_shape *shape, const fn_rows *rows, ptrdiff_t 
     ptrdiff_t left;
     return step != FN_UNEVEN ? i * step : run_at(shape, rows->col_strides, i, &left);
 }
+
+OUTLINE char *row_begin(const fn_shape *shape, const fn_rows *rows, ptrdiff_t row)
+{
+    return row_at(shape, rows, row);
+}
+
+/* How many lines i, i + every, ... there are. */
+INLINE ptrdiff_t lines_from(ptrdiff_t i, ptrdiff_t end, ptrdiff_t every)
+{
+    return (ptrdiff_t)((size_t)(end - i + every - 1) / (size_t)every);
+}
 #endif
 
-/* Lines i, i + QUARTER, ..., from row k of the strip on, in T and with zeros to a whole vector. */
-#define pack_lines FN_OF_T(pack_lines)
-OUTLINE void pack_lines(const column_strip *s, ptrdiff_t i, ptrdiff_t count, ptrdiff_t k,
-                        element *into)
+/* ---- the room -------------------------------------------------------------------------------- */
+
+/* Whole strips of half types are converted here: a call a line would take longer than that. */
+#define whole_halves FN_OF_T(whole_halves)
+INLINE fn_dtype whole_halves(const column_strip *s, const fn_rows *rows)
 {
-    const ptrdiff_t last = (s->rows - 1) / VW * VW;
-    for (into += k; count > 0; count--, i += QUARTER, into += STRIP) {
-        const char *line = s->x_at + line_at(&s->a->shape, s->x, s->x_step, i) + k * s->x->stride;
-        if (!s->direct) {
-            v_store(into + last - k, v_zero());
-            load_strip(into, line, s->x->stride, s->x->dtype, s->rows - k);
-        } else {
-            v_store(into, v_loadn((const element *)line, s->rows - k));
+    const int is_float = sizeof(element) == sizeof(float);
+    return is_float && s->rows == STRIP && !s->careful ? rows->dtype : FN_OWN_TYPE;
+}
+
+/* Lines i, i + QUARTER, ... in T, with zeros to a whole vector. */
+#define pack_lines FN_OF_T(pack_lines)
+OUTLINE void pack_lines(const column_strip *s, ptrdiff_t i, ptrdiff_t count, element *into)
+{
+    const fn_dtype halves = whole_halves(s, s->x);
+    for (; count > 0; count--, i += QUARTER, into += STRIP) {
+        const char *line = s->x_at + line_at(&s->a->shape, s->x, s->x_step, i);
+        float *f = (float *)(void *)into;
+        const uint16_t *h = (const uint16_t *)line;
+        if (halves == FN_F16)
+            for (int k = 0; k < STRIP; k += CONVERT_STEP) f32_from_f16(f + k, h + k);
+        else if (halves == FN_BF16)
+            for (int k = 0; k < STRIP; k += CONVERT_STEP) f32_from_bf16(f + k, h + k);
+        else {
+            v_store(into + (s->rows - 1) / VW * VW, v_zero());
+            load_strip(into, line, s->x->stride, s->x->dtype, s->rows);
         }
     }
 }
 
-/* ---- sums -------------------------------------------------------------------------------------- */
+/* Less than a vector of each line, where they lie as T. */
+#define pack_parts FN_OF_T(pack_parts)
+OUTLINE void pack_parts(const char *line, ptrdiff_t step, ptrdiff_t count, ptrdiff_t width,
+                        element *into)
+{
+    for (; count > 0; count--, line += step, into += VW)
+        v_store(into, v_loadn((const element *)line, width));
+}
+
+#define unpack_line FN_OF_T(unpack_line)
+OUTLINE void unpack_line(const column_strip *s, ptrdiff_t i, element *line)
+{
+    const fn_rows *y = s->y;
+    const fn_dtype halves = whole_halves(s, y);
+    char *to = s->y_at + line_at(&s->a->shape, y, s->y_step, i);
+    const fn_activation activation = s->a->steps->activation;
+    const float *f = (const float *)(void *)line;
+    if (activation) activate_strip(line, s->rows, activation);
+    if (halves == FN_F16)
+        for (int k = 0; k < STRIP; k += CONVERT_STEP) f16_from_f32((uint16_t *)to + k, f + k);
+    else if (halves == FN_BF16)
+        for (int k = 0; k < STRIP; k += CONVERT_STEP) bf16_from_f32((uint16_t *)to + k, f + k);
+    else if (!s->careful)
+        store_strip(to, y->stride, y->dtype, line, s->rows);
+    else
+        for (ptrdiff_t r = 0; r < s->rows; r++)
+            if (!(s->careful >> r & 1))
+                store_strip(to + r * y->stride, y->stride, y->dtype, line + r, 1);
+}
+
+/* ---- sums ------------------------------------------------------------------------------------ */
 
 #define add_line FN_OF_T(add_line)
 INLINE void add_line(vec *sum, vec *squares, const char *line, vec pivot, const int deviations)
@@ -91,10 +152,11 @@ INLINE void add_line(vec *sum, vec *squares, const char *line, vec pivot, const 
 
 /* Four lanes, whose lines come in turn. */
 #define add_lanes FN_OF_T(add_lanes)
-INLINE void add_lanes(const char *line, ptrdiff_t step, ptrdiff_t count, vec pivot,
+INLINE void add_lanes(const char *line, ptrdiff_t step, ptrdiff_t count, const element *pivots,
                       const int deviations, element *sums, element *all_squares)
 {
     vec sum[4], squares[4];
+    const vec pivot = v_load(pivots);
     UNROLL for (int l = 0; l < 4; l++) sum[l] = squares[l] = v_zero();
     NO_UNROLL for (; count >= 4; count -= 4, line += 4 * step)
         UNROLL for (int l = 0; l < 4; l++)
@@ -109,38 +171,47 @@ INLINE void add_lanes(const char *line, ptrdiff_t step, ptrdiff_t count, vec piv
 }
 
 #define add_block FN_OF_T(add_block)
-INLINE void add_block(const column_strip *s, ptrdiff_t first, const int deviations,
-                      column_sums *sum, column_sums *squares)
+INLINE void add_block(const column_strip *s, ptrdiff_t first, column_sums *sum,
+                      column_sums *squares)
 {
-    element packed[BLOCK / QUARTER][STRIP];
-    const ptrdiff_t n = block_length(s->a->shape.cols, first);
-    const ptrdiff_t direct_rows = s->direct ? s->rows / VW * VW : 0;
-    for (ptrdiff_t j = 0; j < QUARTER; j++) {
-        const ptrdiff_t count = (n - j + QUARTER - 1) / QUARTER;
-        const char *lines = s->x_at + (first + j) * s->x_step;
-        ptrdiff_t step = QUARTER * s->x_step;
-        for (ptrdiff_t k = 0; k < s->rows; k += VW) {
-            if (k == direct_rows) {
-                pack_lines(s, first + j, count, k, packed[0]);
-                lines = (const char *)packed;
-                step = sizeof packed[0];
+    element room[RUN][STRIP];
+    const ptrdiff_t end = first + block_length(s->a->shape.cols, first);
+    NO_UNROLL for (ptrdiff_t j = 0; j < QUARTER; j++) {
+        const ptrdiff_t count = lines_from(first + j, end, QUARTER);
+        const char *line = (const char *)room;
+        ptrdiff_t step = sizeof room[0];
+        if (s->direct) {
+            line = s->x_at + (first + j) * s->x_step;
+            step = QUARTER * s->x_step;
+        } else {
+            pack_lines(s, first + j, count, room[0]);
+        }
+        NO_UNROLL for (ptrdiff_t k = 0; k < s->rows; k += VW, line += VW * sizeof(element)) {
+            if (s->direct && k + VW > s->rows) {
+                pack_parts(line, step, count, s->rows - k, room[0]);
+                line = (const char *)room;
+                step = VW * sizeof(element);
             }
-            add_lanes(lines + k * (ptrdiff_t)sizeof(element), step, count, v_load(s->pivot + k),
-                      deviations, sum->block[j] + k, squares->block[j] + k);
+            if (squares)
+                add_lanes(line, step, count, s->pivot + k, 1, sum->block[j] + k,
+                          squares->block[j] + k);
+            else
+                add_lanes(line, step, count, s->pivot + k, 0, sum->block[j] + k, NULL);
         }
     }
 }
 
 #define widen_block FN_OF_T(widen_block)
-OUTLINE void widen_block(column_sums *s)
+OUTLINE void widen_block(column_sums *s, ptrdiff_t first)
 {
     const element *from = s->block[0];
     double *into = s->total[0];
+    if (!first) memset(into, 0, sizeof s->total);
     for (int i = 0; i < QUARTER * STRIP; i += 8)
         vd8_store_f64(into + i, vd8_add(vd8_load_f64(into + i), vd8_load_element(from + i)));
 }
 
-/* The halving tree, which ends in the first line of `total`. */
+/* The halving tree. */
 #define fold_lines FN_OF_T(fold_lines)
 OUTLINE void fold_lines(column_sums *s, ptrdiff_t n)
 {
@@ -148,7 +219,8 @@ OUTLINE void fold_lines(column_sums *s, ptrdiff_t n)
     for (int half = QUARTER / 2 * STRIP; n > BLOCK && half >= STRIP; half /= 2)
         for (int i = 0; i < half; i += 8)
             vd8_store_f64(p + i, vd8_add(vd8_load_f64(p + i), vd8_load_f64(p + half + i)));
-    for (int k = 0; n <= BLOCK && k < STRIP; k += VW) {
+    if (n > BLOCK) return;
+    for (int k = 0; k < STRIP; k += VW) {
         vec v[QUARTER / 2];
         UNROLL for (int j = 0; j < QUARTER / 2; j++)
             v[j] = v_add(v_load(s->block[j] + k), v_load(s->block[j + QUARTER / 2] + k));
@@ -156,214 +228,220 @@ OUTLINE void fold_lines(column_sums *s, ptrdiff_t n)
             UNROLL for (int j = 0; j < half; j++) v[j] = v_add(v[j], v[j + half]);
         v_store(s->block[0] + k, v[0]);
     }
-    for (int i = 0; n <= BLOCK && i < STRIP; i += 8)
-        vd8_store_f64(p + i, vd8_load_element(s->block[0] + i));
+    for (int i = 0; i < STRIP; i += 8) vd8_store_f64(p + i, vd8_load_element(s->block[0] + i));
 }
 
+/* Sums of x - pivot, and of its squares where those are wanted. */
 #define add_all FN_OF_T(add_all)
-INLINE void add_all(const column_strip *s, const int deviations, column_sums *sum,
-                    column_sums *squares)
+OUTLINE void add_all(const column_strip *s, column_sums *sum, column_sums *squares)
 {
     const ptrdiff_t n = s->a->shape.cols;
-    memset(sum->total, 0, n > BLOCK ? sizeof sum->total : 0);
-    memset(squares->total, 0, n > BLOCK ? sizeof squares->total : 0);
     for (ptrdiff_t first = 0; first < n; first += BLOCK) {
-        add_block(s, first, deviations, sum, squares);
-        if (n > BLOCK) widen_block(sum);
-        if (n > BLOCK && deviations) widen_block(squares);
+        add_block(s, first, sum, squares);
+        if (n > BLOCK) widen_block(sum, first);
+        if (n > BLOCK && squares) widen_block(squares, first);
     }
     fold_lines(sum, n);
-    if (deviations) fold_lines(squares, n);
+    if (squares) fold_lines(squares, n);
 }
 
-/* ---- statistics -------------------------------------------------------------------------------- */
+/* ---- statistics ------------------------------------------------------------------------------ */
+
+/* Eight rows, from row i of the strip on. Without vectors it takes less code to do them in turn. */
+#define eight_pivots FN_OF_T(eight_pivots)
+INLINE void eight_pivots(column_strip *s, ptrdiff_t i, const double *sums, double per_n)
+{
+    group_stats stats;
+    for (int r = 0; VW == 1 && r < 8; r++) stats.pivot[r] = (element)((sums[i + r] + 0) * per_n);
+    if (VW > 1) group_pivots(vd8_load_f64(sums + i), vd8_set1(per_n), &stats);
+    memcpy(s->pivot + i, stats.pivot, sizeof stats.pivot);
+}
+
+#define eight_rstds FN_OF_T(eight_rstds)
+INLINE void eight_rstds(column_strip *s, ptrdiff_t row, ptrdiff_t i, const double *sums,
+                        const double *squares, double per_n)
+{
+    const fn_layer_norm_args *a = s->a;
+    const ptrdiff_t left = s->rows - i < 8 ? s->rows - i : 8;
+    group_stats stats = {.careful = 0};
+    for (int r = 0; VW == 1 && r < 8; r++) {
+        row_stats one;
+        const int plain = sums_to_stats(sums[i + r], squares[i + r], per_n, a->eps, 0, &one);
+        stats.careful |= (unsigned)!plain << r;
+        stats.rstd[r] = one.rstd;
+        stats.shift[r] = one.shift;
+        stats.c[r] = one.mean;
+        stats.reported_rstd[r] = one.reported_rstd;
+    }
+    if (VW > 1)
+        group_rstds(vd8_load_f64(sums + i), vd8_load_f64(squares + i), vd8_set1(per_n), a->eps,
+                    &stats);
+    memcpy(stats.pivot, s->pivot + i, sizeof stats.pivot);
+    memcpy(s->rstd + i, stats.rstd, sizeof stats.rstd);
+    memcpy(s->shift + i, stats.shift, sizeof stats.shift);
+    s->careful |= (uint64_t)(stats.careful & ((1u << left) - 1)) << i;
+    if (a->mean || a->rstd) store_group_stats(a, row + i, (int)left, &stats);
+}
 
 #define strip_stats FN_OF_T(strip_stats)
 OUTLINE void strip_stats(column_strip *s, ptrdiff_t row)
 {
     column_sums sum, squares;
-    const fn_layer_norm_args *a = s->a;
-    const vd8 per_n = vd8_set1(1.0 / (double)a->shape.cols);
-    group_stats stats;
+    const double per_n = 1.0 / (double)s->a->shape.cols;
     memset(s->pivot, 0, sizeof s->pivot);
-    if (!a->rms) {
-        add_all(s, 0, &sum, &squares);
-        for (ptrdiff_t i = 0; i < s->rows; i += 8) {
-            group_pivots(vd8_load_f64(sum.total[0] + i), per_n, &stats);
-            memcpy(s->pivot + i, stats.pivot, sizeof stats.pivot);
-        }
+    if (!s->a->rms) {
+        add_all(s, &sum, NULL);
+        for (ptrdiff_t i = 0; i < s->rows; i += 8) eight_pivots(s, i, sum.total[0], per_n);
     }
-    add_all(s, 1, &sum, &squares);
-    if (a->rms) memset(sum.total, 0, sizeof sum.total[0]);
+    add_all(s, &sum, &squares);
+    if (s->a->rms) memset(sum.total, 0, sizeof sum.total[0]);
     s->careful = 0;
-    for (ptrdiff_t i = 0; i < s->rows; i += 8) {
-        const ptrdiff_t left = s->rows - i < 8 ? s->rows - i : 8;
-        group_rstds(vd8_load_f64(sum.total[0] + i), vd8_load_f64(squares.total[0] + i), per_n,
-                    a->eps, &stats);
-        memcpy(stats.pivot, s->pivot + i, sizeof stats.pivot);
-        memcpy(s->rstd + i, stats.rstd, sizeof stats.rstd);
-        memcpy(s->shift + i, stats.shift, sizeof stats.shift);
-        s->careful |= (uint64_t)(stats.careful & ((1u << left) - 1)) << i;
-        if (a->mean || a->rstd) store_group_stats(a, row + i, (int)left, &stats);
-    }
+    for (ptrdiff_t i = 0; i < s->rows; i += 8)
+        eight_rstds(s, row, i, sum.total[0], squares.total[0], per_n);
 }
 
-/* ---- output ------------------------------------------------------------------------------------ */
+/* ---- output ---------------------------------------------------------------------------------- */
 
-/* A weight of 1 and a bias of -0 change no bit, so they stand for those that are absent; and so does
- * an offset of -0. */
-#define line_parameters FN_OF_T(line_parameters)
-typedef struct {
-    const element *w, *b;
-    ptrdiff_t w_step, b_step;
-    element offset;
-} line_parameters;
-
-#define parameters_of FN_OF_T(parameters_of)
-static line_parameters parameters_of(const fn_steps *steps)
+/* A weight of 1 and a bias of -0 change no bit, so they stand for those that are absent. */
+#define set_parameters FN_OF_T(set_parameters)
+INLINE void set_parameters(column_strip *s, void *scratch, ptrdiff_t row)
 {
     static const element one = 1, minus_zero = (element)-0.0;
-    const void *w = steps->outputs->weight.data, *b = steps->outputs->bias.data;
-    return (line_parameters){
-        .w = w ? w : &one,
-        .b = b ? b : &minus_zero,
-        .w_step = w != NULL,
-        .b_step = b != NULL,
-        .offset = w && steps->offset != 0 ? (element)steps->offset : minus_zero,
-    };
+    const fn_shape *shape = &s->a->shape;
+    const fn_steps *steps = s->a->steps;
+    const fn_output *o = steps->outputs;
+    workspace space = workspace_in(scratch, shape, steps, 0);
+    const element *w = parameter(shape, steps, &space, &o->weight, 0, steps->offset, row);
+    const element *b = parameter(shape, steps, &space, &o->bias, 1, 0, row);
+    s->w = w ? w : &one;
+    s->b = b ? b : &minus_zero;
+    s->w_step = w != NULL;
+    s->b_step = b != NULL;
 }
 
-/* From where x lies to where y lies. */
-#define finish_direct FN_OF_T(finish_direct)
-INLINE void finish_direct(const column_strip *s, ptrdiff_t first, const int stream)
+/* From where x lies to where y lies: some vectors of every line, from row k on. */
+#define finish_vectors FN_OF_T(finish_vectors)
+OUTLINE void finish_vectors(const column_strip *s, ptrdiff_t k, int stream)
 {
     vec pivot[AFFINE_VECTORS], rstd[AFFINE_VECTORS], shift[AFFINE_VECTORS], out[AFFINE_VECTORS];
-    const ptrdiff_t x_step = s->x_step, y_step = s->y_step;
-    const ptrdiff_t x_ahead = s->x_ahead, y_ahead = s->y_ahead;
-    line_parameters p = parameters_of(s->a->steps);
-    const char *x = s->x_at + first * (ptrdiff_t)sizeof(element);
-    char *y = s->y_at + first * (ptrdiff_t)sizeof(element);
-    UNROLL for (int k = 0; k < AFFINE_VECTORS; k++) {
-        pivot[k] = v_load(s->pivot + first + k * VW);
-        rstd[k] = v_load(s->rstd + first + k * VW);
-        shift[k] = v_load(s->shift + first + k * VW);
+    ptrdiff_t width[AFFINE_VECTORS];
+    const element *x = (const element *)s->x_at + k, *w = s->w, *b = s->b;
+    element *y = (element *)s->y_at + k;
+    const char *x_next = (const char *)((const element *)s->x_next + k);
+    /* What is written past the cache is not fetched: x stands in for it. */
+    const char *y_next = stream ? x_next : (const char *)((const element *)s->y_next + k);
+    const ptrdiff_t x_step = s->x_step, y_step = s->y_step, w_step = s->w_step, b_step = s->b_step;
+    const ptrdiff_t y_next_step = stream ? x_step : y_step;
+    UNROLL for (int v = 0; v < AFFINE_VECTORS; v++) {
+        width[v] = part_at(k + v * VW, s->rows);
+        pivot[v] = v_load(s->pivot + k + v * VW);
+        rstd[v] = v_load(s->rstd + k + v * VW);
+        shift[v] = v_load(s->shift + k + v * VW);
     }
-    for (ptrdiff_t n = s->a->shape.cols; n > 0; n--) {
-        const vec w = v_set1(*p.w + p.offset), b = v_set1(*p.b);
-        UNROLL for (int k = 0; k < AFFINE_VECTORS; k++)
-            out[k] = v_fma(
-                normalise(v_load((const element *)x + k * VW), pivot[k], rstd[k], shift[k]), w, b);
-        UNROLL for (int k = 0; k < AFFINE_VECTORS; k++) {
-            if (stream)
-                v_stream((element *)y + k * VW, out[k]);
-            else
-                v_store((element *)y + k * VW, out[k]);
+    for (ptrdiff_t n = s->a->shape.cols; n > 0; n--, w += w_step, b += b_step) {
+        const vec wv = v_set1(*w), bv = v_set1(*b);
+        UNROLL for (int v = 0; v < AFFINE_VECTORS; v++) {
+            const vec d = HAS_MASKS ? v_loadn(x + v * VW, width[v]) : v_load(x + v * VW);
+            out[v] = v_fma(normalise(d, pivot[v], rstd[v], shift[v]), wv, bv);
         }
-        UNROLL for (int k = 0; k < AFFINE_VECTORS * VW; k += LINE) {
-            __builtin_prefetch((const element *)(x + x_ahead) + k, 0, 2);
-            if (!stream) __builtin_prefetch((const element *)(y + y_ahead) + k, 1, 2);
-        }
-        x += x_step;
-        y += y_step;
-        p.w += p.w_step;
-        p.b += p.b_step;
-    }
-}
-
-#define store_line FN_OF_T(store_line)
-OUTLINE void store_line(const column_strip *s, char *y, element *line)
-{
-    const fn_rows *rows = s->y;
-    const fn_activation activation = s->a->steps->activation;
-    if (activation) activate_strip(line, s->rows, activation);
-    if (!s->careful)
-        store_strip(y, rows->stride, rows->dtype, line, s->rows);
-    else
-        for (ptrdiff_t r = 0; r < s->rows; r++)
-            if (!(s->careful >> r & 1))
-                store_strip(y + r * rows->stride, rows->stride, rows->dtype, line + r, 1);
-}
-
-/* What is not a whole strip from T to T: line by line through a room. */
-#define finish_lines FN_OF_T(finish_lines)
-OUTLINE void finish_lines(const column_strip *s, int y_direct)
-{
-    line_parameters p = parameters_of(s->a->steps);
-    element room[STRIP];
-    for (ptrdiff_t i = 0; i < s->a->shape.cols; i++) {
-        const vec w = v_set1(*p.w + p.offset), b = v_set1(*p.b);
-        const element *x = room;
-        element *y = (element *)(s->y_at + line_at(&s->a->shape, s->y, s->y_step, i));
-        element *into = y_direct ? y : room;
-        if (s->direct)
-            x = (const element *)(s->x_at + i * s->x_step);
+        if (stream)
+            UNROLL for (int v = 0; v < AFFINE_VECTORS; v++) v_stream(y + v * VW, out[v]);
+        else if (HAS_MASKS)
+            UNROLL for (int v = 0; v < AFFINE_VECTORS; v++) v_storen(y + v * VW, out[v], width[v]);
         else
-            pack_lines(s, i, 1, 0, room);
-        for (ptrdiff_t k = 0; k < s->rows; k += VW) {
-            const vec h = normalise(load_some(x + k, s->rows - k), v_load(s->pivot + k),
-                                    v_load(s->rstd + k), v_load(s->shift + k));
-            store_some(into + k, v_fma(h, w, b), s->rows - k);
+            UNROLL for (int v = 0; v < AFFINE_VECTORS; v++) v_store(y + v * VW, out[v]);
+        UNROLL for (int f = 0; f < AFFINE_VECTORS * VW; f += LINE) {
+            __builtin_prefetch((const element *)x_next + f, 0, 2);
+            __builtin_prefetch((const element *)y_next + f, 1, 2);
         }
-        if (!y_direct) store_line(s, (char *)y, room);
-        p.w += p.w_step;
-        p.b += p.b_step;
+        x = (const element *)((const char *)x + x_step);
+        y = (element *)((char *)y + y_step);
+        x_next += x_step;
+        y_next += y_next_step;
     }
 }
 
-#define finish_strip_of_rows FN_OF_T(finish_strip_of_rows)
-INLINE void finish_strip_of_rows(const column_strip *s)
+/* All else, line by line through a room. */
+#define finish_lines FN_OF_T(finish_lines)
+OUTLINE void finish_lines(const column_strip *s)
 {
-    const int y_direct = s->y->dtype == FN_OWN_TYPE && !s->careful && !s->a->steps->activation;
-    if (!y_direct || !s->direct || s->rows < STRIP || s->y_step == FN_UNEVEN) {
-        finish_lines(s, y_direct);
+    element room[STRIP];
+    const element *w = s->w, *b = s->b;
+    for (ptrdiff_t i = 0; i < s->a->shape.cols; i++, w += s->w_step, b += s->b_step) {
+        const vec wv = v_set1(*w), bv = v_set1(*b);
+        pack_lines(s, i, 1, room);
+        for (ptrdiff_t k = 0; k < s->rows; k += VW) {
+            const vec h = normalise(v_load(room + k), v_load(s->pivot + k), v_load(s->rstd + k),
+                                    v_load(s->shift + k));
+            v_store(room + k, v_fma(h, wv, bv));
+        }
+        unpack_line(s, i, room);
+    }
+}
+
+/* Whether y is written where it lies, by whole vectors or parts of them. */
+#define writes_direct FN_OF_T(writes_direct)
+INLINE int writes_direct(const column_strip *s)
+{
+    return s->direct && s->y->dtype == FN_OWN_TYPE && s->y_step != FN_UNEVEN && !s->careful &&
+           (HAS_MASKS || s->rows == STRIP);
+}
+
+#define finish_rows FN_OF_T(finish_rows)
+INLINE void finish_rows(const column_strip *s)
+{
+    const fn_activation activation = s->a->steps->activation;
+    const int aligned = ((uintptr_t)s->y_at | (uintptr_t)s->y_step) % 64 == 0;
+    const int stream = s->a->stream && aligned && s->rows == STRIP && !activation;
+    if (!writes_direct(s)) {
+        finish_lines(s);
         return;
     }
-    const int aligned = ((uintptr_t)s->y_at | (uintptr_t)s->y_step) % 64 == 0;
-    for (ptrdiff_t k = 0; k < STRIP; k += AFFINE_VECTORS * VW) {
-        if (s->a->stream && aligned)
-            finish_direct(s, k, 1);
-        else
-            finish_direct(s, k, 0);
-    }
+    for (ptrdiff_t k = 0; k < s->rows; k += AFFINE_VECTORS * VW) finish_vectors(s, k, stream);
+    for (ptrdiff_t i = 0; activation && i < s->a->shape.cols; i++)
+        activate_strip((element *)(s->y_at + i * s->y_step), s->rows, activation);
 }
 
-/* ---- the kernel -------------------------------------------------------------------------------- */
+/* ---- the kernel ------------------------------------------------------------------------------ */
 
-/* How many rows from `row` on lie side by side and make a strip; up to a cache line's end in y. */
+/* How many of the rows from `row` on make a strip. They lie side by side, and where there are many
+ * of them, strips begin where cache lines of y do. */
 #define rows_in_strip FN_OF_T(rows_in_strip)
 INLINE ptrdiff_t rows_in_strip(const column_strip *s, ptrdiff_t row, ptrdiff_t end)
 {
     const fn_shape *shape = &s->a->shape;
     ptrdiff_t left = end - row;
     if (shape->outer_ndim) {
-        const ptrdiff_t run = shape->inner - row % shape->inner;
-        if (run < left) left = run;
+        const ptrdiff_t side_by_side = shape->inner - row % shape->inner;
+        if (side_by_side < left) left = side_by_side;
     }
-    const ptrdiff_t whole = STRIP - (ptrdiff_t)((uintptr_t)s->y_at % 64 / sizeof(element));
-    return left < whole ? left : whole;
+    if (left < 4 * STRIP || s->y_step % 64) return left < STRIP ? left : STRIP;
+    return STRIP - (ptrdiff_t)((uintptr_t)s->y_at % 64 / sizeof(element));
 }
 
 #define layer_norm_columns FN_OF_T(layer_norm_columns)
 static void layer_norm_columns(const void *args, ptrdiff_t row0, ptrdiff_t row1, void *scratch)
 {
     const fn_layer_norm_args *a = args;
-    column_strip s = {.a = a, .x = &a->steps->x, .y = &a->steps->outputs[0].y};
+    column_strip s = {.a = a, .x = &a->steps->x, .y = &a->steps->outputs->y};
     s.x_step = even_step(&a->shape, s.x);
     s.y_step = even_step(&a->shape, s.y);
     s.direct = s.x->dtype == FN_OWN_TYPE && s.x_step != FN_UNEVEN;
-    s.x_ahead = s.y_ahead = 0;
+    s.x_next = row_begin(&a->shape, s.x, row0);
+    s.y_next = row_begin(&a->shape, s.y, row0);
+    set_parameters(&s, scratch, row0);
     for (ptrdiff_t row = row0; row < row1; row += s.rows) {
-        s.x_at = row_at(&a->shape, s.x, row);
-        s.y_at = row_at(&a->shape, s.y, row);
+        s.x_at = s.x_next;
+        s.y_at = s.y_next;
         s.rows = rows_in_strip(&s, row, row1);
         if (row + s.rows < row1) {
-            s.x_ahead = (const char *)row_at(&a->shape, s.x, row + s.rows) - s.x_at;
-            s.y_ahead = (const char *)row_at(&a->shape, s.y, row + s.rows) - s.y_at;
+            s.x_next = row_begin(&a->shape, s.x, row + s.rows);
+            s.y_next = row_begin(&a->shape, s.y, row + s.rows);
         }
         strip_stats(&s, row);
-        finish_strip_of_rows(&s);
-        for (ptrdiff_t r = 0; r < s.rows; r++)
-            if (s.careful >> r & 1) layer_norm(a, row + r, row + r + 1, scratch);
+        finish_rows(&s);
+        for (ptrdiff_t r = 0; s.careful; r++, s.careful >>= 1)
+            if (s.careful & 1) layer_norm(a, row + r, row + r + 1, scratch);
     }
     if (a->stream) v_fence();
 }

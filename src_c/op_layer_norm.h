@@ -266,9 +266,9 @@ OUTLINE ptrdiff_t layer_norm_halves(const fn_layer_norm_args *a, ptrdiff_t row, 
 
 /* The rows that a group lacks of eight are copies. */
 #define copy_rows FN_OF_T(copy_rows)
-INLINE void copy_rows(quarter sums[8], int rows)
+INLINE void copy_rows(quarter sums[8], const int rows)
 {
-    NO_UNROLL for (int i = rows; i < 8; i++) sums[i] = sums[i - rows];
+    UNROLL for (int i = rows; i < 8; i++) sums[i] = sums[i - rows];
 }
 
 /* The lengths of a group's rows, where they differ. An empty row divides by nothing: its sums are
@@ -292,32 +292,31 @@ OUTLINE void group_prologue(const fn_layer_norm_args *a, const workspace *space,
 }
 
 #define group_start FN_OF_T(group_start)
-OUTLINE void group_start(const fn_layer_norm_args *a, const workspace *space, ptrdiff_t row,
-                         int rows, int now, group_stats *stats)
+INLINE void group_start(const fn_layer_norm_args *a, const workspace *space, ptrdiff_t row,
+                        const int rows, int now, group_stats *stats)
 {
     quarter sums[8];
     if (a->steps)
         group_prologue(a, space, row, rows, now, stats);
     else
-        for (int i = 0; i < rows; i++) stats->x[i] = row_at(&a->shape, &a->x, row + i);
+        UNROLL for (int i = 0; i < rows; i++) stats->x[i] = row_at(&a->shape, &a->x, row + i);
     if (a->rms) {
         for (int i = 0; i < rows; i++) stats->pivot[i] = 0;
         return;
     }
     NO_UNROLL for (int i = 0; i < rows; i++)
-        sums[i] = block_sum(stats->x[i], stats->n[i], (scale){1, 1}, 0);
+        sums[i] = block_sum(stats->x[i], stats->n[i]);
     copy_rows(sums, rows);
     group_pivots(quarter_hsum8(sums), vd8_load_f64(stats->per_n), stats);
 }
 
 #define group_middle FN_OF_T(group_middle)
-OUTLINE void group_middle(const fn_layer_norm_args *a, ptrdiff_t row, int rows,
-                          group_stats *stats)
+INLINE void group_middle(const fn_layer_norm_args *a, ptrdiff_t row, const int rows,
+                         group_stats *stats)
 {
     quarter sums[8], squares[8];
     NO_UNROLL for (int i = 0; i < rows; i++)
-        block_deviations(stats->x[i], stats->n[i], v_set1(stats->pivot[i]), (scale){1, 1}, 0,
-                         &sums[i], &squares[i]);
+        block_deviations(stats->x[i], stats->n[i], v_set1(stats->pivot[i]), &sums[i], &squares[i]);
     copy_rows(sums, rows);
     copy_rows(squares, rows);
     const vd8 deviations = a->rms ? vd8_set1(0) : quarter_hsum8(sums);
@@ -375,8 +374,8 @@ INLINE void group_finish(const fn_layer_norm_args *a, workspace *space, ptrdiff_
 }
 
 #define layer_norm_group FN_OF_T(layer_norm_group)
-OUTLINE ptrdiff_t layer_norm_group(const fn_layer_norm_args *a, workspace *space, ptrdiff_t row,
-                                   ptrdiff_t end, int rows)
+INLINE ptrdiff_t layer_norm_group(const fn_layer_norm_args *a, workspace *space, ptrdiff_t row,
+                                  ptrdiff_t end, const int rows)
 {
     const ptrdiff_t first = row;
     group_stats stats[2];
@@ -511,12 +510,12 @@ OUTLINE ptrdiff_t layer_norm_groups(const fn_layer_norm_args *a, workspace *spac
     if (n <= NARROW_COLS && end - row >= 8 && in_registers) {
         if (n <= VW)
             row = layer_norm_narrow(a, row, end, 1);
-        else if (n <= 2 * VW)
+        else if (n <= 2 * VW && sizeof(element) == sizeof(float)) /* for size, not of double */
             row = layer_norm_narrow(a, row, end, 2);
         else
             row = layer_norm_narrow(a, row, end, 4);
     }
-    if (n <= BLOCK && n * (ptrdiff_t)sizeof(element) <= FN_FOUR_ROWS_BYTES)
+    if (VW > 1 && n <= BLOCK && n * (ptrdiff_t)sizeof(element) <= FN_FOUR_ROWS_BYTES)
         row = layer_norm_group(a, space, row, end, 4);
     return n <= BLOCK ? layer_norm_group(a, space, row, end, 2) : row;
 }
@@ -525,7 +524,8 @@ OUTLINE ptrdiff_t layer_norm_groups(const fn_layer_norm_args *a, workspace *spac
 static void layer_norm(const void *args, ptrdiff_t row0, ptrdiff_t row1, void *scratch)
 {
     const fn_layer_norm_args *a = args;
-    workspace space = workspace_in(scratch, &a->shape, a->steps, 0);
+    workspace space;
+    if (a->steps) space = workspace_in(scratch, &a->shape, a->steps, 0);
     if (!a->stream && row1 - row0 > 1) row0 = layer_norm_groups(a, &space, row0, row1);
     layer_norm_rows(a, &space, row0, row1);
 }

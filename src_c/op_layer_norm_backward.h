@@ -83,7 +83,7 @@ static COLD void careful_backward(const element *x, const element *dy, const ele
     row->x = scale_to(up);
     row->dy = scale_to(up_dy);
     row->pivot = (element)ldexp((double)mean, up);
-    row_dots(x, dy, w, n, row->pivot, row->x, row->dy, 1, sums);
+    row_dots(x, dy, w, n, row->pivot, &row->x, &row->dy, sums);
     /* x_rstd beyond T: x is constant, or eps is all that counts, and x - pivot is 0 all over. */
     dots_to_coefficients(sums, x_rstd > (double)MOST ? (double)MOST : x_rstd, n, rms, row);
     /* dx is multiplied by rstd as it was saved, or, if that is lost, by x's own and 2^up. */
@@ -128,6 +128,9 @@ typedef struct {
     ptrdiff_t x_ahead, dy_ahead, dx_ahead; /* bytes to what is fetched meanwhile; 0: itself */
 } backward_sums;
 
+#define through FN_OF_T(through)
+INLINE vec through(vec v, scale s, const int scaled) { return scaled ? scale_by(v, s) : v; }
+
 #define backward_vector FN_OF_T(backward_vector)
 INLINE void backward_vector(const element *const *x, const element *const *dy, element *const *dx,
                             const backward_row *row, const int rows, const backward_sums *sums,
@@ -144,7 +147,7 @@ INLINE void backward_vector(const element *const *x, const element *const *dy, e
     UNROLL for (int k = 0; k < rows; k++) {
         const backward_row *c = &row[k];
         const vec rstd = v_set1(c->rstd);
-        const vec d = v_sub(scale_by(load_some(x[k] + i, left), c->x, scaled), v_set1(c->pivot));
+        const vec d = v_sub(through(load_some(x[k] + i, left), c->x, scaled), v_set1(c->pivot));
         const vec xh = v_fma(d, rstd, v_set1(c->shift));
         const vec plain = load_some(dy[k] + i, left);
         if (want_sums) {
@@ -152,13 +155,13 @@ INLINE void backward_vector(const element *const *x, const element *const *dy, e
             db = v_add(db, plain);
         }
         if (want_dx) {
-            const vec g = v_mul(scale_by(plain, c->dy, scaled), w);
+            const vec g = v_mul(through(plain, c->dy, scaled), w);
             const vec inner = v_fma(xh, v_set1(c->slope), g);
             const vec out = v_fma(inner, v_set1(c->dx_rstd), v_set1(c->base));
             if (sums->stream && left >= VW)
-                v_stream(dx[k] + i, scale_by(out, c->dx, scaled));
+                v_stream(dx[k] + i, through(out, c->dx, scaled));
             else
-                store_some(dx[k] + i, scale_by(out, c->dx, scaled), left);
+                store_some(dx[k] + i, through(out, c->dx, scaled), left);
         }
     }
     if (want_sums) {
@@ -196,17 +199,16 @@ INLINE void backward_pass_with(const element *const *x, const element *const *dy
         backward_vector(x, dy, dx, row, rows, &sums, i, n - i, want_dx, want_sums, scaled);
 }
 
+/* Both dx and the sums, as most want it; one text for all else. */
 #define backward_pass FN_OF_T(backward_pass)
 INLINE void backward_pass(const element *const *x, const element *const *dy, element *const *dx,
                           const backward_row *row, const int rows, const backward_sums *sums,
-                          ptrdiff_t n, const int scaled)
+                          ptrdiff_t n)
 {
-    if (!dx[0])
-        backward_pass_with(x, dy, dx, row, rows, sums, n, 0, 1, scaled);
-    else if (sums->dweight)
-        backward_pass_with(x, dy, dx, row, rows, sums, n, 1, 1, scaled);
+    if (dx[0] && sums->dweight)
+        backward_pass_with(x, dy, dx, row, rows, sums, n, 1, 1, 0);
     else
-        backward_pass_with(x, dy, dx, row, rows, sums, n, 1, 0, scaled);
+        backward_pass_with(x, dy, dx, row, rows, sums, n, dx[0] != NULL, sums->dweight != NULL, 0);
 }
 
 #define scaled_backward_pass FN_OF_T(scaled_backward_pass)
@@ -214,14 +216,14 @@ static COLD void scaled_backward_pass(const element *const *x, const element *co
                                       element *const *dx, const backward_row *row,
                                       const backward_sums *sums, ptrdiff_t n)
 {
-    backward_pass(x, dy, dx, row, 1, sums, n, 1);
+    backward_pass_with(x, dy, dx, row, 1, sums, n, dx[0] != NULL, sums->dweight != NULL, 1);
 }
 
 #define one_row_pass FN_OF_T(one_row_pass)
 OUTLINE void one_row_pass(const element *const *x, const element *const *dy, element *const *dx,
                           const backward_row *row, const backward_sums *sums, ptrdiff_t n)
 {
-    backward_pass(x, dy, dx, row, 1, sums, n, 0);
+    backward_pass(x, dy, dx, row, 1, sums, n);
 }
 
 /* ---- groups of plain rows --------------------------------------------------------------------- */
@@ -229,24 +231,13 @@ OUTLINE void one_row_pass(const element *const *x, const element *const *dy, ele
 /* Rows whose pass shares dweight and dbias; more of them would crowd each other out of L1. */
 #define BACKWARD_GROUP 2
 
-#define plain_dots FN_OF_T(plain_dots)
-OUTLINE void plain_dots(const element *x, const element *dy, const element *w, ptrdiff_t n,
-                        element pivot, double sums[3])
-{
-    const scale one = {1, 1};
-    if (w)
-        row_dots(x, dy, w, n, pivot, one, one, 0, sums);
-    else
-        row_dots(x, dy, NULL, n, pivot, one, one, 0, sums);
-}
-
 /* What the pass needs of a row, whose pivot is set; false where it must read through factors. */
 #define coefficients_of FN_OF_T(coefficients_of)
 INLINE int coefficients_of(const element *x, const element *dy, const element *w, ptrdiff_t n,
                            element rstd, int rms, backward_row *row)
 {
     double dots[3];
-    plain_dots(x, dy, w, n, row->pivot, dots);
+    row_dots(x, dy, w, n, row->pivot, NULL, NULL, dots);
     if (within_range(dots, rstd, n, dy)) {
         dots_to_coefficients(dots, rstd, n, rms, row);
         return 1;
@@ -280,10 +271,7 @@ INLINE void backward_group(const fn_layer_norm_backward_args *a, ptrdiff_t row,
         sums->dx_ahead = a->dx.stride * rows;
     }
     if (!careful) {
-        if (rows == 1)
-            one_row_pass(x, dy, dx, coefficients, sums, n);
-        else
-            backward_pass(x, dy, dx, coefficients, rows, sums, n, 0);
+        backward_pass(x, dy, dx, coefficients, rows, sums, n);
         return;
     }
     for (int k = 0; k < rows; k++) {

@@ -4,7 +4,8 @@
 static void moments(const void *args, ptrdiff_t row0, ptrdiff_t row1, void *scratch)
 {
     const fn_moments_args *a = args;
-    const workspace space = workspace_in(scratch, &a->shape, a->steps, 0);
+    workspace space;
+    if (a->steps) space = workspace_in(scratch, &a->shape, a->steps, 0);
     for (ptrdiff_t row = row0; row < row1; row++) {
         ptrdiff_t n = a->shape.cols;
         const element *x = a->steps ? prologue(&a->shape, a->steps, row, space.rooms, &n)

@@ -43,21 +43,19 @@ INLINE int sums_to_stats(double sum, double squares, double per_n, double eps,
 
 /* The first pass over one row. */
 #define row_pivot FN_OF_T(row_pivot)
-OUTLINE element row_pivot(const element *x, ptrdiff_t n)
+INLINE element row_pivot(const element *x, ptrdiff_t n)
 {
-    return (element)(row_sum(x, n, (scale){1, 1}, 0) * (1.0 / (double)n));
+    return (element)(row_sum(x, n, NULL) * (1.0 / (double)n));
 }
 
 /* The second; false where the row needs careful_stats. rms: deviations are from 0, and their mean
  * counts as 0; pivot is 0. */
 #define plain_stats FN_OF_T(plain_stats)
-OUTLINE int plain_stats(const element *x, ptrdiff_t n, element pivot, double eps, int rms,
-                        row_stats *stats)
+INLINE int plain_stats(const element *x, ptrdiff_t n, element pivot, double eps, int rms,
+                       row_stats *stats)
 {
-    double sum, squares;
-    row_deviations(x, n, pivot, (scale){1, 1}, 0, &sum, &squares);
-    if (rms) sum = 0;
-    return sums_to_stats(sum, squares, 1.0 / (double)n, eps, pivot, stats);
+    const deviation_sums d = row_deviations(x, n, pivot, NULL);
+    return sums_to_stats(rms ? 0 : d.sum, d.squares, 1.0 / (double)n, eps, pivot, stats);
 }
 
 /* eps for a row times 2^exponent. Where it overflows it is all that counts, and where it underflows
@@ -78,13 +76,12 @@ static COLD void recentred_stats(const element *x, ptrdiff_t n, double eps, int 
 {
     const double per_n = 1.0 / (double)n;
     const scale s = scale_to(exponent);
-    element pivot = rms ? 0 : (element)(row_sum(x, n, s, 1) * per_n);
+    element pivot = rms ? 0 : (element)(row_sum(x, n, &s) * per_n);
     double c;
     for (int pass = 0;; pass++) {
-        double sum, squares;
-        row_deviations(x, n, pivot, s, 1, &sum, &squares);
-        c = rms ? 0 : sum * per_n;
-        stats->variance = squares * per_n - c * c;
+        const deviation_sums d = row_deviations(x, n, pivot, &s);
+        c = rms ? 0 : d.sum * per_n;
+        stats->variance = d.squares * per_n - c * c;
         stats->mean = (double)pivot + c;
         const element moved = (element)stats->mean;
         if (c * c <= stats->variance * 0.25 || pass == 3 || moved == pivot || moved != moved) break;

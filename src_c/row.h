@@ -22,10 +22,7 @@ typedef struct {
 } scale;
 
 #define scale_by FN_OF_T(scale_by)
-INLINE vec scale_by(vec v, scale s, const int scaled)
-{
-    return scaled ? v_mul(v_mul(v, v_set1(s.first)), v_set1(s.second)) : v;
-}
+INLINE vec scale_by(vec v, scale s) { return v_mul(v_mul(v, v_set1(s.first)), v_set1(s.second)); }
 
 /* How much of a vector there is at i of n elements: from 0 to VW. */
 #define part_at FN_OF_T(part_at)
@@ -50,21 +47,38 @@ INLINE void store_some(element *p, vec v, ptrdiff_t n)
         v_storen(p, v, n);
 }
 
+/* n elements of x, scaled, into y. */
+#define scaled_strip FN_OF_T(scaled_strip)
+static COLD void scaled_strip(const element *x, element *y, scale s, ptrdiff_t n)
+{
+    for (ptrdiff_t i = 0; i < n; i += VW)
+        store_some(y + i, scale_by(load_some(x + i, n - i), s), n - i);
+}
+
+/* A block where it lies, or, if it is read through a factor, in `room`. */
+#define block_at FN_OF_T(block_at)
+INLINE const element *block_at(const element *x, ptrdiff_t n, const scale *s, element *room)
+{
+    if (!s) return x;
+    scaled_strip(x, room, *s, n);
+    return room;
+}
+
 /* ---- sum(x) ----------------------------------------------------------------------------------- */
 
 #define block_sum FN_OF_T(block_sum)
-INLINE quarter block_sum(const element *x, ptrdiff_t n, scale s, const int scaled)
+INLINE quarter block_sum(const element *x, ptrdiff_t n)
 {
     vec sum[VECTORS];
     UNROLL for (int k = 0; k < VECTORS; k++) sum[k] = v_zero();
     ptrdiff_t i = 0;
     NO_UNROLL for (; i + LANES <= n; i += LANES)
         UNROLL for (int k = 0; k < VECTORS; k++)
-            sum[k] = v_add(sum[k], scale_by(v_load(x + i + k * VW), s, scaled));
+            sum[k] = v_add(sum[k], v_load(x + i + k * VW));
     UNROLL for (int k = 0; k < VECTORS; k++) {
         const ptrdiff_t at = i + k * VW;
         if (at >= n) break;
-        sum[k] = v_add(sum[k], scale_by(load_some(x + at, n - at), s, scaled));
+        sum[k] = v_add(sum[k], load_some(x + at, n - at));
     }
     return v_fold(sum, VECTORS);
 }
@@ -73,12 +87,15 @@ INLINE quarter block_sum(const element *x, ptrdiff_t n, scale s, const int scale
 #define block_length FN_OF_T(block_length)
 INLINE ptrdiff_t block_length(ptrdiff_t n, ptrdiff_t i) { return n - i < BLOCK ? n - i : BLOCK; }
 
+/* s: the factor it is read through, or NULL. */
 #define row_sum FN_OF_T(row_sum)
-INLINE double row_sum(const element *x, ptrdiff_t n, scale s, const int scaled)
+OUTLINE double row_sum(const element *x, ptrdiff_t n, const scale *s)
 {
+    element room[BLOCK];
     wide total = wide_zero();
     for (ptrdiff_t i = 0; i < n; i += BLOCK) {
-        const quarter sum = block_sum(x + i, block_length(n, i), s, scaled);
+        const ptrdiff_t m = block_length(n, i);
+        const quarter sum = block_sum(block_at(x + i, m, s, room), m);
         if (n <= BLOCK) return quarter_hsum(sum);
         total = wide_add(total, sum);
     }
@@ -89,15 +106,15 @@ INLINE double row_sum(const element *x, ptrdiff_t n, scale s, const int scaled)
 
 /* x - pivot of up to a vector of elements, +0 past the end. */
 #define deviation FN_OF_T(deviation)
-INLINE vec deviation(const element *x, ptrdiff_t left, vec pivot, scale s, const int scaled)
+INLINE vec deviation(const element *x, ptrdiff_t left, vec pivot)
 {
-    if (left >= VW) return v_sub(scale_by(v_load(x), s, scaled), pivot);
-    return v_firstn(v_sub(scale_by(v_loadn(x, left), s, scaled), pivot), left);
+    if (left >= VW) return v_sub(v_load(x), pivot);
+    return v_firstn(v_sub(v_loadn(x, left), pivot), left);
 }
 
 #define block_deviations FN_OF_T(block_deviations)
-INLINE void block_deviations(const element *x, ptrdiff_t n, vec pivot, scale s,
-                                    const int scaled, quarter *sum, quarter *squares)
+INLINE void block_deviations(const element *x, ptrdiff_t n, vec pivot, quarter *sum,
+                             quarter *squares)
 {
     vec d_sum[VECTORS], d_squares[VECTORS];
     UNROLL for (int v = 0; v < VECTORS; v += VECTORS_A_SWEEP) {
@@ -106,14 +123,14 @@ INLINE void block_deviations(const element *x, ptrdiff_t n, vec pivot, scale s,
         ptrdiff_t i = 0;
         NO_UNROLL for (; i + LANES <= n; i += LANES)
             UNROLL for (int k = 0; k < VECTORS_A_SWEEP; k++) {
-                const vec d = deviation(x + i + (v + k) * VW, VW, pivot, s, scaled);
+                const vec d = deviation(x + i + (v + k) * VW, VW, pivot);
                 a[k] = v_add(a[k], d);
                 q[k] = v_fma(d, d, q[k]);
             }
         UNROLL for (int k = 0; k < VECTORS_A_SWEEP; k++) {
             const ptrdiff_t at = i + (v + k) * VW;
             if (at >= n) break;
-            const vec d = deviation(x + at, n - at, pivot, s, scaled);
+            const vec d = deviation(x + at, n - at, pivot);
             a[k] = v_add(a[k], d);
             q[k] = v_fma(d, d, q[k]);
         }
@@ -126,25 +143,26 @@ INLINE void block_deviations(const element *x, ptrdiff_t n, vec pivot, scale s,
     *squares = v_fold(d_squares, VECTORS);
 }
 
+/* Two doubles go back in registers. */
+#define deviation_sums FN_OF_T(deviation_sums)
+typedef struct {
+    double sum, squares;
+} deviation_sums;
+
 #define row_deviations FN_OF_T(row_deviations)
-INLINE void row_deviations(const element *x, ptrdiff_t n, element pivot, scale s, const int scaled,
-                           double *sum, double *squares)
+OUTLINE deviation_sums row_deviations(const element *x, ptrdiff_t n, element pivot, const scale *s)
 {
-    const vec m = v_set1(pivot);
+    element room[BLOCK];
     wide total_a = wide_zero(), total_q = total_a;
     for (ptrdiff_t i = 0; i < n; i += BLOCK) {
+        const ptrdiff_t m = block_length(n, i);
         quarter a, q;
-        block_deviations(x + i, block_length(n, i), m, s, scaled, &a, &q);
-        if (n <= BLOCK) {
-            *sum = quarter_hsum(a);
-            *squares = quarter_hsum(q);
-            return;
-        }
+        block_deviations(block_at(x + i, m, s, room), m, v_set1(pivot), &a, &q);
+        if (n <= BLOCK) return (deviation_sums){quarter_hsum(a), quarter_hsum(q)};
         total_a = wide_add(total_a, a);
         total_q = wide_add(total_q, q);
     }
-    *sum = wide_hsum(total_a);
-    *squares = wide_hsum(total_q);
+    return (deviation_sums){wide_hsum(total_a), wide_hsum(total_q)};
 }
 
 /* ---- the same of rows of at most 1, 2 or 4 vectors ---------------------------------------------- */
@@ -190,7 +208,7 @@ INLINE void few_deviations(const element *x, parts p, const int count, element p
 
 #define block_dots FN_OF_T(block_dots)
 INLINE void block_dots(const element *x, const element *dy, const element *w, ptrdiff_t n,
-                              vec pivot, scale sx, scale sdy, const int scaled, quarter total[3])
+                       vec pivot, quarter total[3])
 {
     vec d_sum[VECTORS], g_sum[VECTORS], gd_sum[VECTORS];
     UNROLL for (int v = 0; v < VECTORS; v += VECTORS_A_SWEEP) {
@@ -200,8 +218,8 @@ INLINE void block_dots(const element *x, const element *dy, const element *w, pt
         NO_UNROLL for (; i + LANES <= n; i += LANES)
             UNROLL for (int k = 0; k < VECTORS_A_SWEEP; k++) {
                 const ptrdiff_t at = i + (v + k) * VW;
-                const vec d = v_sub(scale_by(v_load(x + at), sx, scaled), pivot);
-                vec g = scale_by(v_load(dy + at), sdy, scaled);
+                const vec d = v_sub(v_load(x + at), pivot);
+                vec g = v_load(dy + at);
                 if (w) g = v_mul(g, v_load(w + at));
                 a[k] = v_add(a[k], d);
                 b[k] = v_add(b[k], g);
@@ -210,8 +228,8 @@ INLINE void block_dots(const element *x, const element *dy, const element *w, pt
         UNROLL for (int k = 0; k < VECTORS_A_SWEEP; k++) {
                 const ptrdiff_t at = i + (v + k) * VW;
                 if (at >= n) break;
-                const vec d = deviation(x + at, n - at, pivot, sx, scaled);
-                vec g = scale_by(load_some(dy + at, n - at), sdy, scaled);
+                const vec d = deviation(x + at, n - at, pivot);
+                vec g = load_some(dy + at, n - at);
                 if (w) g = v_mul(g, load_some(w + at, n - at));
                 a[k] = v_add(a[k], d);
                 b[k] = v_add(b[k], g);
@@ -228,16 +246,19 @@ INLINE void block_dots(const element *x, const element *dy, const element *w, pt
     total[2] = v_fold(gd_sum, VECTORS);
 }
 
+/* sx, sdy: the factors that x and dy are read through, or NULL. */
 #define row_dots FN_OF_T(row_dots)
-INLINE void row_dots(const element *x, const element *dy, const element *w, ptrdiff_t n,
-                            element pivot, scale sx, scale sdy, const int scaled, double sums[3])
+OUTLINE void row_dots(const element *x, const element *dy, const element *w, ptrdiff_t n,
+                      element pivot, const scale *sx, const scale *sdy, double sums[3])
 {
-    const vec m = v_set1(pivot);
+    element x_room[BLOCK], dy_room[BLOCK];
     wide total[3];
     for (int k = 0; k < 3; k++) total[k] = wide_zero();
     for (ptrdiff_t i = 0; i < n; i += BLOCK) {
         quarter block[3];
-        block_dots(x + i, dy + i, w ? w + i : NULL, block_length(n, i), m, sx, sdy, scaled, block);
+        const ptrdiff_t m = block_length(n, i);
+        block_dots(block_at(x + i, m, sx, x_room), block_at(dy + i, m, sdy, dy_room),
+                   w ? w + i : NULL, m, v_set1(pivot), block);
         if (n <= BLOCK) {
             for (int k = 0; k < 3; k++) sums[k] = quarter_hsum(block[k]);
             return;

@@ -28,7 +28,6 @@ typedef struct {
 static workspace workspace_in(void *scratch, const fn_shape *shape, const fn_steps *steps,
                               int backward)
 {
-    if (!steps) return (workspace){.rooms = NULL};
     const ptrdiff_t count = 2 * steps->output_count;
     workspace s = {.rooms = scratch, .room_stride = fn_room_stride(shape->cols)};
     s.tile = fn_tile(shape->cols, steps->param_cols);
@@ -269,14 +268,6 @@ typedef struct {
     fn_dtype dtype;
     fn_activation activation;
 } finished;
-
-/* x through stats->s. */
-#define scaled_strip FN_OF_T(scaled_strip)
-static COLD void scaled_strip(const element *x, element *y, scale s, ptrdiff_t n)
-{
-    for (ptrdiff_t i = 0; i < n; i += VW)
-        store_some(y + i, scale_by(load_some(x + i, n - i), s, 1), n - i);
-}
 
 #define finish_strip FN_OF_T(finish_strip)
 OUTLINE void finish_strip(const finished *f, const element *x, element *y, ptrdiff_t at,

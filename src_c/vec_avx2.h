@@ -10,6 +10,7 @@
 #define VECTORS_A_SWEEP_f64 4
 #define AFFINE_ROWS 2
 #define HAS_HALVES 1
+#define HAS_MASKS 0
 #define UNROLL _Pragma("GCC unroll 8")
 
 /* ---- eight doubles ---------------------------------------------------------------------------- */

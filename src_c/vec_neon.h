@@ -10,6 +10,7 @@
 #define VECTORS_A_SWEEP_f64 8
 #define AFFINE_ROWS 4
 #define HAS_HALVES 0
+#define HAS_MASKS 0
 #define UNROLL _Pragma("GCC unroll 16")
 
 /* ---- eight doubles ---------------------------------------------------------------------------- */
