@@ -1,11 +1,14 @@
 """The side-by-side table: fastnorm next to its peers at the shapes it makes promises for.
 
-    python bench/must_show.py [--only 32x768] [--cpu 0] [--cpu-time] [--json FILE]
+    python bench/must_show.py [--topic rms_norm] [--only 1x768] [--cpu 0] [--cpu-time]
+        [--json FILE]
 
-float32, one thread pinned to one CPU, all contenders of a shape interleaved in one process, medians
-of 15 rounds of at least 20 ms each; for a ratio the median of the rounds' ratios. Everything is
-measured twice: with arrays at a cache line, and at 16 modulo 64 as NumPy often has them. A mark
-says whether the promise was kept here; nothing fails by it, for timings depend on the machine.
+The promises are in promises.py, by topic. One thread pinned to one CPU, all contenders of a shape
+interleaved in one process, medians of 15 rounds of at least 20 ms each; for a ratio the median of
+the rounds' ratios. Everything is measured twice: with arrays at a cache line, and at 16 modulo 64
+as NumPy often has them. Before that, each contender has to compute the same function on the first
+rows. A mark says whether the promise was kept here; nothing fails by it, for timings depend on the
+machine.
 
 oneDNN is measured where FASTNORM_ONEDNN names the program built from onednn_layer_norm.cpp: that
 program and this process take turns, five times at each shape.
@@ -24,115 +27,25 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import nt_copy
 import numpy as np
+import variants
+from promises import NT_COPY, ONEDNN, OUT, PROMISES, OneDnn, Promise, Shape
 from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 import fastnorm
-from fastnorm import bench, contenders, timing
+from fastnorm import bench, cases, contenders, timing
 
-NEW, OUT, OBJECT = "fastnorm new", "fastnorm out", "fastnorm object out"
-TORCH, NUMPY, NT_COPY = "torch new", "numpy new", nt_copy.NAME
 ALIGNMENTS = (64, 16)
-
-
-@dataclass(frozen=True)
-class Promise:
-    """One of three: ours is `faster` times faster than the peer, takes at most `within` times as
-    long, or at most `seconds`."""
-
-    rows: int
-    cols: int
-    ours: str
-    peer: str = ""
-    faster: float = 0.0
-    within: float = 0.0
-    seconds: float = 0.0
-    op: str = "layer_norm"
-    any_alignment: bool = False
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.rows, self.cols
-
-    @property
-    def wanted(self) -> str:
-        if self.seconds:
-            return f"≤ {timing.duration(self.seconds)}"
-        return f"≥ {self.faster:g}×" if self.faster else f"≤ {self.within:g}×"
-
-    def figure(self, times: dict[str, list[float]]) -> float:
-        """What is compared with the number in `wanted`."""
-        ours = times[self.ours]
-        if self.seconds:
-            return statistics.median(ours)
-        if self.faster:
-            return timing.median_ratio(times[self.peer], ours)
-        return timing.median_ratio(ours, times[self.peer])
-
-    def kept(self, figure: float) -> bool:
-        return figure >= self.faster if self.faster else figure <= (self.within or self.seconds)
-
-    def text(self, figure: float) -> str:
-        return timing.duration(figure) if self.seconds else f"{figure:.2f}×"
-
-
-BACKWARD = "layer_norm_backward"
-PROMISES = [
-    Promise(1, 128, NEW, TORCH, faster=5),
-    Promise(1, 128, NEW, NUMPY, faster=20),
-    Promise(1, 768, NEW, TORCH, faster=5),
-    Promise(1, 768, NEW, NUMPY, faster=20),
-    Promise(1, 768, OUT, TORCH, faster=12),
-    Promise(1, 768, OUT, seconds=200e-9),
-    Promise(1, 768, OBJECT, OUT, faster=1),
-    Promise(1, 4096, NEW, TORCH, faster=3.5),
-    Promise(1, 4096, NEW, NUMPY, faster=10),
-    Promise(32, 768, NEW, TORCH, faster=1.6),
-    Promise(512, 768, NEW, TORCH, faster=1.15),
-    Promise(512, 768, OUT, "copy out", within=1.15),
-    Promise(4096, 768, NEW, TORCH, faster=1.08),
-    Promise(4096, 768, OUT, "copy out", within=1.15),
-    Promise(65536, 8, NEW, TORCH, faster=6),
-    Promise(65536, 32, NEW, TORCH, faster=2.5),
-    Promise(8192, 128, NEW, TORCH, faster=1.5),
-    *[
-        promise
-        for shape, torch, copy in (((32768, 768), 4.5, 1.25), ((16384, 4096), 3.3, 1.35))
-        for promise in (
-            Promise(*shape, OUT, TORCH, faster=torch, any_alignment=True),
-            Promise(*shape, OUT, NT_COPY, within=copy, any_alignment=True),
-            Promise(*shape, OUT, "onnxruntime out", faster=1.8, any_alignment=True),
-            Promise(*shape, OUT, "numba out", faster=1.8, any_alignment=True),
-            Promise(*shape, OUT, "numba fastmath out", faster=1.8, any_alignment=True),
-            Promise(*shape, NEW, "copy new", within=1.1),
-        )
-    ],
-    Promise(32768, 768, NEW, TORCH, faster=1.8),
-    Promise(1, 768, NEW, TORCH, faster=8, op=BACKWARD),
-    Promise(32, 768, NEW, TORCH, faster=1.25, op=BACKWARD),
-    Promise(4096, 768, NEW, TORCH, faster=1.25, op=BACKWARD),
-    Promise(32768, 768, NEW, TORCH, faster=3.5, op=BACKWARD),
-]
-
-ONEDNN_FASTER = {
-    (1, 128): 3,
-    (1, 768): 3,
-    (1, 4096): 1.3,
-    (32, 768): 0.93,
-    (512, 768): 0.93,
-    (4096, 768): 0.93,
-    (65536, 8): 3.5,
-    (65536, 32): 1.4,
-    (8192, 128): 0.93,
-    (32768, 768): 1.5,
-    (16384, 4096): 1.5,
-}
 ONEDNN_TURNS = 5
+PROCESS = "process"  # the topic of what is no call's time
+# The rows that are checked, and how many times worse than fastnorm's a peer's results may be.
+CHECKED_ROWS, PEER_ERROR = 512, 10
 
 
 @dataclass(frozen=True)
@@ -149,44 +62,73 @@ class Line:
     kept: bool
 
 
+class Timings(NamedTuple):
+    """What is measured together: the calls of one op at one shape and type."""
+
+    op: str
+    shape: Shape
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        op = self.op.replace("layer_norm_backward", "backward")
+        dtype = "" if self.dtype == "float32" else f" {self.dtype}"
+        return f"{op}{dtype} {self.shape}"
+
+
 # ---- promises about calls -----------------------------------------------------------------------
 
 
-def measure(op: str, shape: tuple[int, int], clock: Callable[[], float]) -> list[Line]:
+def measure(what: Timings, promises: list[Promise], clock: Callable[[], float]) -> list[Line]:
     """Every promise about one op at one shape."""
-    promises = [p for p in PROMISES if (p.op, p.shape) == (op, shape)]
-    by_alignment = [_times(op, shape, align, promises, clock) for align in ALIGNMENTS]
+    wanted = {name for p in promises for name in (p.ours, p.peer)} - {""}
+    check(what, wanted)
+    by_alignment = []
+    for align in ALIGNMENTS:
+        found = build(what, align, wanted).found
+        by_alignment.append(timing.interleave(found, seconds=0, least=0.02, clock=clock))
     return [
-        _line(promise, by_alignment)
+        _line(what, promise, by_alignment)
         for promise in promises
         if all({promise.ours, promise.peer} - {""} <= times.keys() for times in by_alignment)
     ]
 
 
-def _times(
-    op: str,
-    shape: tuple[int, int],
-    align: int,
-    promises: list[Promise],
-    clock: Callable[[], float],
-) -> dict[str, list[float]]:
-    case = contenders.Case(op, shape, "float32", align)
-    wanted = {name for p in promises for name in (p.ours, p.peer)}
-    libraries = {name.partition(" ")[0] for name in wanted}
-    providers = contenders.PROVIDERS.keys() & libraries
+def build(what: Timings, align: int, wanted: set[str]) -> variants.Timed:
+    """Those of the wanted contenders whose libraries are here."""
+    if what.op in variants.OPS:
+        made = variants.of_op(what.op, what.shape, what.dtype, align)
+        found = {name: made.found[name] for name in made.found.keys() & wanted}
+        return variants.Timed(found, made.error)
+    rows, cols = what.shape
+    case = cases.Case(what.op, (rows, cols), what.dtype, align)
+    providers = contenders.PROVIDERS.keys() & {name.partition(" ")[0] for name in wanted}
     found = contenders.contenders(case, providers=providers)
     found = {name: found[name] for name in found.keys() & wanted}
     if NT_COPY in wanted:
         nt_copy.add_to(found, case)
-    return timing.interleave(found, seconds=0, least=0.02, clock=clock)
+    allowed = PEER_ERROR * cases.allowed_error(what.op, what.dtype)
+    return variants.Timed(found, lambda results: case.largest_error(results) / allowed)
 
 
-def _line(promise: Promise, by_alignment: list[dict[str, list[float]]]) -> Line:
+def check(what: Timings, wanted: set[str]) -> None:
+    """Ends the script where a contender computes another function than its peers."""
+    few = what._replace(shape=(min(CHECKED_ROWS, what.shape[0]), *what.shape[1:]))
+    made = build(few, ALIGNMENTS[0], wanted)
+    for name, contender in made.found.items():
+        if contender.provider in ("copy", "nt copy", "dense"):
+            continue
+        error = made.error(contender.results())
+        if not error <= 1:
+            sys.exit(f"{what.name}: {name} computes another function: {error:.2g} is not ≤ 1")
+
+
+def _line(what: Timings, promise: Promise, by_alignment: list[dict[str, list[float]]]) -> Line:
     figures = [promise.figure(times) for times in by_alignment]
     binding = figures if promise.any_alignment else figures[:1]
     medians = {name: statistics.median(t) for name, t in by_alignment[0].items()}
     return Line(
-        what=f"{promise.op.removeprefix('layer_norm_')} {promise.shape}",
+        what=what.name,
         ours=promise.ours.removeprefix("fastnorm").lstrip(),
         peer=promise.peer,
         our_time=timing.duration(medians[promise.ours]),
@@ -197,34 +139,48 @@ def _line(promise: Promise, by_alignment: list[dict[str, list[float]]]) -> Line:
     )
 
 
-def onednn_times(program: str, shape: tuple[int, int]) -> tuple[list[float], list[float]]:
-    """This process, from Python with out, and oneDNN's in turns: seconds a call of each turn."""
-    case = contenders.Case("layer_norm", shape, "float32")
+class OneDnnTimes(NamedTuple):
+    """Seconds a call of each turn."""
+
+    ours: list[float]
+    theirs: list[float]
+    version: str
+
+
+def onednn_times(
+    program: str, shape: tuple[int, int], op: str = "layer_norm", dtype: str = "float32"
+) -> OneDnnTimes:
+    """This process, from Python with out, and oneDNN's in turns."""
+    case = cases.Case(op, shape, dtype)
     ours = {OUT: contenders.contenders(case, providers=("fastnorm",))[OUT]}
-    command = [program, f"{shape[0]}x{shape[1]}"]
+    command = [program, op, dtype, f"{shape[0]}x{shape[1]}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    our_times, their_times = [], []
+    found = OneDnnTimes([], [], "")
     for _ in range(ONEDNN_TURNS):
-        answer = subprocess.run(command, env=environment, check=True, capture_output=True)
-        their_times.append(float(answer.stdout.split()[1]))
+        answer = subprocess.run(
+            command, env=environment, check=True, stdout=subprocess.PIPE, text=True
+        )
+        _, seconds, version, *_ = answer.stdout.split()
+        found = found._replace(version=version)
+        found.theirs.append(float(seconds))
         times = timing.interleave(ours, seconds=0, rounds=9, least=0.02)[OUT]
-        our_times.append(statistics.median(times))
-    return our_times, their_times
+        found.ours.append(statistics.median(times))
+    return found
 
 
-def measure_onednn(program: str, shape: tuple[int, int]) -> Line:
+def measure_onednn(program: str, promise: OneDnn) -> Line:
     """The promise about one shape, from Python with out against oneDNN's primitive."""
-    our_times, their_times = onednn_times(program, shape)
-    figure = timing.median_ratio(their_times, our_times)
+    times = onednn_times(program, promise.shape, promise.op, promise.dtype)
+    figure = timing.median_ratio(times.theirs, times.ours)
     return Line(
-        what=f"layer_norm {shape}",
+        what=Timings(promise.op, promise.shape, promise.dtype).name,
         ours="out",
-        peer="oneDNN primitive",
-        our_time=timing.duration(statistics.median(our_times)),
-        peer_time=timing.duration(statistics.median(their_times)),
-        wanted=f"≥ {ONEDNN_FASTER[shape]:g}×",
+        peer=f"oneDNN {times.version}",
+        our_time=timing.duration(statistics.median(times.ours)),
+        peer_time=timing.duration(statistics.median(times.theirs)),
+        wanted=f"≥ {promise.faster:g}×",
         figures=[f"{figure:.2f}×", ""],
-        kept=figure >= ONEDNN_FASTER[shape],
+        kept=figure >= promise.faster,
     )
 
 
@@ -233,7 +189,7 @@ def measure_onednn(program: str, shape: tuple[int, int]) -> Line:
 
 def two_threads() -> Line:
     """One thread's time over that of two."""
-    case = contenders.Case("layer_norm", (4096, 768), "float32")
+    case = cases.Case("layer_norm", (4096, 768), "float32")
     names = contenders.contenders(case, providers=("fastnorm",))[OUT].names
     names = names | {"set_num_threads": fastnorm.set_num_threads}
     call = "layer_norm(x, cols, weight, bias, eps, out=y)"
@@ -276,7 +232,7 @@ def import_time() -> Line:
 
 def busy_neighbour() -> Line:
     """The 99th percentile of 100,000 calls while another Python thread computes."""
-    case = contenders.Case("layer_norm", (1, 768), "float32")
+    case = cases.Case("layer_norm", (1, 768), "float32")
     x, cols, weight, bias = case.x, case.shape[1], case.weight, case.bias
     layer_norm, clock, stop = fastnorm.layer_norm, time.perf_counter_ns, threading.Event()
 
@@ -311,26 +267,46 @@ def _absolute(what: str, ours: str, figure: float, limit: float) -> Line:
 
 
 def lines(options: argparse.Namespace) -> Iterator[Line]:
-    only, clock = options.only, time.process_time if options.cpu_time else time.perf_counter
-    if only is None:
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    whole_process = options.only is None and options.topic in (None, PROCESS)
+    if whole_process:
         yield import_time()
         if len(os.sched_getaffinity(0)) > 1:
             yield two_threads()
         else:
             print("two threads: not measured, there is one CPU", file=sys.stderr)
     os.sched_setaffinity(0, {options.cpu})
-    if only is None:
+    if whole_process:
         yield busy_neighbour()
-    cases = dict.fromkeys((p.op, p.shape) for p in PROMISES if only in (None, p.shape))
-    for op, shape in track(list(cases), "calls", console=Console(stderr=True)):
-        yield from measure(op, shape, clock)
+    promises: dict[Timings, list[Promise]] = {}
+    for promise in _chosen(PROMISES, options):
+        what = Timings(promise.op, promise.shape, promise.dtype)
+        promises.setdefault(what, []).append(promise)
+    for what in track(list(promises), "calls", console=Console(stderr=True)):
+        yield from measure(what, promises[what], clock)
+    yield from _onednn_lines(_chosen(ONEDNN, options))
+
+
+def _chosen(by_topic: dict[str, list[Any]], options: argparse.Namespace) -> list[Any]:
+    return [
+        promise
+        for topic, promises in by_topic.items()
+        for promise in promises
+        if options.topic in (None, topic) and options.only in (None, promise.shape)
+    ]
+
+
+def _onednn_lines(promises: list[OneDnn]) -> Iterator[Line]:
     program = os.environ.get("FASTNORM_ONEDNN")
     if program is None:
         print("oneDNN: not measured, FASTNORM_ONEDNN is not set", file=sys.stderr)
         return
-    shapes = [shape for shape in ONEDNN_FASTER if only in (None, shape)]
-    for shape in track(shapes, "oneDNN", console=Console(stderr=True)):
-        yield measure_onednn(program, shape)
+    for promise in track(promises, "oneDNN", console=Console(stderr=True)):
+        try:
+            yield measure_onednn(program, promise)
+        except subprocess.CalledProcessError:  # it has said why
+            what = Timings(promise.op, promise.shape, promise.dtype)
+            print(f"{what.name}: not measured, this oneDNN has none here", file=sys.stderr)
 
 
 def show(found: list[Line]) -> None:
@@ -356,15 +332,15 @@ def show(found: list[Line]) -> None:
     print(f"{kept} of {len(found)} kept. {bench.machine_line()}")
 
 
-def _shape(text: str) -> tuple[int, int]:
-    rows, cols = map(int, text.split("x"))
-    return rows, cols
+def _shape(text: str) -> Shape:
+    return tuple(map(int, text.split("x")))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--topic", choices=(PROCESS, *PROMISES), help="a part of the table")
     parser.add_argument("--only", type=_shape, metavar="ROWSxCOLS", help="one shape")
     parser.add_argument(
         "--cpu", type=int, default=min(os.sched_getaffinity(0)), help="the CPU to pin to"

@@ -82,8 +82,9 @@ bool op_of(const std::string &name, Asked &asked)
 
 bool type_of(const std::string &name, Asked &asked)
 {
-    const std::unordered_map<std::string, data_type> types{
-        {"float32", data_type::f32}, {"float16", data_type::f16}, {"bfloat16", data_type::bf16}};
+    const std::unordered_map<std::string, data_type> types{{"float32", data_type::f32},
+                                                           {"float16", data_type::f16},
+                                                           {"bfloat16", data_type::bf16}};
     const auto found = types.find(name);
     if (found == types.end()) return false;
     asked.type = found->second;
@@ -121,10 +122,7 @@ memory converted(memory from, const memory::desc &desc, const engine &cpu, strea
     return to;
 }
 
-const float *values(const memory &of)
-{
-    return static_cast<const float *>(of.get_data_handle());
-}
+const float *values(const memory &of) { return static_cast<const float *>(of.get_data_handle()); }
 
 // The largest difference from the definition in double, in units of max(1, |y|).
 double row_error(bool rms, long cols, const float *x, const float *y, const float *weight,
@@ -160,8 +158,9 @@ Timed time_normalization(const Asked &asked)
 
     const memory x = converted(filled(wide, cpu, 1), data, cpu, queue);
     const memory y(data, cpu), weight = filled(parameter, cpu, 3), bias = filled(parameter, cpu, 4);
-    std::unordered_map<int, memory> arguments{
-        {DNNL_ARG_SRC, x}, {DNNL_ARG_DST, y}, {DNNL_ARG_SCALE, weight}};
+    std::unordered_map<int, memory> arguments{{DNNL_ARG_SRC, x},
+                                              {DNNL_ARG_DST, y},
+                                              {DNNL_ARG_SCALE, weight}};
     if (!asked.rms) arguments.insert({DNNL_ARG_SHIFT, bias});
     const auto call = [&] {
         norm.execute(queue, arguments);

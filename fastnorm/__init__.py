@@ -27,7 +27,7 @@ from .fused import (
     segment_rms_norm_backward,
 )
 from .memory import empty, set_pool_limit
-from .modules import LayerNorm
+from .modules import LayerNorm, LayerNorm2d, RMSNorm
 from .threads import get_num_threads, num_threads, set_num_threads
 
 threads.configure()
@@ -35,6 +35,8 @@ threads.configure()
 __all__ = [
     "Explanation",
     "LayerNorm",
+    "LayerNorm2d",
+    "RMSNorm",
     "__version__",
     "adaptive_layer_norm",
     "adaptive_layer_norm_backward",

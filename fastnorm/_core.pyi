@@ -1,110 +1,240 @@
 """Types of _core.pyx."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias, overload
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 _Array: TypeAlias = NDArray[Any]
+# What numpy.asarray takes, and tensors of torch and what offers DLPack or Arrow's interface.
+_Input: TypeAlias = Any
+# An ndarray, a tensor where the input is one, or a tuple of them as the arguments ask for it.
+_Result: TypeAlias = Any
 _Shape: TypeAlias = int | Sequence[int] | None
 _Axis: TypeAlias = int | Sequence[int] | None
+_Activation: TypeAlias = Literal["relu", "silu", "gelu", "gelu_tanh"] | None
 
 OPS: tuple[str, ...]
+STRAIGHT: tuple[str, ...]
 DTYPES: tuple[str, ...]
+COMPUTE_DTYPES: tuple[str, ...]
 
-@overload
+# ---- the ops -------------------------------------------------------------------------------------
+
 def layer_norm(
-    x: ArrayLike,
+    x: _Input,
     normalized_shape: _Shape = None,
-    weight: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
+    weight: _Input | None = None,
+    bias: _Input | None = None,
     eps: float = 1e-5,
     *,
     axis: _Axis = None,
-    out: _Array | None = None,
-    return_stats: Literal[False] = False,
-) -> _Array: ...
-@overload
-def layer_norm(
-    x: ArrayLike,
-    normalized_shape: _Shape = None,
-    weight: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
-    eps: float = 1e-5,
-    *,
-    axis: _Axis = None,
-    out: _Array | None = None,
-    return_stats: Literal[True],
-) -> tuple[_Array, _Array, _Array]: ...
-@overload
-def layer_norm(
-    x: ArrayLike,
-    normalized_shape: _Shape = None,
-    weight: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
-    eps: float = 1e-5,
-    *,
-    axis: _Axis = None,
-    out: _Array | None = None,
-    return_stats: bool,
-) -> _Array | tuple[_Array, _Array, _Array]: ...
+    out: _Input | None = None,
+    dtype: Any = None,
+    return_stats: bool = False,
+    activation: _Activation = None,
+    lengths: _Input | None = None,
+    mask: _Input | None = None,
+) -> _Result: ...
 def layer_norm_backward(
-    dy: ArrayLike,
-    x: ArrayLike,
+    dy: _Input,
+    x: _Input,
     normalized_shape: _Shape,
-    mean: ArrayLike,
-    rstd: ArrayLike,
-    weight: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
+    mean: _Input | None,
+    rstd: _Input,
+    weight: _Input | None = None,
+    bias: _Input | None = None,
     *,
     axis: _Axis = None,
     output_mask: Sequence[bool] = (True, True, True),
-) -> tuple[_Array | None, _Array | None, _Array | None]: ...
-def moments(x: ArrayLike, axis: _Axis = None) -> tuple[_Array, _Array]: ...
+    from_output: bool = False,
+    lengths: _Input | None = None,
+    mask: _Input | None = None,
+) -> tuple[_Result, _Result, _Result]: ...
+def rms_norm(
+    x: _Input,
+    normalized_shape: _Shape = None,
+    weight: _Input | None = None,
+    eps: float | None = None,
+    *,
+    axis: _Axis = None,
+    out: _Input | None = None,
+    dtype: Any = None,
+    offset: float = 0.0,
+    round_before_weight: bool = False,
+    return_stats: bool = False,
+    activation: _Activation = None,
+    lengths: _Input | None = None,
+    mask: _Input | None = None,
+) -> _Result: ...
+def rms_norm_backward(
+    dy: _Input,
+    x: _Input,
+    normalized_shape: _Shape,
+    rstd: _Input,
+    weight: _Input | None = None,
+    *,
+    axis: _Axis = None,
+    offset: float = 0.0,
+    output_mask: Sequence[bool] = (True, True),
+    from_output: bool = False,
+    lengths: _Input | None = None,
+    mask: _Input | None = None,
+) -> tuple[_Result, _Result]: ...
+def add_layer_norm(
+    x: _Input,
+    residual: _Input,
+    normalized_shape: _Shape = None,
+    weight: _Input | None = None,
+    bias: _Input | None = None,
+    eps: float = 1e-5,
+    *,
+    axis: _Axis = None,
+    out: _Input | None = None,
+    sum_out: _Input | None = None,
+    dtype: Any = None,
+    linear_bias: _Input | None = None,
+    round_sum: bool = True,
+    return_stats: bool = False,
+    activation: _Activation = None,
+) -> tuple[_Result, ...]: ...
+def add_rms_norm(
+    x: _Input,
+    residual: _Input,
+    normalized_shape: _Shape = None,
+    weight: _Input | None = None,
+    eps: float | None = None,
+    *,
+    axis: _Axis = None,
+    out: _Input | None = None,
+    sum_out: _Input | None = None,
+    dtype: Any = None,
+    linear_bias: _Input | None = None,
+    offset: float = 0.0,
+    round_before_weight: bool = False,
+    round_sum: bool = True,
+    return_stats: bool = False,
+    activation: _Activation = None,
+) -> tuple[_Result, ...]: ...
+def moments(x: _Input, axis: _Axis = None) -> tuple[_Result, _Result]: ...
 
-class BoundLayerNorm:
-    normalized_shape: tuple[int, ...]
-    dtype: np.dtype[Any]
+class BoundNorm:
+    @property
+    def normalized_shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
     def __init__(
         self,
         normalized_shape: tuple[int, ...],
-        eps: float,
+        eps: float | None,
         dtype: np.dtype[Any],
+        *,
+        rms: bool = False,
+        offset: float = 0.0,
+        round_before_weight: bool = False,
     ) -> None: ...
-    def __call__(self, x: ArrayLike, out: _Array | None = None) -> _Array: ...
+    def __call__(self, x: _Input, out: _Input | None = None) -> _Result: ...
     def _set(self, name: str, value: Any) -> None: ...
     def _get(self, name: str) -> Any: ...
 
-def register(name: str, handler: Callable[..., Any]) -> None: ...
+# ---- the kernels on checked arrays ---------------------------------------------------------------
+# With plan=True these return what would be done, as a dict; otherwise None. `compute` is the type
+# that is computed in, `lead` the number of axes of rows.
 
-# With plan=True these return what would be done, as a dict; otherwise None.
-def layer_norm_rows(
+def register(name: str, handler: Callable[..., Any]) -> None: ...
+def set_bfloat16(dtype: np.dtype[Any]) -> None: ...
+def norm_rows(
+    lead: int,
+    compute: np.dtype[Any],
     x: _Array,
-    y: _Array,
-    weight: _Array | None,
-    bias: _Array | None,
+    outputs: list[tuple[_Array | None, _Array | None, _Array, _Array | None]],
     eps: float,
-    mean: _Array | None,
-    rstd: _Array | None,
-    warm: bool,
+    *,
+    rms: bool = False,
+    gate: _Array | None = None,
+    linear_bias: _Array | None = None,
+    residual: _Array | None = None,
+    total: _Array | None = None,
+    round_sum: bool = True,
+    offset: float = 0.0,
+    round_before_weight: bool = False,
+    activation: int = 0,
+    lengths: _Array | None = None,
+    mask: _Array | None = None,
+    mean: _Array | None = None,
+    rstd: _Array | None = None,
+    warm: bool = False,
     plan: bool = False,
 ) -> Any: ...
-def layer_norm_backward_rows(
+def norm_backward_rows(
+    lead: int,
+    compute: np.dtype[Any],
     dy: _Array,
     x: _Array,
     dx: _Array | None,
-    mean: _Array,
-    rstd: _Array,
     weight: _Array | None,
+    bias: _Array | None,
+    mean: _Array | None,
+    rstd: _Array,
     dweight: _Array | None,
     dbias: _Array | None,
-    plan: bool = False,
+    *,
+    rms: bool = False,
+    offset: float = 0.0,
+    from_output: bool = False,
+    lengths: _Array | None = None,
+    mask: _Array | None = None,
     warm: bool = False,
+    plan: bool = False,
+) -> Any: ...
+def norm_segments(
+    compute: np.dtype[Any],
+    x: _Array,
+    starts: _Array,
+    longest: int,
+    weight: _Array | None,
+    bias: _Array | None,
+    y: _Array,
+    scale: _Array | None,
+    eps: float,
+    *,
+    rms: bool = False,
+    offset: float = 0.0,
+    activation: int = 0,
+    mean: _Array | None = None,
+    rstd: _Array | None = None,
+    plan: bool = False,
+) -> Any: ...
+def norm_segments_backward(
+    compute: np.dtype[Any],
+    dy: _Array,
+    x: _Array,
+    dx: _Array | None,
+    starts: _Array,
+    longest: int,
+    weight: _Array | None,
+    mean: _Array | None,
+    rstd: _Array,
+    dweight: _Array | None,
+    dbias: _Array | None,
+    param_cols: int,
+    *,
+    rms: bool = False,
+    offset: float = 0.0,
+    plan: bool = False,
 ) -> Any: ...
 def moments_rows(
-    x: _Array, mean: _Array | None, variance: _Array | None, plan: bool = False
+    lead: int,
+    compute: np.dtype[Any],
+    x: _Array,
+    mean: _Array | None,
+    variance: _Array | None,
+    plan: bool = False,
 ) -> Any: ...
+
+# ---- the machine ---------------------------------------------------------------------------------
+
 def isa_names() -> tuple[str, ...]: ...
 def isa_supported(name: str) -> bool: ...
 def isa_active() -> str: ...
@@ -114,7 +244,7 @@ def set_requested_threads(count: int) -> None: ...
 def set_cpu_quota(cpus: int) -> None: ...
 def openmp() -> bool: ...
 def force_partition(parts: int) -> None: ...
-def new_result(like: _Array) -> tuple[_Array, bool]: ...
+def new_result(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[_Array, bool]: ...
 def would_be_warm(size: int) -> bool: ...
 def pool() -> dict[str, int]: ...
 def set_pool_limit(limit: int) -> None: ...

@@ -108,12 +108,15 @@ class Case:
 
 
 def allowed_error(op: str, dtype: Any) -> float:
-    """What `Case.largest_error` may be of fastnorm's results: to the bound of what is computed comes
-    the one rounding of what a half type stores (of dx, which may be some times its scale)."""
+    """What `Case.largest_error` may be where the results are fastnorm's.
+
+    To the bound of what is computed comes the one rounding of what a half type stores; of dx, which
+    may be a few times the scale of its error, a few.
+    """
     computed, stored = accuracy.bound(dtype), checks.as_result_type(dtype)
     if stored.itemsize > 2:
         return computed
-    ulp = float(accuracy.ulp(np.float64(1), stored))
+    ulp = float(accuracy.ulp(np.ones(1), stored)[0])
     return computed + ulp * (2 if op.endswith("_backward") else 0.5)
 
 

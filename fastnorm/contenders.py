@@ -117,8 +117,7 @@ def _statistics(case: Case) -> dict[str, Any]:
 
 NUMPY = {
     "layer_norm": (
-        "(x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps)"
-        " * weight + bias"
+        "(x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps) * weight + bias"
     ),
     "layer_norm_backward": "layer_norm_backward(dy, x, mean, rstd, weight)",
     "rms_norm": "x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight",
@@ -352,11 +351,7 @@ def _onnx_model(case: Case) -> bytes:
     attributes = {"epsilon": case.eps} if node.domain else {"epsilon": case.eps, "axis": -1}
     element = onnx.helper.np_dtype_to_tensor_dtype(case.dtype)
     ins, outs = (
-        [
-            onnx.helper.make_tensor_value_info(name, element, case.shape)
-            for name in which
-            if name
-        ]
+        [onnx.helper.make_tensor_value_info(name, element, case.shape) for name in which if name]
         for which in (node.inputs, node.outputs)
     )
     made = onnx.helper.make_node(

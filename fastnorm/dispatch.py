@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -229,7 +229,7 @@ class NormCall(Call):
         super().__init__(x, normalized_shape, axis, explained, others)
         self.y_type = self.dtype if dtype is None else checks.as_result_type(dtype)
         self.inputs = {"x": x, **adds, "mask": mask, "lengths": lengths}
-        self.options = {
+        self.options: dict[str, Any] = {
             "rms": rms,
             "offset": checks.as_offset(offset),
             "round_before_weight": bool(round_before_weight),
@@ -372,7 +372,7 @@ class NormBackwardCall(Call):
         super().__init__(x, normalized_shape, axis, explained, name=names[1])
         grad = self.like_x("dy", dy)
         w, b = self.parameter("weight", weight), self.parameter("bias", bias)
-        self.options = {
+        self.options: dict[str, Any] = {
             "rms": rms, "offset": checks.as_offset(offset), "from_output": bool(from_output),
             **self.valid(lengths, mask),
         }  # fmt: skip
@@ -387,7 +387,7 @@ class NormBackwardCall(Call):
         self.dbias = self.gradient(want_dbias, shapes[1] or shapes[0])
         self.more: np.ndarray | None = None
         self.stats = (m, r)
-        self.arrays = [
+        self.arrays: list[Any] = [
             self.rows("dy", grad),
             self.rows("x", self.source),
             None if dx is None else self.rows("dx", dx, is_output=True),
@@ -409,7 +409,7 @@ class NormBackwardCall(Call):
     def kernel(self, plan: bool = False) -> Any:
         """The kernel, once for the rows of each pair of parameters."""
         own = self._own_rows()
-        parts = [()] if own is None else _each(own)
+        parts: Iterable[tuple[Any, ...]] = [()] if own is None else _each(own)
         for index in parts:
             said = self._part(index, plan)
             if plan:
@@ -424,13 +424,18 @@ class NormBackwardCall(Call):
             name: np.ascontiguousarray(self.options[name][index])
             for name in ("lengths", "mask") if index and name in self.options
         }  # fmt: skip
-        arrays = [None if a is None else a[index] for a in self.arrays]
+        arrays: list[Any] = [None if a is None else a[index] for a in self.arrays]
         stats = [None if s is None else np.ascontiguousarray(s[index]) for s in self.stats]
-        sums = [self._sums_of(total, index) for total in (self.dweight, self.dbias)]
-        return _core.norm_backward_rows(
+        places = [self._sums_of(total, index) for total in (self.dweight, self.dbias)]
+        sums = [None if place is None else np.zeros_like(place) for place in places]
+        said = _core.norm_backward_rows(
             arrays[1].ndim - len(self.normalized), self.compute, *arrays, *stats, *sums,
             warm=self.warm, plan=plan, **{**self.options, **own},
         )  # fmt: skip
+        for place, part in zip(places, sums, strict=True):
+            if place is not None and not plan:
+                place += part  # which several parts share where the other parameter has more axes
+        return said
 
     def _own_rows(self) -> tuple[int, ...] | None:
         """Along which leading axes dweight or dbias differ, by length; None: along none."""
@@ -537,8 +542,8 @@ class SegmentNormCall(SegmentsCall):
         kept = [part for part in parts if part is not None]
         self.result = kept[0] if len(kept) == 1 else tuple(kept)
 
-    def _run_parameters(self, w: Any, b: Any) -> tuple[Any, Any]:
-        return tuple(None if p is None else p.reshape(-1) for p in (w, b))
+    def _run_parameters(self, w: Any, b: Any) -> list[Any]:
+        return [None if p is None else p.reshape(-1) for p in (w, b)]
 
     def run(self) -> Any:
         super().run()

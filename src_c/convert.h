@@ -23,6 +23,14 @@ typedef enum {
 
 #define EACH_STEP(step) NO_UNROLL for (ptrdiff_t i = 0; i < n; i += (step))
 
+/* To and from float, by the other type. */
+static const unsigned char to_float[] = {[FN_F64] = F32_FROM_F64_ODD,
+                                         [FN_F16] = F32_FROM_F16,
+                                         [FN_BF16] = F32_FROM_BF16};
+static const unsigned char of_float[] = {[FN_F64] = F64_FROM_F32,
+                                         [FN_F16] = F16_FROM_F32,
+                                         [FN_BF16] = BF16_FROM_F32};
+
 /* n is a multiple of CONVERT_STEP, which is one of 8. */
 OUTLINE void convert_steps(void *into, const void *from, conversion how, ptrdiff_t n)
 {
@@ -87,12 +95,6 @@ OUTLINE void convert(char *into, ptrdiff_t into_size, const char *from, ptrdiff_
 OUTLINE void move_strip(char *into, ptrdiff_t into_stride, fn_dtype into_type, const char *from,
                         ptrdiff_t from_stride, fn_dtype from_type, ptrdiff_t n)
 {
-    static const unsigned char to_float[] = {[FN_F64] = F32_FROM_F64_ODD,
-                                             [FN_F16] = F32_FROM_F16,
-                                             [FN_BF16] = F32_FROM_BF16};
-    static const unsigned char of_float[] = {[FN_F64] = F64_FROM_F32,
-                                             [FN_F16] = F16_FROM_F32,
-                                             [FN_BF16] = BF16_FROM_F32};
     ALIGNED double gathered[BLOCK], scattered[BLOCK];
     ALIGNED float floats[BLOCK];
     const ptrdiff_t into_size = fn_size_of(into_type), from_size = fn_size_of(from_type);
@@ -141,12 +143,23 @@ OUTLINE void round_elements(char *p, fn_dtype type, fn_dtype to, ptrdiff_t n)
 
 #define OWN_TYPE (sizeof(element) == sizeof(float) ? FN_F32 : FN_F64)
 
+/* Whether a strip is what most are: contiguous, of a half type, of float and whole steps. */
+#define is_quick FN_OF_T(is_quick)
+INLINE int is_quick(fn_dtype dtype, ptrdiff_t stride, ptrdiff_t n)
+{
+    return sizeof(element) == sizeof(float) && (dtype == FN_F16 || dtype == FN_BF16) &&
+           stride == 2 && n % CONVERT_STEP == 0;
+}
+
 /* From what lies `stride` bytes apart, exactly; double to float rounds to nearest. */
 #define load_strip FN_OF_T(load_strip)
 INLINE void load_strip(element *into, const void *from, ptrdiff_t stride, fn_dtype dtype,
                        ptrdiff_t n)
 {
-    move_strip((char *)into, sizeof(element), OWN_TYPE, from, stride, dtype, n);
+    if (is_quick(dtype, stride, n))
+        convert_steps(into, from, (conversion)to_float[dtype], n);
+    else
+        move_strip((char *)into, sizeof(element), OWN_TYPE, from, stride, dtype, n);
 }
 
 /* Rounded once, to nearest even. */
@@ -154,7 +167,10 @@ INLINE void load_strip(element *into, const void *from, ptrdiff_t stride, fn_dty
 INLINE void store_strip(void *into, ptrdiff_t stride, fn_dtype dtype, const element *from,
                         ptrdiff_t n)
 {
-    move_strip(into, stride, dtype, (const char *)from, sizeof(element), OWN_TYPE, n);
+    if (is_quick(dtype, stride, n))
+        convert_steps(into, from, (conversion)of_float[dtype], n);
+    else
+        move_strip(into, stride, dtype, (const char *)from, sizeof(element), OWN_TYPE, n);
 }
 
 /* To what `dtype` would hold of it, which is all of it for int8. */

@@ -12,6 +12,11 @@
 #define OUTLINE static __attribute__((noinline))
 #define COLD __attribute__((noinline, cold))
 #define NO_UNROLL _Pragma("GCC unroll 1")
+#ifdef __clang__
+#define UNROLL_FULLY _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL_FULLY _Pragma("GCC unroll 16")
+#endif
 
 #define FN_PASTE_(a, b) a##_##b
 #define FN_PASTE(a, b) FN_PASTE_(a, b)

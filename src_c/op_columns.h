@@ -79,7 +79,8 @@ INLINE ptrdiff_t lines_from(ptrdiff_t i, ptrdiff_t end, ptrdiff_t every)
 
 /* ---- the room -------------------------------------------------------------------------------- */
 
-/* Whole strips of half types are converted here: a call a line would take longer than that. */
+/* Whole strips of half types are soon converted, and not worth load_strip's and store_strip's
+ * choices: their type. Of all else, T. */
 #define whole_halves FN_OF_T(whole_halves)
 INLINE fn_dtype whole_halves(const column_strip *s, const fn_rows *rows)
 {
@@ -94,12 +95,8 @@ OUTLINE void pack_lines(const column_strip *s, ptrdiff_t i, ptrdiff_t count, ele
     const fn_dtype halves = whole_halves(s, s->x);
     for (; count > 0; count--, i += QUARTER, into += STRIP) {
         const char *line = s->x_at + line_at(&s->a->shape, s->x, s->x_step, i);
-        float *f = (float *)(void *)into;
-        const uint16_t *h = (const uint16_t *)line;
-        if (halves == FN_F16)
-            for (int k = 0; k < STRIP; k += CONVERT_STEP) f32_from_f16(f + k, h + k);
-        else if (halves == FN_BF16)
-            for (int k = 0; k < STRIP; k += CONVERT_STEP) f32_from_bf16(f + k, h + k);
+        if (halves == FN_F16 || halves == FN_BF16)
+            convert_steps(into, line, halves == FN_F16 ? F32_FROM_F16 : F32_FROM_BF16, STRIP);
         else {
             v_store(into + (s->rows - 1) / VW * VW, v_zero());
             load_strip(into, line, s->x->stride, s->x->dtype, s->rows);
@@ -123,12 +120,9 @@ OUTLINE void unpack_line(const column_strip *s, ptrdiff_t i, element *line)
     const fn_dtype halves = whole_halves(s, y);
     char *to = s->y_at + line_at(&s->a->shape, y, s->y_step, i);
     const fn_activation activation = s->a->steps->activation;
-    const float *f = (const float *)(void *)line;
     if (activation) activate_strip(line, s->rows, activation);
-    if (halves == FN_F16)
-        for (int k = 0; k < STRIP; k += CONVERT_STEP) f16_from_f32((uint16_t *)to + k, f + k);
-    else if (halves == FN_BF16)
-        for (int k = 0; k < STRIP; k += CONVERT_STEP) bf16_from_f32((uint16_t *)to + k, f + k);
+    if (halves == FN_F16 || halves == FN_BF16)
+        convert_steps(to, line, halves == FN_F16 ? F16_FROM_F32 : BF16_FROM_F32, STRIP);
     else if (!s->careful)
         store_strip(to, y->stride, y->dtype, line, s->rows);
     else

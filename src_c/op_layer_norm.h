@@ -285,10 +285,11 @@ INLINE void group_lengths(group_stats *stats, const int rows)
 OUTLINE void group_prologue(const fn_layer_norm_args *a, const workspace *space, ptrdiff_t row,
                             int rows, int now, group_stats *stats)
 {
-    for (int i = 0; i < rows; i++)
-        stats->x[i] = prologue(&a->shape, a->steps, row + i,
-                               space->rooms + (now * rows + i) * space->room_stride, &stats->n[i]);
-    group_lengths(stats, rows);
+    for (int i = 0; i < rows; i++) {
+        stats->room[i] = space->rooms + (now * rows + i) * space->room_stride;
+        stats->x[i] = prologue(&a->shape, a->steps, row + i, stats->room[i], &stats->n[i]);
+    }
+    if (a->steps->lengths || a->steps->starts || a->steps->mask.data) group_lengths(stats, rows);
 }
 
 #define group_start FN_OF_T(group_start)
@@ -327,50 +328,90 @@ INLINE void group_middle(const fn_layer_norm_args *a, ptrdiff_t row, const int r
     if (a->mean || a->rstd) store_group_stats(a, row, rows, stats);
 }
 
+/* What the rows of a group share. */
+#define group_pass FN_OF_T(group_pass)
+typedef struct {
+    const element *w, *b;
+    ptrdiff_t x_ahead, y_ahead;
+} group_pass;
+
+/* The rows of a group side by side, into y. */
 #define group_affine FN_OF_T(group_affine)
-INLINE void group_affine(const fn_layer_norm_args *args, ptrdiff_t row, const int rows,
-                          const group_stats *stats)
+INLINE void group_affine(const group_pass *p, const group_stats *stats, element *const *y,
+                         const int rows, ptrdiff_t n)
 {
     const int together = rows < AFFINE_ROWS ? rows : AFFINE_ROWS;
-    affine a = {.w = args->weight, .b = args->bias};
-    if (args->fetch) {
-        a.x_ahead = args->x.stride * 2 * rows; /* the next group has been started already */
-        a.y_ahead = args->y.stride * rows;
-    }
+    affine a = {.w = p->w, .b = p->b, .x_ahead = p->x_ahead, .y_ahead = p->y_ahead};
     for (int first = 0; first < rows; first += together) {
         UNROLL for (int r = 0; r < together; r++) {
             a.x[r] = stats->x[first + r];
-            a.y[r] = row_at(&args->shape, &args->y, row + first + r);
+            a.y[r] = y[first + r];
             a.pivot[r] = v_set1(stats->pivot[first + r]);
             a.rstd[r] = v_set1(stats->rstd[first + r]);
             a.shift[r] = v_set1(stats->shift[first + r]);
         }
-        affine_pass(&a, together, args->shape.cols);
+        affine_pass(&a, together, n);
     }
 }
 
-#define group_affine_4 FN_OF_T(group_affine_4)
-OUTLINE void group_affine_4(const fn_layer_norm_args *a, ptrdiff_t row, const group_stats *stats)
+#define group_affine_of FN_OF_T(group_affine_of)
+OUTLINE void group_affine_of(const group_pass *pass, const group_stats *stats, element *const *y,
+                             int rows, ptrdiff_t n)
 {
-    group_affine(a, row, 4, stats);
+    if (rows == 4)
+        group_affine(pass, stats, y, 4, n);
+    else
+        group_affine(pass, stats, y, 2, n);
 }
 
-#define group_affine_2 FN_OF_T(group_affine_2)
-OUTLINE void group_affine_2(const fn_layer_norm_args *a, ptrdiff_t row, const group_stats *stats)
+#define plain_group FN_OF_T(plain_group)
+INLINE void plain_group(const fn_layer_norm_args *a, ptrdiff_t row, int rows,
+                        const group_stats *stats)
 {
-    group_affine(a, row, 2, stats);
+    group_pass pass = {.w = a->weight, .b = a->bias};
+    element *y[4];
+    if (a->fetch) {
+        pass.x_ahead = a->x.stride * 2 * rows; /* the next group has been started already */
+        pass.y_ahead = a->y.stride * rows;
+    }
+    for (int i = 0; i < rows; i++) y[i] = row_at(&a->shape, &a->y, row + i);
+    group_affine_of(&pass, stats, y, rows, a->shape.cols);
+}
+
+#define step_group FN_OF_T(step_group)
+OUTLINE void step_group(const fn_layer_norm_args *a, workspace *space, ptrdiff_t row, int rows,
+                        const group_stats *stats)
+{
+    const fn_steps *s = a->steps;
+    const fn_output *o = &s->outputs[0];
+    const group_pass pass = {
+        .w = parameter(&a->shape, s, space, &o->weight, 0, s->offset, row),
+        .b = parameter(&a->shape, s, space, &o->bias, 1, 0, row),
+    };
+    const int direct = is_direct(&o->y);
+    element *to[4];
+    char *y[4];
+    for (int i = 0; i < rows; i++) {
+        y[i] = row_at(&a->shape, &o->y, row + i);
+        to[i] = direct ? (element *)y[i] : stats->room[i];
+    }
+    group_affine_of(&pass, stats, to, rows, a->shape.cols);
+    if (direct && !s->activation) return;
+    for (int i = 0; i < rows; i++) store_row(&a->shape, s, row + i, y[i], to[i]);
 }
 
 #define group_finish FN_OF_T(group_finish)
 INLINE void group_finish(const fn_layer_norm_args *a, workspace *space, ptrdiff_t row, int rows,
                          const group_stats *stats)
 {
-    if (stats->careful || a->steps)
+    if (stats->careful)
         finish_one_by_one(a, space, row, rows, stats);
-    else if (rows == 4)
-        group_affine_4(a, row, stats);
+    else if (!a->steps)
+        plain_group(a, row, rows, stats);
+    else if (share_parameters(&a->shape, a->steps, row, rows))
+        step_group(a, space, row, rows, stats);
     else
-        group_affine_2(a, row, stats);
+        finish_one_by_one(a, space, row, rows, stats);
 }
 
 #define layer_norm_group FN_OF_T(layer_norm_group)

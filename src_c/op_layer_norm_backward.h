@@ -289,29 +289,30 @@ typedef struct {
     ptrdiff_t n;
 } step_rows;
 
-#define into_room FN_OF_T(into_room)
-static element *into_room(const fn_shape *shape, const fn_steps *s, const fn_rows *rows,
-                          ptrdiff_t row, ptrdiff_t n, element *room)
-{
-    unsigned char mask_room[BLOCK];
-    load_part(room, shape, rows, step_row_at(shape, s, rows, row), 0, n);
-    if (!s->mask.data) return room;
-    const unsigned char *mask = row_at(shape, &s->mask, row);
-    for (ptrdiff_t i = 0; i < n; i += BLOCK) {
-        const ptrdiff_t m = block_length(n, i);
-        keep_strip(room + i, mask_part(shape, &s->mask, mask, i, m, mask_room), m);
-    }
-    return room;
-}
-
 /* The row in place, or, where it is not T or will be changed, in `room`. */
 #define step_row FN_OF_T(step_row)
 static const element *step_row(const fn_shape *shape, const fn_steps *s, const fn_rows *rows,
                                ptrdiff_t row, ptrdiff_t n, element *room, int changed)
 {
-    if (is_direct(rows) && !changed && !s->mask.data)
-        return (const element *)step_row_at(shape, s, rows, row);
-    return into_room(shape, s, rows, row, n, room);
+    const char *from = step_row_at(shape, s, rows, row);
+    if (is_direct(rows) && !changed && !s->mask.data) return (const element *)from;
+    load_part(room, shape, rows, from, 0, n);
+    return room;
+}
+
+/* What the mask leaves out becomes `value`, which has no influence: dy 0, and x the pivot. */
+#define fill_masked FN_OF_T(fill_masked)
+static void fill_masked(const fn_shape *shape, const fn_steps *s, ptrdiff_t row, element *p,
+                        element value)
+{
+    unsigned char mask_room[BLOCK];
+    const unsigned char *mask = row_at(shape, &s->mask, row);
+    for (ptrdiff_t i = 0; i < shape->cols; i += BLOCK) {
+        const ptrdiff_t m = block_length(shape->cols, i);
+        const unsigned char *kept = mask_part(shape, &s->mask, mask, i, m, mask_room);
+        for (ptrdiff_t k = 0; k < m; k++)
+            if (!kept[k]) p[i + k] = value;
+    }
 }
 
 /* xh = (y - bias) / weight, in place. */
@@ -358,12 +359,18 @@ static void rescale_dx(backward_row *c, element rstd)
     c->dx_rstd = c->dx_rstd * finite;
 }
 
+#define step_pivot FN_OF_T(step_pivot)
+INLINE element step_pivot(const fn_layer_norm_backward_args *a, ptrdiff_t row)
+{
+    return a->mean && !a->steps->from_output ? ((const element *)a->mean)[row] : 0;
+}
+
 #define step_coefficients FN_OF_T(step_coefficients)
 static int step_coefficients(const fn_layer_norm_backward_args *a, const workspace *space,
                              ptrdiff_t row, const step_rows *rows, backward_row *c)
 {
     const fn_steps *s = a->steps;
-    const element rstd = ((const element *)a->rstd)[row], *mean = a->mean;
+    const element rstd = ((const element *)a->rstd)[row];
     const scale one = {1, 1};
     element *x = space->rooms + 2 * space->room_stride, *g = x + space->room_stride;
     step_rows seen = *rows;
@@ -372,7 +379,7 @@ static int step_coefficients(const fn_layer_norm_backward_args *a, const workspa
         seen = (step_rows){.x = s->mask.data ? x : rows->x, .dy = g, .n = seen.n};
     }
     if (!seen.n) return -1;
-    *c = (backward_row){.pivot = mean && !s->from_output ? mean[row] : 0,
+    *c = (backward_row){.pivot = step_pivot(a, row),
                         .x = one, .dy = one, .dx = one};
     const int plain = coefficients_of(seen.x, seen.dy, seen.w, seen.n,
                                       s->from_output ? 1 : rstd, a->rms, c);
@@ -417,14 +424,7 @@ static void finish_dx(const fn_layer_norm_backward_args *a, ptrdiff_t row, eleme
                       ptrdiff_t n)
 {
     const fn_steps *s = a->steps;
-    unsigned char mask_room[BLOCK];
-    if (s->mask.data) {
-        const unsigned char *mask = row_at(&a->shape, &s->mask, row);
-        for (ptrdiff_t i = 0; i < n; i += BLOCK) {
-            const ptrdiff_t m = block_length(n, i);
-            keep_strip(from + i, mask_part(&a->shape, &s->mask, mask, i, m, mask_room), m);
-        }
-    }
+    if (s->mask.data && n) fill_masked(&a->shape, s, row, from, 0);
     if (!is_direct(&a->dx)) store_part(&a->shape, &a->dx, dx, 0, from, n);
     if (!s->starts && n < a->shape.cols) zero_rest(&a->shape, &a->dx, dx, n);
 }
@@ -443,6 +443,10 @@ static void step_backward_row(const fn_layer_norm_backward_args *a, workspace *s
     rows.x = step_row(shape, s, &s->x, row, rows.n, x_room, s->from_output);
     rows.dy = step_row(shape, s, &a->dy, row, rows.n, dy_room, 0);
     if (s->from_output) undo_affine(x_room, rows.w, rows.b, rows.n);
+    if (s->mask.data) {
+        fill_masked(shape, s, row, dy_room, 0);
+        fill_masked(shape, s, row, x_room, step_pivot(a, row));
+    }
     char *dx = a->dx.data ? step_row_at(shape, s, &a->dx, row) : NULL;
     element *to = !dx ? NULL : is_direct(&a->dx) ? (element *)dx : dy_room;
     backward_row c;

@@ -125,6 +125,7 @@ static COLD void careful_stats(const element *x, ptrdiff_t n, double eps, int rm
 #define group_stats FN_OF_T(group_stats)
 typedef struct {
     const element *x[8];
+    element *room[8]; /* each row's own, where there are steps */
     ptrdiff_t n[8];
     double per_n[8];
     element pivot[8], rstd[8], shift[8];

@@ -182,6 +182,14 @@ static int worth_streaming(const fn_shape *shape, const fn_rows *y, int warm, fn
            (uintptr_t)y->data % (uintptr_t)fn_size_of(dtype) == 0;
 }
 
+/* Columns are written by strips of many rows, so their length is of no account. */
+static int worth_streaming_columns(const fn_layer_norm_args *a, fn_dtype dtype)
+{
+    const fn_rows *y = &a->steps->outputs[0].y;
+    const ptrdiff_t bytes = a->shape.rows * a->shape.cols * fn_size_of(dtype);
+    return a->y_is_warm && bytes >= STREAM_BYTES && y->dtype == dtype && !a->steps->activation;
+}
+
 /* ---- calls with steps ------------------------------------------------------------------------- */
 
 /* What they read and write, less the parameters: of packed rows what there is of them, of others
@@ -246,8 +254,13 @@ fn_plan fn_plan_layer_norm(const fn_layer_norm_args *a, fn_dtype dtype, int thre
     const ptrdiff_t bytes = 2 * a->shape.rows * a->shape.cols * fn_size_of(dtype);
     fn_plan plan = {.bytes = a->steps ? step_bytes(&a->shape, a->steps) : bytes};
     plan.threads = planned_threads(plan.bytes, a->shape.rows, threads);
-    plan.stream = !a->steps && worth_streaming(&a->shape, &a->y, a->y_is_warm, dtype);
-    plan.regime = in_columns(a) ? "columns" : regime_of(a, dtype, plan.stream);
+    if (in_columns(a)) {
+        plan.stream = worth_streaming_columns(a, dtype);
+        plan.regime = "columns";
+    } else {
+        plan.stream = !a->steps && worth_streaming(&a->shape, &a->y, a->y_is_warm, dtype);
+        plan.regime = regime_of(a, dtype, plan.stream);
+    }
     return plan;
 }
 

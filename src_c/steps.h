@@ -139,18 +139,25 @@ INLINE int has_sum(const fn_steps *s)
     return s->residual.data || s->gate.data || s->linear_bias.data || s->sum.data;
 }
 
+#define add_vector FN_OF_T(add_vector)
+INLINE void add_vector(element *into, const element *x, const element *gate, const element *bias,
+                       const element *residual, ptrdiff_t i, ptrdiff_t left)
+{
+    vec v = load_some(x + i, left);
+    if (gate) v = v_mul(load_some(gate + i, left), v);
+    if (bias) v = v_add(v, load_some(bias + i, left));
+    if (residual) v = v_add(v, load_some(residual + i, left));
+    store_some(into + i, v, left);
+}
+
 /* (gate * x + linear_bias) + residual; what is NULL is left out. */
 #define add_strip FN_OF_T(add_strip)
 OUTLINE void add_strip(element *into, const element *x, const element *gate, const element *bias,
                        const element *residual, ptrdiff_t n)
 {
-    for (ptrdiff_t i = 0; i < n; i += VW) {
-        vec v = load_some(x + i, n - i);
-        if (gate) v = v_mul(load_some(gate + i, n - i), v);
-        if (bias) v = v_add(v, load_some(bias + i, n - i));
-        if (residual) v = v_add(v, load_some(residual + i, n - i));
-        store_some(into + i, v, n - i);
-    }
+    ptrdiff_t i = 0;
+    for (; i + VW <= n; i += VW) add_vector(into, x, gate, bias, residual, i, VW);
+    if (i < n) add_vector(into, x, gate, bias, residual, i, n - i);
 }
 
 /* Where the parts of one row's sum begin; NULL for those that are absent. */
@@ -316,6 +323,32 @@ static void store_int8(const fn_shape *shape, const fn_output *o, char *y, ptrdi
         quantise_strip((signed char *)run, o->y.col_strides[shape->col_ndim - 1], from + i, step,
                        left);
     }
+}
+
+/* What is left to do with a whole row of y in T, in place of it or from a room. */
+#define store_row FN_OF_T(store_row)
+OUTLINE void store_row(const fn_shape *shape, const fn_steps *s, ptrdiff_t row, char *y,
+                       element *from)
+{
+    const fn_output *o = &s->outputs[0];
+    if (s->activation) activate_strip(from, shape->cols, s->activation);
+    if (o->y.dtype == FN_I8)
+        store_int8(shape, o, y, row, from, shape->cols);
+    else if (!is_direct(&o->y))
+        store_part(shape, &o->y, y, 0, from, shape->cols);
+}
+
+/* Whether rows of a group may be normalised side by side: they have one length, one output, and
+ * the same parameters. */
+#define share_parameters FN_OF_T(share_parameters)
+static int share_parameters(const fn_shape *shape, const fn_steps *s, ptrdiff_t row, int rows)
+{
+    const fn_rows *w = &s->outputs[0].weight, *b = &s->outputs[0].bias;
+    if (s->output_count != 1 || s->mask.data || s->lengths || s->starts || s->round_before_weight ||
+        w->stride || b->stride)
+        return 0;
+    if (!w->outer_strides && !b->outer_strides) return 1;
+    return !shape->outer_ndim || row % shape->inner + rows <= shape->inner;
 }
 
 /* One row of one output. x: the row as the prologue left it, or, where a mask packed it, NULL. */

@@ -332,7 +332,7 @@ INLINE int v_store_i8_f64(signed char *into, const ints_f64 a[4], const ints_f64
 
 /* ---- activations (activation.h) -------------------------------------------------------------- */
 
-#define UNROLL_LONG _Pragma("GCC unroll 16")
+#define UNROLL_LONG UNROLL_FULLY
 
 INLINE vec_f32 v_fnma_f32(vec_f32 a, vec_f32 b, vec_f32 c) { return vfmsq_f32(c, a, b); }
 INLINE vec_f32 v_max_f32(vec_f32 a, vec_f32 b) { return vmaxq_f32(a, b); }

@@ -80,7 +80,37 @@ static double element(int kind, fn_dtype dtype, uint64_t seed, ptrdiff_t i, ptrd
     }
 }
 
-static size_t size_of(fn_dtype dtype) { return dtype == FN_F64 ? sizeof(double) : sizeof(float); }
+/* The same of a half type, by its bits, of which the last `fraction` ones are the fraction. */
+static uint16_t half_element(int kind, int fraction, uint64_t seed, ptrdiff_t i, ptrdiff_t n)
+{
+    const uint64_t r = mix(seed * 0x10001u + (uint64_t)i);
+    const unsigned sign = (unsigned)(r >> 63) << 15, infinity = 0x7fffu >> fraction << fraction;
+    const unsigned one = infinity >> 1 & infinity, part = (unsigned)r & ((1u << fraction) - 1);
+    const unsigned small = sign | (one - ((unsigned)(r >> 60 & 3) << fraction) + part);
+    switch (kind) {
+    case LARGE_MEAN: return (uint16_t)(one + (5u << fraction) + (part & 3));
+    case RECENTRED: return (uint16_t)(one + (part & 1));
+    case ALTERNATING: return (uint16_t)(one | (unsigned)i % 2 << 15);
+    case RAMP: return (uint16_t)(i < (ptrdiff_t)infinity ? i : 0);
+    case MANY_SCALES: return (uint16_t)(sign | r % infinity);
+    case SPIKE: return (uint16_t)(r % 100 ? small : one + (9u << fraction));
+    case OUTLIER: return (uint16_t)(i + 1 == n ? one : 0);
+    case CONSTANT: return (uint16_t)(one + (seed & 7));
+    case ZERO: return (uint16_t)sign;
+    case TINY: return (uint16_t)(sign | part);
+    case HUGE_: return (uint16_t)(sign | (infinity - (1u << fraction) + part));
+    case LARGEST: return (uint16_t)(sign | (infinity - 1));
+    case HAS_NAN: return (uint16_t)(i == n / 2 ? infinity + 1 : small);
+    case HAS_INFINITY: return (uint16_t)(i == n / 3 ? infinity : small);
+    default: return (uint16_t)small;
+    }
+}
+
+static size_t size_of(fn_dtype dtype)
+{
+    static const size_t sizes[] = {4, 8, 2, 2, 1};
+    return sizes[dtype];
+}
 
 static void put(void *array, ptrdiff_t i, double value, fn_dtype dtype)
 {
@@ -90,10 +120,34 @@ static void put(void *array, ptrdiff_t i, double value, fn_dtype dtype)
         ((float *)array)[i] = (float)value;
 }
 
+static double get_half(uint16_t bits, int fraction, int bias)
+{
+    const unsigned exponent = (bits & 0x7fffu) >> fraction, part = bits & ((1u << fraction) - 1);
+    double value = power((exponent ? (int)exponent : 1) - bias - fraction);
+    value *= part + (exponent ? (double)(1u << fraction) : 0);
+    if (exponent == 0x7fffu >> fraction) value = part ? __builtin_nan("") : __builtin_inf();
+    return bits >> 15 ? -value : value;
+}
+
+static double get(const void *array, ptrdiff_t i, fn_dtype dtype)
+{
+    switch (dtype) {
+    case FN_F64: return ((const double *)array)[i];
+    case FN_F16: return get_half(((const uint16_t *)array)[i], 10, 15);
+    case FN_BF16: return get_half(((const uint16_t *)array)[i], 7, 127);
+    case FN_I8: return ((const signed char *)array)[i];
+    default: return (double)((const float *)array)[i];
+    }
+}
+
 static void fill_row(void *row, int kind, fn_dtype dtype, uint64_t seed, ptrdiff_t n)
 {
     if (kind == MIXED) kind = (int)(mix(seed) % MIXED);
-    for (ptrdiff_t i = 0; i < n; i++) put(row, i, element(kind, dtype, seed, i, n), dtype);
+    for (ptrdiff_t i = 0; i < n; i++)
+        if (dtype == FN_F16 || dtype == FN_BF16)
+            ((uint16_t *)row)[i] = half_element(kind, dtype == FN_F16 ? 10 : 7, seed, i, n);
+        else
+            put(row, i, element(kind, dtype, seed, i, n), dtype);
 }
 
 /* ---- arrays ---------------------------------------------------------------------------------- */
@@ -120,12 +174,13 @@ static block new_vector(int kind, fn_dtype dtype, uint64_t seed, ptrdiff_t n, si
 
 /* ---- checksums ------------------------------------------------------------------------------- */
 
+enum { ANY = 0x2545f491 }; /* what a hash begins with */
+
 /* FNV-1a over bits, 64 at a time; every NaN is the same NaN. */
 static uint64_t hash(uint64_t h, const void *array, ptrdiff_t n, fn_dtype dtype)
 {
     for (ptrdiff_t i = 0; i < n; i++) {
-        const double value = dtype == FN_F64 ? ((const double *)array)[i]
-                                             : (double)((const float *)array)[i];
+        const double value = get(array, i, dtype);
         uint64_t bits;
         memcpy(&bits, &value, sizeof bits);
         if (value != value) bits = 0x7ff8000000000000u;

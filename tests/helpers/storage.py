@@ -51,7 +51,7 @@ def rounded(values, dtype):
         return values.copy()
     if dtype in (FLOAT32, FLOAT64):
         return cast(values, dtype)
-    wide = values.astype(np.float64)
+    wide = cast(values, FLOAT64)
     unit = accuracy.ulp(np.where(np.isfinite(wide), wide, 0), dtype)
     with np.errstate(over="ignore", invalid="ignore"):
         nearest = np.where(np.isfinite(wide), np.rint(wide / unit) * unit, wide)
