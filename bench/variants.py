@@ -40,7 +40,10 @@ def _all(*found: Contender) -> dict[str, Contender]:
     return {contender.name: contender for contender in found}
 
 
-def _torch_names(names: dict[str, Any]) -> dict[str, Any]:
+def _torch(statements: dict[str, str], names: dict[str, Any], **more: Any) -> list[Contender]:
+    """A contender for each name and statement; none without torch."""
+    if not contenders.PROVIDERS["torch"].installed:
+        return []
     import torch
 
     torch.set_num_threads(1)
@@ -49,7 +52,8 @@ def _torch_names(names: dict[str, Any]) -> dict[str, Any]:
         name: contenders.tensor(value) if isinstance(value, np.ndarray) else value
         for name, value in names.items()
     }
-    return tensors | {"layer_norm": torch.nn.functional.layer_norm}
+    tensors |= more | {"layer_norm": torch.nn.functional.layer_norm}
+    return [Contender(name, "new", statement, tensors) for name, statement in statements.items()]
 
 
 # ---- 8-bit results ------------------------------------------------------------------------------
@@ -61,11 +65,11 @@ def int8(shape: Shape, dtype: str, align: int) -> Timed:
     case = cases.Case("layer_norm", (rows, cols), dtype, align)
     names = case.arrays | {"layer_norm": fastnorm.layer_norm, "int8": np.int8}
     call = "layer_norm(x, cols, weight, bias, eps"
-    torch_names = _torch_names(case.arrays) | {"quantized": _torch_int8, "shape": (cols,)}
+    composite = {"torch": "quantized(x, shape, weight, bias, eps)"}
     found = _all(
         Contender("fastnorm", "new", f"{call}, dtype=int8)", names),
         Contender("float32", "new", f"{call})", names),
-        Contender("torch", "new", "quantized(x, shape, weight, bias, eps)", torch_names),
+        *_torch(composite, case.arrays, quantized=_torch_int8, shape=(cols,)),
     )
     exact = fastnorm.reference.layer_norm(case.x, cols, case.weight, case.bias, case.eps)
 
@@ -95,16 +99,17 @@ def channels_first(shape: Shape, dtype: str, align: int) -> Timed:
     case = cases.Case("layer_norm", (1, shape[1]), dtype, align, eps=1e-6)
     x = case.normal(shape)
     names = {"x": x, "weight": case.weight, "bias": case.bias, "eps": case.eps}
-    torch_names = _torch_names(names) | {"shape": shape[1:2], "convnext": _convnext}
     call = "layer_norm(x, weight=weight, bias=bias, eps=eps, axis=1)"
-    permuted = (
-        "layer_norm(x.permute(0, 2, 3, 1), shape, weight, bias, eps)"
-        ".permute(0, 3, 1, 2).contiguous()"
-    )
+    composites = {
+        "torch permuted": (
+            "layer_norm(x.permute(0, 2, 3, 1), shape, weight, bias, eps)"
+            ".permute(0, 3, 1, 2).contiguous()"
+        ),
+        "torch ConvNeXt": "convnext(x, weight, bias, eps)",
+    }
     found = _all(
         Contender("fastnorm", "new", call, names | {"layer_norm": fastnorm.layer_norm}),
-        Contender("torch permuted", "new", permuted, torch_names),
-        Contender("torch ConvNeXt", "new", "convnext(x, weight, bias, eps)", torch_names),
+        *_torch(composites, names, convnext=_convnext, shape=shape[1:2]),
         Contender("copy", "new", "x.copy()", names),
     )
 

@@ -282,9 +282,7 @@ def as_mask(output_mask: Any, names: str = "dx, dweight, dbias") -> tuple[bool, 
         mask = ()
     if len(mask) != count:
         words = {2: "two", 3: "three"}[count]
-        raise ValueError(
-            f"output_mask: got {output_mask!r}, wanted {words} truth values: {names}"
-        )
+        raise ValueError(f"output_mask: got {output_mask!r}, wanted {words} truth values: {names}")
     return mask
 
 

@@ -93,7 +93,7 @@ class Call:
 
     def floating(self, name: str, value: Any) -> np.ndarray:
         array = checks.as_floating(name, value)
-        if interop.is_bfloat16(array.dtype) and array.dtype.kind != "V":
+        if interop.is_bfloat16(array.dtype) and array.dtype != interop.BITS:
             _core.set_bfloat16(array.dtype)
         if array is not value and np.asarray(value).dtype.kind in "biu":
             self.copies.append(f"{name} is copied: integers are converted to float64")
@@ -329,9 +329,7 @@ class NormCall(Call):
             made.append((self.spread(weight), self.spread(bias), rows, scale))
         return made
 
-    def gather(
-        self, outputs: list[Any], several: bool, mean: Any, rstd: Any, rms: bool
-    ) -> Any:
+    def gather(self, outputs: list[Any], several: bool, mean: Any, rstd: Any, rms: bool) -> Any:
         """What the caller gets."""
         ys = [y.view(np.uint16) if self.is_bits else y for _, _, y, _ in outputs]
         scales = [scale for *_, scale in outputs]
@@ -420,7 +418,7 @@ class NormBackwardCall(Call):
 
     def _part(self, index: tuple[Any, ...], plan: bool) -> Any:
         """The kernel on the rows at `index`."""
-        own = {
+        own: dict[str, Any] = {
             name: np.ascontiguousarray(self.options[name][index])
             for name in ("lengths", "mask") if index and name in self.options
         }  # fmt: skip
@@ -430,7 +428,7 @@ class NormBackwardCall(Call):
         sums = [None if place is None else np.zeros_like(place) for place in places]
         said = _core.norm_backward_rows(
             arrays[1].ndim - len(self.normalized), self.compute, *arrays, *stats, *sums,
-            warm=self.warm, plan=plan, **{**self.options, **own},
+            warm=self.warm, plan=plan, **(self.options | own),
         )  # fmt: skip
         for place, part in zip(places, sums, strict=True):
             if place is not None and not plan:
@@ -510,6 +508,10 @@ class SegmentsCall(Call):
         return np.ascontiguousarray(array, dtype=self.compute)
 
 
+def _flat(parameter: np.ndarray | None) -> np.ndarray | None:
+    return None if parameter is None else parameter.reshape(-1)
+
+
 class SegmentNormCall(SegmentsCall):
     """One forward call on packed rows."""
 
@@ -534,16 +536,13 @@ class SegmentNormCall(SegmentsCall):
         mean, rstd = self.statistics() if return_stats else (None, None)
         self.kernel = partial(
             _core.norm_segments, self.compute, self.packed("x", self.source), self.starts,
-            self.longest, *self._run_parameters(w, b), self.y, scale, machine, rms=rms,
+            self.longest, _flat(w), _flat(b), self.y, scale, machine, rms=rms,
             offset=checks.as_offset(offset), activation=checks.as_activation(activation),
             mean=None if rms else mean, rstd=rstd,
         )  # fmt: skip
         parts = [self.out, scale, None if rms else mean, rstd]
         kept = [part for part in parts if part is not None]
         self.result = kept[0] if len(kept) == 1 else tuple(kept)
-
-    def _run_parameters(self, w: Any, b: Any) -> list[Any]:
-        return [None if p is None else p.reshape(-1) for p in (w, b)]
 
     def run(self) -> Any:
         super().run()
@@ -568,17 +567,17 @@ class SegmentNormBackwardCall(SegmentsCall):
         wanted = checks.as_mask(output_mask, "dx, dweight" if rms else "dx, dweight, dbias")
         want_dx, want_dweight, want_dbias = (*wanted, False)[:3]
         dx = self.new_result(self.dtype)[0] if want_dx else None
-        sums = [
+        dweight, dbias = (
             np.zeros(self.features, self.compute) if want else None
             for want in (want_dweight, want_dbias)
-        ]
+        )
         self.kernel = partial(
             _core.norm_segments_backward, self.compute, self.packed("dy", grad),
             self.packed("x", self.source), dx, self.starts, self.longest,
-            None if w is None else w.reshape(-1), m, r, *sums, math.prod(self.features), rms=rms,
+            _flat(w), m, r, dweight, dbias, math.prod(self.features), rms=rms,
             offset=checks.as_offset(offset),
         )  # fmt: skip
-        self.result = (dx, *sums)[: 2 if rms else 3]
+        self.result = (dx, dweight, dbias)[: 2 if rms else 3]
 
 
 # ---- the ops ------------------------------------------------------------------------------------
@@ -652,10 +651,11 @@ def _adaptive_layer_norm(
         raise TypeError(f"{name}: got an array without a residual, wanted both or neither")
     ndim, axes = _trailing(x, normalized_shape)
     names = ("scale", "shift", "out")
-    params = [per_sample(n, p, ndim, axes) for n, p in zip(names, (scale, shift), strict=False)]
+    scale = per_sample("scale", scale, ndim, axes)
+    shift = per_sample("shift", shift, ndim, axes)
     addends = {"residual": residual, "gate": per_sample("gate", gate, ndim, axes)}
     return NormCall(
-        x, normalized_shape, None, [Pair(*params, out, names)], eps, offset=1.0, dtype=dtype,
+        x, normalized_shape, None, [Pair(scale, shift, out, names)], eps, offset=1.0, dtype=dtype,
         return_stats=return_stats, activation=activation, sum_out=sum_out, round_sum=round_sum,
         addends=None if residual is None else addends, explained=explained,
     )  # fmt: skip
@@ -689,8 +689,8 @@ def _parallel_layer_norm(
         if len(items) != count:
             raise ValueError(f"{name}: got {len(items)} of them, wanted {count}, one a weight")
     pairs = [
-        Pair(*parts, (f"weights[{i}]", f"biases[{i}]", f"out[{i}]"))
-        for i, parts in enumerate(zip(*filled.values(), strict=True))
+        Pair(weight, bias, result, (f"weights[{i}]", f"biases[{i}]", f"out[{i}]"))
+        for i, (weight, bias, result) in enumerate(zip(*filled.values(), strict=True))
     ]
     return NormCall(
         x, normalized_shape, None, pairs, eps, dtype=dtype, return_stats=return_stats,

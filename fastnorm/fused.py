@@ -275,6 +275,4 @@ def segment_rms_norm_backward(
     Parameters, results and errors are those of :func:`segment_layer_norm_backward` and
     :func:`fastnorm.rms_norm_backward`.
     """
-    return handlers["segment_rms_norm_backward"](
-        dy, x, offsets, rstd, weight, offset, output_mask
-    )
+    return handlers["segment_rms_norm_backward"](dy, x, offsets, rstd, weight, offset, output_mask)

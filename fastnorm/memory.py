@@ -53,7 +53,7 @@ def set_pool_limit(limit: int) -> None:
     """Keep at most `limit` bytes of freed results for the next ones.
 
     A new array of 100 MB costs more in page faults than in arithmetic. So the memory of results of
-    4 MB and more, once they are freed, is kept for the next result of about their size: 256 MB of
+    1 MB and more, once they are freed, is kept for the next result of about their size: 256 MB of
     it at most unless this function says otherwise. What is kept is marked so that the operating
     system may take it back whenever memory is short. ``fastnorm.show_config()`` tells how much it
     is.

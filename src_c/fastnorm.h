@@ -169,7 +169,7 @@ void fn_force_partition(int parts);   /* for tests: split every call into so man
 
 /* ---- Memory for large results, kept for the next one (pool.c) ---------------------------------- */
 
-#define FN_POOL_LEAST ((size_t)4 << 20) /* smaller arrays gain nothing */
+#define FN_POOL_LEAST ((size_t)1 << 20) /* smaller arrays gain nothing */
 
 void *fn_pool_alloc(size_t size); /* NULL: no memory */
 void *fn_pool_realloc(void *data, size_t size);

@@ -281,15 +281,50 @@ INLINE void group_lengths(group_stats *stats, const int rows)
     KEEP_IN_MEMORY(stats);
 }
 
+/* What is read two groups later, and what is written after the next. */
+#define fetch_step_rows FN_OF_T(fetch_step_rows)
+static void fetch_step_rows(const fn_layer_norm_args *a, ptrdiff_t row, int rows)
+{
+    const fn_steps *s = a->steps;
+    fetch_row(&a->shape, &s->x, row, 2 * rows, 0);
+    fetch_row(&a->shape, &s->residual, row, 2 * rows, 0);
+    fetch_row(&a->shape, &s->sum, row, rows, 1);
+    fetch_row(&a->shape, &s->outputs[0].y, row, rows, 1);
+}
+
 #define group_prologue FN_OF_T(group_prologue)
 OUTLINE void group_prologue(const fn_layer_norm_args *a, const workspace *space, ptrdiff_t row,
                             int rows, int now, group_stats *stats)
 {
     for (int i = 0; i < rows; i++) {
+        if (a->fetch) fetch_step_rows(a, row + i, rows);
         stats->room[i] = space->rooms + (now * rows + i) * space->room_stride;
         stats->x[i] = prologue(&a->shape, a->steps, row + i, stats->room[i], &stats->n[i]);
     }
     if (a->steps->lengths || a->steps->starts || a->steps->mask.data) group_lengths(stats, rows);
+}
+
+#define group_middle FN_OF_T(group_middle)
+INLINE void group_middle(const fn_layer_norm_args *a, ptrdiff_t row, const int rows,
+                         group_stats *stats)
+{
+    quarter sums[8], squares[8];
+    vd8 deviations = vd8_set1(0);
+    if (a->rms) {
+        NO_UNROLL for (int i = 0; i < rows; i++) squares[i] = block_squares(stats->x[i], stats->n[i]);
+    } else {
+        NO_UNROLL for (int i = 0; i < rows; i++)
+            block_deviations(stats->x[i], stats->n[i], v_set1(stats->pivot[i]), &sums[i],
+                             &squares[i]);
+        copy_rows(sums, rows);
+        deviations = quarter_hsum8(sums);
+    }
+    copy_rows(squares, rows);
+    group_rstds(deviations, quarter_hsum8(squares), vd8_load_f64(stats->per_n), a->eps, stats);
+    stats->careful &= (1u << rows) - 1;
+    if (a->steps)
+        for (int i = 0; i < rows; i++) stats->careful |= (unsigned)!stats->n[i] << i;
+    if (a->mean || a->rstd) store_group_stats(a, row, rows, stats);
 }
 
 #define group_start FN_OF_T(group_start)
@@ -309,23 +344,6 @@ INLINE void group_start(const fn_layer_norm_args *a, const workspace *space, ptr
         sums[i] = block_sum(stats->x[i], stats->n[i]);
     copy_rows(sums, rows);
     group_pivots(quarter_hsum8(sums), vd8_load_f64(stats->per_n), stats);
-}
-
-#define group_middle FN_OF_T(group_middle)
-INLINE void group_middle(const fn_layer_norm_args *a, ptrdiff_t row, const int rows,
-                         group_stats *stats)
-{
-    quarter sums[8], squares[8];
-    NO_UNROLL for (int i = 0; i < rows; i++)
-        block_deviations(stats->x[i], stats->n[i], v_set1(stats->pivot[i]), &sums[i], &squares[i]);
-    copy_rows(sums, rows);
-    copy_rows(squares, rows);
-    const vd8 deviations = a->rms ? vd8_set1(0) : quarter_hsum8(sums);
-    group_rstds(deviations, quarter_hsum8(squares), vd8_load_f64(stats->per_n), a->eps, stats);
-    stats->careful &= (1u << rows) - 1;
-    if (a->steps)
-        for (int i = 0; i < rows; i++) stats->careful |= (unsigned)!stats->n[i] << i;
-    if (a->mean || a->rstd) store_group_stats(a, row, rows, stats);
 }
 
 /* What the rows of a group share. */

@@ -143,6 +143,27 @@ INLINE void block_deviations(const element *x, ptrdiff_t n, vec pivot, quarter *
     *squares = v_fold(d_squares, VECTORS);
 }
 
+/* sum(x^2), as block_deviations forms it with a pivot of 0. */
+#define block_squares FN_OF_T(block_squares)
+OUTLINE quarter block_squares(const element *x, ptrdiff_t n)
+{
+    vec q[VECTORS];
+    UNROLL for (int k = 0; k < VECTORS; k++) q[k] = v_zero();
+    ptrdiff_t i = 0;
+    NO_UNROLL for (; i + LANES <= n; i += LANES)
+        UNROLL for (int k = 0; k < VECTORS; k++) {
+            const vec v = v_load(x + i + k * VW);
+            q[k] = v_fma(v, v, q[k]);
+        }
+    UNROLL for (int k = 0; k < VECTORS; k++) {
+        const ptrdiff_t at = i + k * VW;
+        if (at >= n) break;
+        const vec v = load_some(x + at, n - at);
+        q[k] = v_fma(v, v, q[k]);
+    }
+    return v_fold(q, VECTORS);
+}
+
 /* Two doubles go back in registers. */
 #define deviation_sums FN_OF_T(deviation_sums)
 typedef struct {

@@ -234,6 +234,21 @@ OUTLINE const element *prologue(const fn_shape *shape, const fn_steps *s, ptrdif
     return room;
 }
 
+/* A row that comes `rows` rows later, of an array that will be read or written then. */
+#define fetch_row FN_OF_T(fetch_row)
+OUTLINE void fetch_row(const fn_shape *shape, const fn_rows *array, ptrdiff_t row, ptrdiff_t rows,
+                       const int written)
+{
+    if (!array->data || array->col_strides || !array->stride) return;
+    const char *p = (const char *)array->data + (row + rows) * array->stride;
+    const ptrdiff_t bytes = shape->cols * fn_size_of(array->dtype);
+    for (ptrdiff_t i = 0; i < bytes; i += 64)
+        if (written)
+            __builtin_prefetch(p + i, 1, 3);
+        else
+            __builtin_prefetch(p + i, 0, 3);
+}
+
 /* ---- parameters ------------------------------------------------------------------------------- */
 
 #define add_to_all FN_OF_T(add_to_all)
@@ -374,7 +389,7 @@ static void write_output(const fn_shape *shape, const fn_steps *s, workspace *sp
     const int direct = is_direct(&o->y), to_int8 = o->y.dtype == FN_I8;
     const ptrdiff_t n = step_length(shape, s, row);
     for (ptrdiff_t i = 0, m; i < n; i += m) {
-        const ptrdiff_t at = i % space->tile, rest = space->tile - at;
+        const ptrdiff_t at = i < space->tile ? i : i % space->tile, rest = space->tile - at;
         m = block_length(n, i) < rest ? block_length(n, i) : rest;
         element *to = to_int8 ? space->result + i : direct ? (element *)y + i : strip;
         finish_strip(&f, x ? x + i : part(shape, &s->x, from, i, m, x_room), to, at, m);

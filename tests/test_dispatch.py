@@ -1,5 +1,6 @@
 """Which backend, instruction set, threads and regime a call gets, and what is said of it."""
 
+import inspect
 import json
 import os
 
@@ -8,10 +9,12 @@ import pytest
 import threadpoolctl
 
 import fastnorm
-from fastnorm import _core, threads
+from fastnorm import _core, dispatch, threads
 
 from .helpers import child
+from .helpers.arguments import BACKWARD, FORWARD, SEGMENTS, arrays_of, outputs, valid
 from .helpers.arrays import assert_same_bits
+from .helpers.storage import STORAGE
 
 LARGE = (4096, 768)
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -249,25 +252,36 @@ def test_explain_names_what_runs(isa):
         assert word in str(plan)
 
 
-def test_explain_takes_functions_and_names(dtype):
-    x = np.ones((40, 50), dtype)
-    statistics = np.ones(40, dtype), np.ones(40, dtype)
-    for op, arguments in (
-        ("layer_norm", (x, 50)),
-        ("layer_norm_backward", (x, x, 50, *statistics)),
-        ("moments", (x, -1)),
-    ):
-        by_name = fastnorm.explain(op, *arguments)
-        assert by_name == fastnorm.explain(getattr(fastnorm, op), *arguments)
-        assert (by_name.op, by_name.rows, by_name.cols) == (op, 40, 50)
-        assert by_name.dtype == dtype.name
+@pytest.mark.parametrize("op", _core.OPS)
+def test_explain_takes_functions_and_names(op, dtype):
+    arguments = valid(op, dtype, (40, 5, 50))
+    by_name = fastnorm.explain(op, **arguments)
+    assert by_name == fastnorm.explain(getattr(fastnorm, op), **arguments)
+    rows, cols = (2, 39 * 250) if op in SEGMENTS else (200, 50)
+    assert (by_name.op, by_name.rows, by_name.cols) == (op, rows, cols)
+    assert by_name.dtype == dtype.name
+    assert by_name.copies == ()
+
+
+@pytest.mark.parametrize("storage", STORAGE, ids=str)
+@pytest.mark.parametrize("op", _core.OPS)
+def test_explain_names_the_type_of_x(op, storage):
+    plan = fastnorm.explain(op, **valid(op, storage))
+    assert (plan.dtype, plan.copies) == (storage.name, ())
+
+
+def test_explain_names_bfloat16_bits():
+    x = np.zeros((3, 4), np.uint16)
+    assert fastnorm.explain("layer_norm", x, dtype="bfloat16").dtype == "bfloat16"
 
 
 def test_explain_knows_every_op():
-    assert {"layer_norm", "layer_norm_backward", "moments"} == set(_core.OPS)
-    for op in ("softmax", "layernorm", len):
-        with pytest.raises(ValueError, match=r"^op: got .*, wanted one of: .*layer_norm"):
+    assert set(dispatch.CALLS) == set(_core.OPS)
+    for op in ("softmax", "layernorm", "_layer_norm", "LayerNorm", len, fastnorm.LayerNorm, None):
+        with pytest.raises(ValueError, match=r"^op: got .*, wanted one of: ") as caught:
             fastnorm.explain(op, np.ones(3))
+        for name in _core.OPS:
+            assert name in str(caught.value)
 
 
 def test_explain_raises_what_the_call_would():
@@ -278,26 +292,93 @@ def test_explain_raises_what_the_call_would():
         fastnorm.explain("layer_norm", x, out=np.ones((3, 5), np.float32))
 
 
-def test_explain_computes_nothing(dtype):
-    x, out = np.ones((3, 4), dtype), np.full((3, 4), 7, dtype)
-    fastnorm.explain("layer_norm", x, out=out, return_stats=True)
-    assert (out == 7).all()
+@pytest.mark.parametrize("op", _core.OPS)
+def test_explain_computes_nothing(op, dtype):
+    given = outputs(op, dtype) if op in FORWARD else {}
+    arguments = valid(op, dtype) | given
+    before = [a.tobytes() for a in arrays_of(arguments)]
+    fastnorm.explain(op, **arguments)
+    assert [a.tobytes() for a in arrays_of(arguments)] == before
 
 
-def test_explain_says_what_is_copied(dtype):
-    x = np.ones((6, 8), dtype)
-    swapped = x.astype(dtype.newbyteorder("S"))
-    for arguments, options, words in (
-        ((x.T,), {}, ["x", "contiguous"]),
-        ((x,), {"axis": 0}, ["x", "contiguous"]),
-        ((swapped,), {}, ["x", "swapped"]),
-        ((x,), {"out": np.ones((8, 6), dtype).T}, ["out", "contiguous"]),
-    ):
-        copies = fastnorm.explain("layer_norm", *arguments, **options).copies
-        assert len(copies) >= 1
-        assert all(word in " ".join(copies) for word in words)
-    for view in (x[::2], x[::-1], x[:, 2:7], np.broadcast_to(x[0], (6, 8)), x[2], x[np.newaxis]):
-        assert fastnorm.explain("layer_norm", view).copies == ()
+def unaligned(a):
+    """A copy whose elements begin between the places where they should."""
+    copy = np.empty(a.nbytes + 1, np.uint8)[1:].view(a.dtype).reshape(a.shape)
+    copy[...] = a
+    assert not copy.flags.aligned
+    return copy
+
+
+@pytest.mark.parametrize("op", _core.OPS)
+def test_explain_says_what_is_copied(op, dtype):
+    """Swapped bytes, elements that are not aligned, integers; nothing else that has x's shape."""
+    arguments = valid(op, dtype)
+    if op in FORWARD and op != "parallel_layer_norm":
+        arguments |= outputs(op, dtype)
+    large = {name: a for name, a in arguments.items()
+             if isinstance(a, np.ndarray) and a.shape == (2, 3, 4)}  # fmt: skip
+    assert large
+    for name, a in large.items():
+        for made, why in (
+            (a.astype(dtype.newbyteorder("S")), "swapped"),
+            (unaligned(a), "not aligned"),
+            (a.astype(np.int16), "integers"),
+        ):
+            if why == "integers" and "out" in name:
+                continue
+            if why == "integers":  # which are float64, and the outputs with them
+                rest = valid(op, np.float64) | {k: None for k in arguments if "out" in k}
+            else:
+                rest = arguments
+            copies = fastnorm.explain(op, **rest | {name: made}).copies
+            assert [c.partition(" ")[0] for c in copies] == [name]
+            assert why in copies[0]
+
+
+@pytest.mark.parametrize("op", [op for op in _core.OPS if op not in SEGMENTS])
+def test_explain_of_views_tells_of_no_copies(op, dtype):
+    """The kernels take every layout."""
+    arguments = valid(op, dtype, (6, 6, 6))
+    cubes = {name: a for name, a in arguments.items() if getattr(a, "ndim", 0) == 3}
+    views = {
+        "transposed": lambda a: a.T,
+        "every other": lambda a: np.repeat(a, 2, axis=-1)[..., ::2],
+        "backwards": lambda a: a[::-1, :, ::-1],
+        "broadcast": lambda a: np.broadcast_to(a[:1], a.shape),
+        "columns": lambda a: np.repeat(a, 2, axis=-1)[..., 3:9],
+    }
+    for make in views.values():
+        made = {name: make(a) for name, a in cubes.items()}
+        assert fastnorm.explain(op, **arguments | made).copies == ()
+    if "axis" not in inspect.signature(dispatch.CALLS[op]).parameters:
+        return
+    if op in BACKWARD:
+        cubes["normalized_shape"] = None
+    lead = {"mean", "rstd"} & arguments.keys()
+    for axis in (0, 1, (0, 2), (0, 1, 2)):
+        mean = np.mean(cubes.get("x", cubes.get("sum")), axis)
+        statistics = dict.fromkeys(lead, mean)
+        assert fastnorm.explain(op, **cubes, **statistics, axis=axis).copies == ()
+
+
+@pytest.mark.parametrize("op", SEGMENTS)
+def test_packed_rows_are_one_run_of_memory(op, dtype):
+    """What is not contiguous is copied, out too."""
+    arguments = valid(op, dtype)
+    wide = {name: np.repeat(a, 2, axis=-1)[..., ::2] for name, a in arguments.items()
+            if name in ("x", "dy")}  # fmt: skip
+    if op in FORWARD:
+        wide["out"] = np.empty((2, 3, 8), dtype)[..., ::2]
+    copies = fastnorm.explain(op, **arguments | wide).copies
+    assert sorted(copies) == sorted(f"{name} is copied: it is not contiguous" for name in wide)
+
+
+def test_explain_says_when_rows_lie_side_by_side(dtype):
+    x = np.ones((2, 30, 40), dtype)
+    assert fastnorm.explain("layer_norm", x, axis=1).regime == "columns"
+    assert fastnorm.explain("rms_norm", x, axis=0, dtype="float16").regime == "columns"
+    assert fastnorm.explain("layer_norm", x, axis=2).regime != "columns"
+    assert fastnorm.explain("layer_norm", x[:, :, :7], axis=1).regime == "group"
 
 
 def test_explain_says_when_it_streams():
@@ -367,12 +448,32 @@ def test_show_config_with_another_mode():
 # ---- the lists that everything iterates over -----------------------------------------------------
 
 
-def test_every_op_and_type_is_public_and_has_a_reference(dtype, rng):
-    x = rng.standard_normal((3, 4)).astype(dtype)
+def test_every_op_is_public_and_has_a_reference():
+    assert set(_core.STRAIGHT) <= set(_core.OPS)
+    assert set(_core.COMPUTE_DTYPES) <= set(_core.DTYPES)
     for op in _core.OPS:
         assert callable(getattr(fastnorm, op))
         assert callable(getattr(fastnorm.reference, op))
         assert op in fastnorm.__all__
+
+
+@pytest.mark.parametrize("storage", STORAGE, ids=str)
+@pytest.mark.parametrize("op", _core.OPS)
+def test_every_op_takes_every_type(op, storage):
+    """Results have x's type, statistics and gradients of parameters the type that is computed in."""
+    arguments = valid(op, storage)
+    result = getattr(fastnorm, op)(**arguments)
+    first = result[0] if isinstance(result, tuple) else result
+    for y in first if isinstance(first, tuple) else [first]:
+        compute = np.dtype("f8" if storage == np.float64 else "f4")
+        assert y.dtype == (compute if op == "moments" else storage)
+        assert y.shape == ((2, 3) if op == "moments" else (2, 3, 4))
+    for gradient in result[1:] if op in BACKWARD else ():
+        assert gradient.dtype == compute
+
+
+def test_moments_are_those_of_layer_norm(dtype, rng):
+    x = rng.standard_normal((3, 4)).astype(dtype)
     assert_same_bits(fastnorm.moments(x)[0], fastnorm.layer_norm(x, return_stats=True)[1])
 
 
