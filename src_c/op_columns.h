@@ -49,10 +49,10 @@ typedef struct {
 /* The one stride that reaches every element of a row, if there is one. */
 static ptrdiff_t even_step(const fn_shape *shape, const fn_rows *rows)
 {
-    ptrdiff_t step = fn_size_of(rows->dtype), reach = 0;
-    for (ptrdiff_t d = rows->col_strides ? shape->col_ndim - 1 : -1; d >= 0; d--) {
-        if (shape->col_shape[d] == 1) continue;
-        if (reach == 0) step = reach = rows->col_strides[d];
+    if (!rows->col_strides) return fn_size_of(rows->dtype);
+    const ptrdiff_t step = rows->col_strides[shape->col_ndim - 1];
+    ptrdiff_t reach = step;
+    for (ptrdiff_t d = shape->col_ndim - 1; d >= 0; d--) {
         if (reach != rows->col_strides[d]) return FN_UNEVEN;
         reach *= shape->col_shape[d];
     }

@@ -69,26 +69,41 @@ static double rstd_of_scaled(const element *x, ptrdiff_t n, int rms, int up)
 
 /* Rows that overflow or underflow: x and dy are read through powers of two that bring the largest
  * of each into [0.5, 1). */
-#define careful_backward FN_OF_T(careful_backward)
-static COLD void careful_backward(const element *x, const element *dy, const element *w,
-                                  ptrdiff_t n, element mean, element rstd, int rms,
-                                  backward_row *row)
+#define careful_row_state FN_OF_T(careful_row_state)
+typedef struct {
+    double x_rstd; /* of the scaled row */
+    int lost;      /* whether the rstd that was saved did not fit T */
+    int up, up_dy;
+} careful_row_state;
+
+/* Chooses the powers of two; x has n elements, dy dy_n. */
+#define careful_start FN_OF_T(careful_start)
+static COLD careful_row_state careful_start(const element *x, ptrdiff_t n, const element *dy,
+                                            ptrdiff_t dy_n, element rstd, int rms,
+                                            backward_row *row)
 {
-    const double largest = row_largest(x, n), largest_dy = row_largest(dy, n);
-    const int up = largest <= DBL_MAX ? exponent_to_one(largest) : 0;
-    const int up_dy = largest_dy <= DBL_MAX ? exponent_to_one(largest_dy) : 0;
-    const int lost = largest <= DBL_MAX && rstd > MOST;
-    const double x_rstd = lost ? rstd_of_scaled(x, n, rms, up) : ldexp((double)rstd, -up);
-    double sums[3];
-    row->x = scale_to(up);
-    row->dy = scale_to(up_dy);
-    row->pivot = (element)ldexp((double)mean, up);
-    row_dots(x, dy, w, n, row->pivot, &row->x, &row->dy, sums);
+    const double largest = row_largest(x, n), largest_dy = row_largest(dy, dy_n);
+    careful_row_state c = {.up = largest <= DBL_MAX ? exponent_to_one(largest) : 0,
+                           .up_dy = largest_dy <= DBL_MAX ? exponent_to_one(largest_dy) : 0,
+                           .lost = largest <= DBL_MAX && rstd > MOST};
+    c.x_rstd = c.lost ? rstd_of_scaled(x, n, rms, c.up) : ldexp((double)rstd, -c.up);
+    row->x = scale_to(c.up);
+    row->dy = scale_to(c.up_dy);
+    row->pivot = (element)ldexp((double)row->pivot, c.up);
+    return c;
+}
+
+/* From the sums of the scaled row. */
+#define careful_end FN_OF_T(careful_end)
+static COLD void careful_end(const double sums[3], ptrdiff_t n, element rstd, int rms,
+                             const careful_row_state *c, backward_row *row)
+{
     /* x_rstd beyond T: x is constant, or eps is all that counts, and x - pivot is 0 all over. */
+    const double x_rstd = c->x_rstd;
     dots_to_coefficients(sums, x_rstd > (double)MOST ? (double)MOST : x_rstd, n, rms, row);
     /* dx is multiplied by rstd as it was saved, or, if that is lost, by x's own and 2^up. */
-    row->dx_rstd = lost ? (element)x_rstd : rstd;
-    row->dx = scale_to(lost ? up - up_dy : -up_dy);
+    row->dx_rstd = c->lost ? (element)x_rstd : rstd;
+    row->dx = scale_to(c->lost ? c->up - c->up_dy : -c->up_dy);
     row->base = (element)(0.0 - (rms ? 0 : sums[1] / (double)n) * (double)row->dx_rstd);
     const double sizes = fabs(sums[0]) + fabs(sums[1]) + fabs(sums[2]) + fabs(x_rstd);
     if (!(sizes <= DBL_MAX)) row->base = (element)NAN;
@@ -233,7 +248,7 @@ OUTLINE void one_row_pass(const element *const *x, const element *const *dy, ele
 
 /* What the pass needs of a row, whose pivot is set; false where it must read through factors. */
 #define coefficients_of FN_OF_T(coefficients_of)
-INLINE int coefficients_of(const element *x, const element *dy, const element *w, ptrdiff_t n,
+OUTLINE int coefficients_of(const element *x, const element *dy, const element *w, ptrdiff_t n,
                            element rstd, int rms, backward_row *row)
 {
     double dots[3];
@@ -242,7 +257,9 @@ INLINE int coefficients_of(const element *x, const element *dy, const element *w
         dots_to_coefficients(dots, rstd, n, rms, row);
         return 1;
     }
-    careful_backward(x, dy, w, n, row->pivot, rstd, rms, row);
+    const careful_row_state c = careful_start(x, n, dy, n, rstd, rms, row);
+    row_dots(x, dy, w, n, row->pivot, &row->x, &row->dy, dots);
+    careful_end(dots, n, rstd, rms, &c, row);
     return 0;
 }
 
@@ -328,10 +345,12 @@ static void undo_affine(element *y, const element *w, const element *b, ptrdiff_
 }
 
 /* x and g = dy * weight as the sums see them: without what the mask leaves out, and with the weight
- * already in g, as it may repeat itself. Returns how many elements there are. */
+ * already in g, as it may repeat itself; dy through a factor, if one is given. Returns how many
+ * elements there are. */
 #define summed_rows FN_OF_T(summed_rows)
 static ptrdiff_t summed_rows(const fn_layer_norm_backward_args *a, const workspace *space,
-                             ptrdiff_t row, const step_rows *rows, element *x, element *g)
+                             ptrdiff_t row, const step_rows *rows, const scale *factor, element *x,
+                             element *g)
 {
     const fn_steps *s = a->steps;
     const unsigned char *mask = s->mask.data ? row_at(&a->shape, &s->mask, row) : NULL;
@@ -341,7 +360,9 @@ static ptrdiff_t summed_rows(const fn_layer_norm_backward_args *a, const workspa
     for (ptrdiff_t i = 0, m; i < rows->n; i += m) {
         const ptrdiff_t at = i % space->tile, rest = space->tile - at;
         m = block_length(rows->n, i) < rest ? block_length(rows->n, i) : rest;
-        add_strip(mask ? strip : g + i, rows->dy + i, rows->w ? rows->w + at : NULL, NULL, NULL, m);
+        element *to = mask ? strip : g + i;
+        const element *dy = block_at(rows->dy + i, m, factor, to);
+        add_strip(to, dy, rows->w ? rows->w + at : NULL, NULL, NULL, m);
         if (!mask) continue;
         const unsigned char *kept = mask_part(&a->shape, &s->mask, mask, i, m, mask_room);
         compress_strip(g + count, strip, kept, m);
@@ -365,24 +386,40 @@ INLINE element step_pivot(const fn_layer_norm_backward_args *a, ptrdiff_t row)
     return a->mean && !a->steps->from_output ? ((const element *)a->mean)[row] : 0;
 }
 
+/* As coefficients_of, of rows that the sums see otherwise than the pass does. -1: none are left. */
+#define coefficients_of_seen FN_OF_T(coefficients_of_seen)
+static int coefficients_of_seen(const fn_layer_norm_backward_args *a, const workspace *space,
+                                ptrdiff_t row, const step_rows *rows, element rstd, backward_row *c)
+{
+    element *x_room = space->rooms + 2 * space->room_stride, *g = x_room + space->room_stride;
+    const element *x = a->steps->mask.data ? x_room : rows->x;
+    const ptrdiff_t n = summed_rows(a, space, row, rows, NULL, x_room, g);
+    double dots[3];
+    if (!n) return -1;
+    row_dots(x, g, NULL, n, c->pivot, NULL, NULL, dots);
+    if (within_range(dots, rstd, n, rows->dy)) {
+        dots_to_coefficients(dots, rstd, n, a->rms, c);
+        return 1;
+    }
+    const careful_row_state state = careful_start(x, n, rows->dy, rows->n, rstd, a->rms, c);
+    summed_rows(a, space, row, rows, &c->dy, x_room, g);
+    row_dots(x, g, NULL, n, c->pivot, &c->x, NULL, dots);
+    careful_end(dots, n, rstd, a->rms, &state, c);
+    return 0;
+}
+
 #define step_coefficients FN_OF_T(step_coefficients)
 static int step_coefficients(const fn_layer_norm_backward_args *a, const workspace *space,
                              ptrdiff_t row, const step_rows *rows, backward_row *c)
 {
     const fn_steps *s = a->steps;
-    const element rstd = ((const element *)a->rstd)[row];
+    const element rstd = ((const element *)a->rstd)[row], own = s->from_output ? 1 : rstd;
     const scale one = {1, 1};
-    element *x = space->rooms + 2 * space->room_stride, *g = x + space->room_stride;
-    step_rows seen = *rows;
-    if (s->mask.data || s->starts) {
-        seen.n = summed_rows(a, space, row, rows, x, g);
-        seen = (step_rows){.x = s->mask.data ? x : rows->x, .dy = g, .n = seen.n};
-    }
-    if (!seen.n) return -1;
-    *c = (backward_row){.pivot = step_pivot(a, row),
-                        .x = one, .dy = one, .dx = one};
-    const int plain = coefficients_of(seen.x, seen.dy, seen.w, seen.n,
-                                      s->from_output ? 1 : rstd, a->rms, c);
+    if (!rows->n) return -1;
+    *c = (backward_row){.pivot = step_pivot(a, row), .x = one, .dy = one, .dx = one};
+    const int plain = s->mask.data || s->starts
+                          ? coefficients_of_seen(a, space, row, rows, own, c)
+                          : coefficients_of(rows->x, rows->dy, rows->w, rows->n, own, a->rms, c);
     if (s->from_output) rescale_dx(c, rstd);
     return plain;
 }

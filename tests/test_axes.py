@@ -345,6 +345,28 @@ def test_partitions_of_columns(dtype, pixels, rng, partition):
         assert_same_bits(got, want_back, f"{parts} parts")
 
 
+@pytest.mark.parametrize("offset", [0, 8, 48])
+@pytest.mark.parametrize("shape", [(2, 33, 36_000), (1, 65, 36_003), (200, 33, 352)], ids=str)
+def test_streamed_columns(dtype, shape, offset, rng, partition):
+    """Outputs that are written past the cache; careful rows interrupt the stream."""
+    x = rng.standard_normal(shape).astype(dtype)
+    hard = special_rows(rng, shape[1], dtype)
+    places = rng.integers(0, shape[2], 200)
+    x[rng.integers(0, shape[0], 200), :, places] = hard[rng.integers(0, 20, 200)]
+    w, b = rng.standard_normal((2, shape[1])).astype(dtype)
+    out = placed(np.zeros_like(x), offset)
+    assert fastnorm.explain("layer_norm", x, None, w, b, axis=1, out=out).stream
+    plain = moved(x, (1,))
+    want = fastnorm.layer_norm(plain, shape[1], w, b)
+    for parts in (0, 3):
+        partition(parts)
+        out[...] = 0
+        fastnorm.layer_norm(x, None, w, b, axis=1, out=out)
+        assert_same_bits(moved(out, (1,)), want, f"{parts} parts")
+    fastnorm.layer_norm(x, None, w, b, axis=1, out=x)
+    assert_same_bits(moved(x, (1,)), want, "in place")
+
+
 @storage
 def test_nothing_is_written_beside_columns(isa, kind, rng):
     """Of an output whose rows lie side by side with other memory on both sides."""

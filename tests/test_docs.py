@@ -1,14 +1,18 @@
 """What the documentation shows is what happens."""
 
 import doctest
+import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 
 import fastnorm
+from fastnorm import _core
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
+OPTIONAL = ("torch", "ml_dtypes")
 
 
 def examples():
@@ -23,13 +27,43 @@ def test_docstrings(example):
     assert doctest.DocTestRunner().run(example).failed == 0
 
 
+def lacks(block):
+    """Whether a block imports an optional package that is not installed."""
+    imported = re.findall(r"^import (\w+)", block, re.MULTILINE)
+    return any(name in OPTIONAL and not importlib.util.find_spec(name) for name in imported)
+
+
 def test_readme():
     """Its Python runs, from top to bottom."""
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert blocks
     names = {}
     for block in blocks:
-        exec(block, names)
+        if not lacks(block):
+            exec(block, names)
+
+
+def test_readme_leads_somewhere():
+    """Links within it point to its headings."""
+    text = README.read_text()
+    headings = {
+        re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+        for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    }
+    assert set(re.findall(r"\(#([^)]*)\)", text)) <= headings
+
+
+@pytest.mark.parametrize("op", _core.OPS)
+def test_readme_names_every_op(op):
+    assert f"`{op.removesuffix('_backward')}(" in README.read_text()
+
+
+def test_the_map_of_files_is_complete():
+    [listed] = re.findall(r"## Files\n.*?```text\n(.*?)```", CONTRIBUTING.read_text(), re.DOTALL)
+    named = set(re.findall(r"[\w/]+\.\w+", listed))
+    for folder, kinds in {"src_c": ("*.c", "*.h"), "fastnorm": ("*.py", "*.pyx", "*.pyi")}.items():
+        files = {path.name for kind in kinds for path in (ROOT / folder).glob(kind)}
+        assert files - {"__init__.py", "_version.py"} <= named
 
 
 @pytest.mark.parametrize("name", sorted(set(fastnorm.__all__) - {"__version__", "reference"}))
