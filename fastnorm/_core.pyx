@@ -816,8 +816,8 @@ lengths=None, mask=None)
     --------
     >>> import numpy as np, fastnorm
     >>> fastnorm.rms_norm(np.float32([[3, 4], [0, 0]]))
-    array([[0.8485281, 1.1313708],
-           [0.       , 0.       ]], dtype=float32)
+    array([[0.84852815, 1.1313709 ],
+           [0.        , 0.        ]], dtype=float32)
     """
     cdef options opt
     if (axis is None and dtype is None and activation is None and lengths is None

@@ -288,6 +288,7 @@ static void fetch_step_rows(const fn_layer_norm_args *a, ptrdiff_t row, int rows
     const fn_steps *s = a->steps;
     fetch_row(&a->shape, &s->x, row, 2 * rows, 0);
     fetch_row(&a->shape, &s->residual, row, 2 * rows, 0);
+    fetch_row(&a->shape, &s->mask, row, 2 * rows, 0);
     fetch_row(&a->shape, &s->sum, row, rows, 1);
     fetch_row(&a->shape, &s->outputs[0].y, row, rows, 1);
 }
@@ -396,6 +397,26 @@ INLINE void plain_group(const fn_layer_norm_args *a, ptrdiff_t row, int rows,
     group_affine_of(&pass, stats, y, rows, a->shape.cols);
 }
 
+/* One row of those that differ in length, or that a mask packed: it is read again. */
+#define uneven_row FN_OF_T(uneven_row)
+static void uneven_row(const fn_layer_norm_args *a, const group_pass *pass, ptrdiff_t row,
+                       const group_stats *stats, int i, element *to)
+{
+    const fn_steps *s = a->steps;
+    const row_stats plain = stats_in_group(stats, i);
+    const element *x = stats->x[i];
+    ptrdiff_t n = stats->n[i];
+    if (s->mask.data) {
+        n = a->shape.cols;
+        x = part(&a->shape, &s->x, row_at(&a->shape, &s->x, row), 0, n, stats->room[i]);
+    }
+    affine_strip(x, to, pass->w, pass->b, n, &plain, 0, 0);
+    if (!s->mask.data) return;
+    unsigned char mask_room[BLOCK];
+    keep_strip(to, mask_part(&a->shape, &s->mask, row_at(&a->shape, &s->mask, row), 0, n, mask_room),
+               n);
+}
+
 #define step_group FN_OF_T(step_group)
 OUTLINE void step_group(const fn_layer_norm_args *a, workspace *space, ptrdiff_t row, int rows,
                         const group_stats *stats)
@@ -406,15 +427,16 @@ OUTLINE void step_group(const fn_layer_norm_args *a, workspace *space, ptrdiff_t
         .w = parameter(&a->shape, s, space, &o->weight, 0, s->offset, row),
         .b = parameter(&a->shape, s, space, &o->bias, 1, 0, row),
     };
-    const int direct = is_direct(&o->y);
+    const int direct = is_direct(&o->y), uneven = s->lengths || s->starts || s->mask.data;
     element *to[4];
     char *y[4];
     for (int i = 0; i < rows; i++) {
-        y[i] = row_at(&a->shape, &o->y, row + i);
+        y[i] = step_row_at(&a->shape, s, &o->y, row + i);
         to[i] = direct ? (element *)y[i] : stats->room[i];
+        if (uneven) uneven_row(a, &pass, row + i, stats, i, to[i]);
     }
-    group_affine_of(&pass, stats, to, rows, a->shape.cols);
-    if (direct && !s->activation) return;
+    if (!uneven) group_affine_of(&pass, stats, to, rows, a->shape.cols);
+    if (direct && !s->activation && !s->lengths) return;
     for (int i = 0; i < rows; i++) store_row(&a->shape, s, row + i, y[i], to[i]);
 }
 
@@ -566,7 +588,7 @@ OUTLINE ptrdiff_t layer_norm_groups(const fn_layer_norm_args *a, workspace *spac
     if (n == VW / 2 && in_registers && a->x.stride == contiguous && a->y.stride == contiguous)
         row = layer_norm_halves(a, row, end);
 #endif
-    if (n <= NARROW_COLS && end - row >= 8 && in_registers) {
+    if (VW > 1 && n <= NARROW_COLS && end - row >= 8 && in_registers) {
         if (n <= VW)
             row = layer_norm_narrow(a, row, end, 1);
         else if (n <= 2 * VW && sizeof(element) == sizeof(float)) /* for size, not of double */

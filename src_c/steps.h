@@ -346,21 +346,21 @@ OUTLINE void store_row(const fn_shape *shape, const fn_steps *s, ptrdiff_t row, 
                        element *from)
 {
     const fn_output *o = &s->outputs[0];
-    if (s->activation) activate_strip(from, shape->cols, s->activation);
+    const ptrdiff_t n = step_length(shape, s, row);
+    if (s->activation) activate_strip(from, n, s->activation);
     if (o->y.dtype == FN_I8)
-        store_int8(shape, o, y, row, from, shape->cols);
+        store_int8(shape, o, y, row, from, n);
     else if (!is_direct(&o->y))
-        store_part(shape, &o->y, y, 0, from, shape->cols);
+        store_part(shape, &o->y, y, 0, from, n);
+    if (s->lengths && n < shape->cols) zero_rest(shape, &o->y, y, n);
 }
 
-/* Whether rows of a group may be normalised side by side: they have one length, one output, and
- * the same parameters. */
+/* Whether the rows of a group have one output and the same parameters, from their first on. */
 #define share_parameters FN_OF_T(share_parameters)
 static int share_parameters(const fn_shape *shape, const fn_steps *s, ptrdiff_t row, int rows)
 {
     const fn_rows *w = &s->outputs[0].weight, *b = &s->outputs[0].bias;
-    if (s->output_count != 1 || s->mask.data || s->lengths || s->starts || s->round_before_weight ||
-        w->stride || b->stride)
+    if (s->output_count != 1 || s->param_cols || s->round_before_weight || w->stride || b->stride)
         return 0;
     if (!w->outer_strides && !b->outer_strides) return 1;
     return !shape->outer_ndim || row % shape->inner + rows <= shape->inner;

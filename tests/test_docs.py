@@ -2,13 +2,14 @@
 
 import doctest
 import importlib.util
+import inspect
 import re
 from pathlib import Path
 
 import pytest
 
 import fastnorm
-from fastnorm import _core
+from fastnorm import _core, dispatch
 
 ROOT = Path(__file__).parents[1]
 README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
@@ -16,9 +17,10 @@ OPTIONAL = ("torch", "ml_dtypes")
 
 
 def examples():
-    finder = doctest.DocTestFinder(recurse=False)
+    """Of everything public, with the methods of classes and the reference's functions."""
+    finder = doctest.DocTestFinder()
     for name in fastnorm.__all__:
-        if name != "reference":
+        if name != "__version__":
             yield from finder.find(getattr(fastnorm, name), name, module=False)
 
 
@@ -69,3 +71,21 @@ def test_the_map_of_files_is_complete():
 @pytest.mark.parametrize("name", sorted(set(fastnorm.__all__) - {"__version__", "reference"}))
 def test_public_names_are_documented(name):
     assert len(getattr(fastnorm, name).__doc__) > 40
+
+
+@pytest.mark.parametrize("op", _core.OPS)
+def test_every_argument_of_every_op_is_documented(op):
+    """In its own docstring, or in one of those that it says hold for it."""
+    function = getattr(fastnorm, op)
+    text = function.__doc__
+    if op in _core.STRAIGHT:  # what help() shows of compiled functions
+        head, _, text = text.partition("\n\n")
+        assert head == f"{op}{inspect.signature(function)}"
+    for other in re.findall(r":func:`(?:fastnorm\.)?(\w+)`", text):
+        text += getattr(fastnorm, other).__doc__.partition("\n\n")[2]
+    names = [name for name in inspect.signature(dispatch.CALLS[op]).parameters if name != "explained"]
+    assert list(inspect.signature(function).parameters) == names
+    parameters = set(re.findall(r"\w+", "\n".join(re.findall(r"(?m)^ {4}\w.*", text))))
+    assert set(names) <= parameters
+    for section in ("Parameters", "Returns", "Raises"):
+        assert section in text

@@ -408,3 +408,33 @@ def test_in_place(isa, half, rng):
         got = fastnorm.layer_norm(x, out=x, return_stats=True)
         assert got[0] is x
         assert_same_bits(got, want, f"{rows} rows of {n}")
+
+
+# ---- large calls ---------------------------------------------------------------------------------
+
+
+@storage
+def test_large_calls(kind, rng):
+    """Threads, and the ways that only large calls take, change no bit."""
+    x, residual = cast(rng.standard_normal((2, 2000, 770)), kind)
+    first = slice(700, 703)
+    for other in STORAGE:
+        w = cast(rng.standard_normal(770), other)
+        want = None
+        for threads in (1, 2, 3):
+            with fastnorm.num_threads(threads):
+                y, mean, rstd = fastnorm.layer_norm(x, 770, w, w, return_stats=True)
+                grads = fastnorm.layer_norm_backward(residual, x, 770, mean, rstd, w)
+                rms = fastnorm.rms_norm(x, 770, w, offset=1.0)
+                sums = fastnorm.add_rms_norm(x, residual, 770, w, offset=1.0)
+                int8 = fastnorm.layer_norm(x, 770, w, dtype="i1")
+            results = (y, mean, rstd, *grads, rms, *sums, *int8)
+            want = want or results
+            assert_same_bits(results, want, f"{threads} threads, weight {other}")
+        assert_same_bits(fastnorm.layer_norm(x[first], 770, w, w), y[first])
+        assert_same_bits(fastnorm.rms_norm(x[first], 770, w, offset=1.0), rms[first])
+        assert_same_bits(fastnorm.layer_norm(x[first], 770, w, dtype="i1")[0], int8[0][first])
+        few = fastnorm.layer_norm_backward(
+            residual[first], x[first], 770, mean[first], rstd[first], w
+        )
+        assert_same_bits(few[0], grads[0][first])

@@ -51,7 +51,7 @@ def is_refused(call, *outputs, room=8 << 20):
     assert not any((out == 7).all() for out in outputs)
     return message
 
-def fits(call, room=8 << 20):
+def fits(call, room=5 << 20):
     '''It needs no more than that; threads have their stacks from the call before.'''
     call()
     _core.set_pool_limit(0)
@@ -115,8 +115,8 @@ for message in (
     is_refused(lambda: fastnorm.layer_norm(x.reshape(n, 2).T, out=out.reshape(n, 2).T), out),
     is_refused(lambda: fastnorm.moments(x)),
 ):
-    assert message == f"no memory for a thread's row of {n} elements; nothing was written" or (
-        message == f"no memory for a thread's row of {2 * n} elements; nothing was written"), message
+    wide = "no memory for a thread's row of {} elements; nothing was written"
+    assert message in (wide.format(n), wide.format(2 * n)), message
 """
     )
 
@@ -160,12 +160,12 @@ is_refused(lambda: fastnorm.add_layer_norm(x.T, x, out=out), out)
 @on_linux
 @pytest.mark.parametrize("storage", ["float32", "float16"])
 def test_forward_makes_no_copies(storage):
-    """64 MB in every layout and 8 MB to spare."""
+    """24 MB in every layout and 5 MB to spare: less than a mask of the elements."""
     child.output(
         LIMIT
         + f"dtype = np.dtype({storage!r})\n"
         + """
-rows, n = (64 << 20) // 512 // dtype.itemsize, 512
+rows, n = (24 << 20) // 512 // dtype.itemsize, 512
 x, residual, out, total = (np.ones((rows, n), dtype) for _ in range(4))
 w = np.ones(n, dtype)
 shape = (n, rows // 64, 64)
@@ -195,15 +195,15 @@ fits(lambda: fastnorm.layer_norm(x, out=x))
 @on_linux
 @pytest.mark.parametrize("storage", ["float32", "float16"])
 def test_backward_makes_no_copies(storage):
-    """Room for dx of 64 MB, and for the sums over 2**16 rows or more."""
+    """Room for dx of 24 MB, and for the sums over thousands of rows."""
     child.output(
         LIMIT
         + f"dtype = np.dtype({storage!r})\n"
         + """
-rows, n = (64 << 20) // 512 // dtype.itemsize, 512
+rows, n = (24 << 20) // 512 // dtype.itemsize, 512
 x, dy = (np.ones((rows, n), dtype) for _ in range(2))
 w = np.ones(n, dtype)
-room = x.nbytes + (12 << 20)
+room = x.nbytes + (5 << 20)
 for view in (lambda a: a, lambda a: a.reshape(n, rows).T, lambda a: a[::-1]):
     a, g = view(x), view(dy)
     mean = rstd = np.ones(rows, np.float32)
