@@ -6,6 +6,9 @@ Ten distributions of unit standard deviation are moved to means from 0 to 1e7 an
 float32; rows have from 1 to 1,000,000 elements. Then come single rows at the ends of the range of
 their type. Errors are counted as fastnorm.accuracy says, against the float64 reference: 1e-6 is
 what fastnorm allows itself, a number near 1 means that no digit is right.
+
+Last, every op in every type, at a mean of 1: errors over what fastnorm allows itself, which for the
+half types is mostly the one rounding of the result, so 1 is as good as can be.
 """
 
 from __future__ import annotations
@@ -24,13 +27,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from fastnorm import accuracy, bench, contenders
+from fastnorm import _core, accuracy, bench, cases, contenders
 
 Array = NDArray[Any]
 PROVIDERS = ("fastnorm", "torch", "onnxruntime", "numpy")
 
 COLS = (1, 2, 3, 7, 16, 33, 64, 100, 768, 1024, 1025, 4096, 16384, 65537, 1_000_000)
 QUICK_COLS = (1, 3, 64, 768, 1025, 16384)
+TYPES_COLS = (3, 64, 768, 1025)
 BACKWARD_COLS = tuple(n for n in COLS if n < 100_000)
 MEANS = (0.0, 1.0, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7)
 
@@ -107,8 +111,21 @@ def hard_row_errors() -> dict[str, dict[str, float]]:
     return found
 
 
-def _case(op: str, n: int, mean: float) -> contenders.Case:
-    case = contenders.Case(op, (len(DISTRIBUTIONS), n), "float32")
+def errors_by_type(cols: Iterable[int]) -> dict[str, dict[str, float]]:
+    """For each op and type the largest error of each provider, over what is allowed."""
+    worst: dict[str, dict[str, float]] = {}
+    for n in cols:
+        for op in _core.OPS:
+            for dtype in _core.DTYPES:
+                of = worst.setdefault(f"{op}, {dtype}", {})
+                for provider, error in _errors(_case(op, n, 1.0, dtype)).items():
+                    ratio = error / cases.allowed_error(op, dtype)
+                    of[provider] = max(of.get(provider, 0.0), ratio)
+    return worst
+
+
+def _case(op: str, n: int, mean: float, dtype: str = "float32") -> contenders.Case:
+    case = contenders.Case(op, (len(DISTRIBUTIONS), n), dtype)
     case.weight[:], case.bias[:] = 1, 0
     for x, kind in zip(case.x, DISTRIBUTIONS, strict=True):
         x[:] = _row(kind, n, mean)
@@ -163,14 +180,16 @@ def main() -> None:
         "layer_norm_backward", track(backward_cols, "backward", console=console)
     )
     hard = hard_row_errors()
+    types = errors_by_type(track(TYPES_COLS, "types", console=console))
     count = f"{len(DISTRIBUTIONS)} distributions, n up to"
     show(f"layer_norm, {count} {max(cols):,}", "mean / std", forward)
     show(f"layer_norm_backward, {count} {max(backward_cols):,}", "mean / std", backward)
     show("layer_norm, hard rows", "row", hard)
+    show(f"Errors over what is allowed, n up to {max(TYPES_COLS)}", "op, type", types)
     print(bench.machine_line())
     if options.json:
-        text = {"machine": bench.machine(), "forward": forward, "backward": backward, "hard": hard}
-        options.json.write_text(json.dumps(text, indent=1) + "\n")
+        text = {"forward": forward, "backward": backward, "hard": hard, "types": types}
+        options.json.write_text(json.dumps({"machine": bench.machine(), **text}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

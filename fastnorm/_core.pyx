@@ -16,8 +16,8 @@ import numpy as np
 cimport cython
 cimport numpy as cnp
 from cpython.float cimport PyFloat_AS_DOUBLE, PyFloat_CheckExact
-from cpython.exc cimport PyErr_Clear
-from cpython.long cimport PyLong_AsSsize_t, PyLong_CheckExact
+from cpython.list cimport PyList_AsTuple, PyList_CheckExact
+from cpython.long cimport PyLong_AsLongLongAndOverflow, PyLong_CheckExact
 from cpython.pycapsule cimport PyCapsule_New
 from cpython.tuple cimport PyTuple_CheckExact, PyTuple_GET_ITEM, PyTuple_GET_SIZE
 from libc.math cimport NAN
@@ -164,6 +164,8 @@ cdef enum:
     #: with another busy thread a call waits 5 ms, the switch interval, to get it back; so only
     #: calls of some 50 us and more do.
     GIL_BYTES = 1 << 20
+    #: From here on results are written past the cache, which the plain kernels alone do.
+    STREAM_BYTES = 8 << 20
     C_ALIGNED = cnp.NPY_ARRAY_C_CONTIGUOUS | cnp.NPY_ARRAY_ALIGNED
     C_ALIGNED_WRITEABLE = C_ALIGNED | cnp.NPY_ARRAY_WRITEABLE
 
@@ -301,6 +303,8 @@ cdef inline int trailing_axes(ndarray x, object normalized_shape) except -2:
         return 1 if ndim else -1
     if PyLong_CheckExact(normalized_shape):
         return 1 if ndim and fits(normalized_shape, dims[ndim - 1]) else -1
+    if PyList_CheckExact(normalized_shape):
+        normalized_shape = PyList_AsTuple(normalized_shape)
     if not PyTuple_CheckExact(normalized_shape):
         return -1
     count = <int>PyTuple_GET_SIZE(normalized_shape)
@@ -314,10 +318,15 @@ cdef inline int trailing_axes(ndarray x, object normalized_shape) except -2:
 
 
 cdef inline bint fits(object length, npy_intp dim) noexcept:
-    cdef Py_ssize_t value = PyLong_AsSsize_t(length)
-    if value == -1:
-        PyErr_Clear()
-    return value == dim
+    cdef int overflow
+    return PyLong_AsLongLongAndOverflow(length, &overflow) == dim and overflow == 0
+
+
+cdef inline bint is_last(object axis, object normalized_shape) noexcept:
+    """Whether `axis` says nothing that normalized_shape does not: it is None, or -1."""
+    return axis is None or (
+        normalized_shape is None and PyLong_CheckExact(axis) and fits(axis, -1)
+    )
 
 
 cdef inline bint is_parameter(object w, int typenum, ndarray x, int axes) noexcept:
@@ -592,7 +601,8 @@ cdef object direct_norm(
         is_of_type(weight, compute) and is_of_type(bias, compute)
         and (weight is None or opt.offset == 0)
     )
-    if converts and not opt.adds and typenum == compute and is_long(&args.shape, FN_F32, 1):
+    if (converts and not opt.adds and typenum == compute
+            and cnp.PyArray_NBYTES(x) >= <npy_intp>STREAM_BYTES):
         return None  # it pays to convert them before, and take the plain way
     if out is None:
         y = new_array(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), typenum, &args.y_is_warm)
@@ -753,8 +763,8 @@ out=None, dtype=None, return_stats=False, activation=None, lengths=None, mask=No
            [ 0.       ,  0.       ,  0.       ]], dtype=float32)
     """
     cdef options opt
-    if (axis is None and dtype is None and activation is None and lengths is None
-            and mask is None and is_bool(return_stats)):
+    if (is_last(axis, normalized_shape) and dtype is None and activation is None
+            and lengths is None and mask is None and is_bool(return_stats)):
         result = direct_layer_norm(x, normalized_shape, weight, bias, eps, out,
                                    return_stats is True)
         if result is None and PyFloat_CheckExact(eps):
@@ -815,13 +825,13 @@ lengths=None, mask=None)
     Examples
     --------
     >>> import numpy as np, fastnorm
-    >>> fastnorm.rms_norm(np.float32([[3, 4], [0, 0]]))
-    array([[0.84852815, 1.1313709 ],
-           [0.        , 0.        ]], dtype=float32)
+    >>> fastnorm.rms_norm(np.float32([[1, 7], [0, 0]]))
+    array([[0.2, 1.4],
+           [0. , 0. ]], dtype=float32)
     """
     cdef options opt
-    if (axis is None and dtype is None and activation is None and lengths is None
-            and mask is None and is_bool(return_stats) and is_bool(round_before_weight)):
+    if (is_last(axis, normalized_shape) and dtype is None and activation is None
+            and lengths is None and mask is None and is_bool(return_stats) and is_bool(round_before_weight)):
         memset(&opt, 0, sizeof(opt))
         opt.rms = True
         opt.return_stats = return_stats is True
@@ -888,8 +898,8 @@ return_stats=False, activation=None)
     ONNX Runtime's SkipLayerNormalization (whose eps is 1e-12).
     """
     cdef options opt
-    if (axis is None and dtype is None and activation is None and is_bool(return_stats)
-            and is_bool(round_sum) and PyFloat_CheckExact(eps)):
+    if (is_last(axis, normalized_shape) and dtype is None and activation is None
+            and is_bool(return_stats) and is_bool(round_sum) and PyFloat_CheckExact(eps)):
         memset(&opt, 0, sizeof(opt))
         opt.adds = True
         opt.return_stats = return_stats is True
@@ -934,8 +944,8 @@ round_sum=True, return_stats=False, activation=None)
     ONNX Runtime's SkipSimplifiedLayerNormalization.
     """
     cdef options opt
-    if (axis is None and dtype is None and activation is None and is_bool(return_stats)
-            and is_bool(round_sum) and is_bool(round_before_weight)):
+    if (is_last(axis, normalized_shape) and dtype is None and activation is None
+            and is_bool(return_stats) and is_bool(round_sum) and is_bool(round_before_weight)):
         memset(&opt, 0, sizeof(opt))
         opt.rms = opt.adds = True
         opt.return_stats = return_stats is True
@@ -969,8 +979,8 @@ cdef dict plan_dict(fn_plan plan, fn_shape shape):
 cdef class Frame:
     """Arrays of one shape, (rows..., elements...), as the kernels walk them.
 
-    Axes that one stride can walk in every array are merged, and axes of length 1 left out, whatever
-    their stride says. None stands for an array that is absent."""
+    They broadcast to the first one. Axes that one stride can walk in every array are merged, and
+    axes of length 1 left out, whatever their stride says. None stands for an absent array."""
 
     cdef list arrays
     cdef int lead_ndim, col_ndim
@@ -1004,7 +1014,8 @@ cdef class Frame:
                 if merges and self.arrays[k] is not None:
                     a = self.arrays[k]
                     strides = self.strides + 2 * MAX_OUTER * k + place
-                    merges = strides[ndim - 1] == cnp.PyArray_STRIDE(a, d) * cnp.PyArray_DIM(a, d)
+                    merges = strides[ndim - 1] == (
+                        stride_in(a, d, first) * cnp.PyArray_DIM(first, d))
             if merges:
                 shape[ndim - 1] *= cnp.PyArray_DIM(first, d)
             else:
@@ -1013,7 +1024,7 @@ cdef class Frame:
             for k in range(count):
                 if self.arrays[k] is not None:
                     a = self.arrays[k]
-                    self.strides[2 * MAX_OUTER * k + place + ndim - 1] = cnp.PyArray_STRIDE(a, d)
+                    self.strides[2 * MAX_OUTER * k + place + ndim - 1] = stride_in(a, d, first)
         return ndim
 
     cdef void shape(self, fn_shape *shape):
@@ -1067,6 +1078,12 @@ cdef class Frame:
         return rows
 
 
+cdef inline Py_ssize_t stride_in(ndarray a, int d, ndarray full) noexcept:
+    """The stride of `a` along axis d of `full`, to which it broadcasts."""
+    d -= cnp.PyArray_NDIM(full) - cnp.PyArray_NDIM(a)
+    return cnp.PyArray_STRIDE(a, d) if d >= 0 and cnp.PyArray_DIM(a, d) > 1 else 0
+
+
 cdef inline fn_dtype storage_of(ndarray a):
     """As dtype_of; what is neither NumPy's own nor a mask's byte is bfloat16, or its bits."""
     cdef int typenum = cnp.PyArray_TYPE(a)
@@ -1089,9 +1106,9 @@ def norm_rows(int lead, object compute, object x, list outputs, double eps, *, b
               gate=None, linear_bias=None, residual=None, total=None, bint round_sum=True,
               double offset=0.0, bint round_before_weight=False, int activation=0, lengths=None,
               mask=None, mean=None, rstd=None, bint warm=False, bint plan=False):
-    """The forward kernel on checked arrays, of shape (rows..., elements...) with `lead` axes of rows.
+    """The forward kernel on checked arrays, of shape (rows..., elements...), `lead` axes of rows.
 
-    All are native, aligned, and of storage types; parameters are broadcast to x's shape. `outputs`
+    All are native, aligned, and of storage types; parameters broadcast to x's shape. `outputs`
     holds (weight, bias, y, scale) of each; lengths (intp), mean, rstd, scale are C-contiguous.
     With `plan`, say what would be done."""
     cdef fn_layer_norm_args args
@@ -1100,7 +1117,7 @@ def norm_rows(int lead, object compute, object x, list outputs, double eps, *, b
     cdef int count = <int>len(outputs), i
     cdef fn_dtype dtype = dtype_of(compute.num)
     cdef list arrays = [x, gate, linear_bias, residual, total, mask]
-    for weight, bias, y, scale in outputs:
+    for weight, bias, y, _scale in outputs:
         arrays += [weight, bias, y]
     cdef Frame frame = Frame(arrays, lead)
     memset(&args, 0, sizeof(args))
@@ -1356,7 +1373,8 @@ axis=None, output_mask=(True, True, True), from_output=False, lengths=None, mask
     ----------
     Ba, Kiros, Hinton: Layer Normalization, arXiv 1607.06450 (2016).
     """
-    if axis is None and from_output is False and lengths is None and mask is None:
+    if (is_last(axis, normalized_shape) and from_output is False and lengths is None
+            and mask is None):
         result = direct_backward(dy, x, normalized_shape, mean, rstd, weight, bias,
                                  wanted(output_mask, 3), False)
         if result is not None:
@@ -1402,8 +1420,8 @@ output_mask=(True, True), from_output=False, lengths=None, mask=None)
     ----------
     Zhang, Sennrich: Root Mean Square Layer Normalization, arXiv 1910.07467 (2019).
     """
-    if (axis is None and from_output is False and lengths is None and mask is None
-            and plain_offset(offset) == 0):
+    if (is_last(axis, normalized_shape) and from_output is False and lengths is None
+            and mask is None and plain_offset(offset) == 0):
         result = direct_backward(dy, x, normalized_shape, None, rstd, weight, None,
                                  wanted(output_mask, 2), True)
         if result is not None:
@@ -1416,7 +1434,7 @@ def norm_backward_rows(int lead, object compute, object dy, object x, object dx,
                        mean, rstd, dweight, dbias, *, bint rms=False, double offset=0.0,
                        bint from_output=False, lengths=None, mask=None, bint warm=False,
                        bint plan=False):
-    """The backward kernel on checked arrays, as norm_rows has them; dweight, dbias: C-contiguous."""
+    """The backward kernel on arrays as norm_rows has them; dweight and dbias are C-contiguous."""
     cdef fn_layer_norm_backward_args args
     cdef fn_steps steps
     cdef fn_output output

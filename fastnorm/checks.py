@@ -6,6 +6,7 @@ got and what was wanted. Nothing is written to any output before all of them hav
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable
 from typing import Any
@@ -19,6 +20,8 @@ from . import interop
 FLOAT16, FLOAT32, FLOAT64, INT8 = (np.dtype(t) for t in ("f2", "f4", "f8", "i1"))
 #: What is computed in; the half types are loaded and stored only.
 COMPUTED = (FLOAT32, FLOAT64)
+# A type's number is the same in either byte order.
+_STORED = frozenset(t.num for t in (FLOAT16, *COMPUTED))
 
 ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4}  # as fastnorm.h has them
 
@@ -28,6 +31,8 @@ MAX_WORK: Any = 1 << 20
 
 def as_array(name: str, value: Any) -> np.ndarray:
     """`value` as a base-class ndarray of any type."""
+    if type(value) is np.ndarray:
+        return value
     if is_masked(value):
         raise TypeError(
             f"{name}: got a masked array, wanted an ndarray: a mask would be ignored; "
@@ -46,8 +51,7 @@ def is_masked(value: Any) -> bool:
 
 def is_storage(dtype: np.dtype) -> bool:
     """Whether the kernels load and store this type, in either byte order."""
-    native = dtype.newbyteorder("=")
-    return native in (FLOAT16, FLOAT32, FLOAT64) or interop.is_bfloat16(dtype)
+    return dtype.num in _STORED or interop.is_bfloat16(dtype)
 
 
 def as_floating(name: str, value: Any) -> np.ndarray:
@@ -65,7 +69,7 @@ def as_floating(name: str, value: Any) -> np.ndarray:
 
 def compute_type(*dtypes: np.dtype) -> np.dtype:
     """float64 where one of them is, else float32."""
-    return FLOAT64 if any(dtype.newbyteorder("=") == FLOAT64 for dtype in dtypes) else FLOAT32
+    return FLOAT64 if FLOAT64.num in [dtype.num for dtype in dtypes] else FLOAT32
 
 
 def wider(a: np.dtype, b: np.dtype) -> np.dtype:
@@ -103,7 +107,7 @@ def as_offset(offset: Any) -> float:
         value = float(operator.pos(offset))
     except (TypeError, ValueError):
         raise TypeError(f"offset: got {offset!r}, wanted a number") from None
-    if not np.isfinite(value):
+    if not math.isfinite(value):
         raise ValueError(f"offset: got {offset!r}, wanted a finite number")
     return value
 
@@ -157,14 +161,16 @@ def _as_ints(name: str, value: Any) -> tuple[int, ...]:
         raise TypeError(f"{name}: got {value!r}, wanted an int or a sequence of ints") from None
 
 
-def normalized_axes(x: np.ndarray, normalized_shape: Any, axis: Any) -> tuple[int, ...]:
-    """The axes to normalize over, ascending."""
+def normalized_axes(
+    x: np.ndarray, normalized_shape: Any, axis: Any, name: str = "x"
+) -> tuple[int, ...]:
+    """The axes of x to normalize over, ascending; `name` is what errors call it."""
     if normalized_shape is not None and axis is not None:
         raise TypeError(
             f"normalized_shape and axis: got both ({normalized_shape!r} and {axis!r}), wanted one"
         )
     if x.ndim == 0:
-        raise ValueError("x: got an array of 0 dimensions, wanted at least 1")
+        raise ValueError(f"{name}: got an array of 0 dimensions, wanted at least 1")
     if axis is not None:
         return as_axes(axis, x.ndim)
     if normalized_shape is None:
@@ -174,8 +180,8 @@ def normalized_axes(x: np.ndarray, normalized_shape: Any, axis: Any) -> tuple[in
         raise ValueError("normalized_shape: got (), wanted at least one length")
     if x.shape[-len(shape) :] != shape:
         raise ValueError(
-            f"normalized_shape: got {shape} for x of shape {x.shape}, wanted x's trailing shape "
-            f"{x.shape[-len(shape) :]}"
+            f"normalized_shape: got {shape} for {name} of shape {x.shape}, wanted {name}'s "
+            f"trailing shape {x.shape[-len(shape) :]}"
         )
     return tuple(range(x.ndim - len(shape), x.ndim))
 
@@ -189,8 +195,16 @@ def as_parameter(
         return None
     if array.shape != shape:
         raise ValueError(f"{name}: got shape {array.shape}, wanted {shape}")
+    return as_plain(array, dtype)
+
+
+def as_plain(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Numbers as a contiguous, aligned array of `dtype`; what is one already as it is."""
+    if array.dtype == dtype and array.flags.c_contiguous and array.flags.aligned:
+        return array
     with np.errstate(over="ignore"):
-        return np.require(array.astype(dtype, copy=False), requirements=("C", "A"))
+        array = interop.widened(array).astype(dtype, copy=False)
+    return np.require(array, requirements=("C", "A"))
 
 
 def as_real(name: str, value: Any) -> np.ndarray | None:
@@ -198,9 +212,7 @@ def as_real(name: str, value: Any) -> np.ndarray | None:
     if value is None:
         return None
     array = as_array(name, value)
-    if interop.is_bfloat16(array.dtype):
-        return array
-    if array.dtype.kind not in "fbiu":
+    if array.dtype.kind not in "fbiu" and not interop.is_bfloat16(array.dtype):
         raise TypeError(f"{name}: got dtype {array.dtype}, wanted a real number type")
     return array
 
@@ -209,21 +221,18 @@ def as_stored(array: np.ndarray, compute: np.dtype) -> np.ndarray:
     """A parameter as the kernels load it: native, aligned, of a storage type."""
     if is_storage(array.dtype) and array.dtype.isnative and array.flags.aligned:
         return array
-    with np.errstate(over="ignore"):
-        return np.require(array.astype(compute), requirements="A")
+    return as_plain(array, compute)
 
 
 def as_statistic(
-    name: str, value: Any, x: np.ndarray, axes: tuple[int, ...], dtype: np.dtype
+    name: str, value: Any, lead: tuple[int, ...], kept: tuple[int, ...], dtype: np.dtype
 ) -> np.ndarray:
-    """mean or rstd, with or without kept axes of length 1, as a contiguous array of `dtype`."""
+    """mean or rstd of the leading shape, or with axes of length 1 kept, as a plain array."""
     array = as_floating(name, value)
-    lead = tuple(length for d, length in enumerate(x.shape) if d not in axes)
-    kept = tuple(1 if d in axes else length for d, length in enumerate(x.shape))
     if array.shape not in (lead, kept):
-        raise ValueError(f"{name}: got shape {array.shape}, wanted {lead} (or {kept})")
-    array = np.require(array.astype(dtype, copy=False), requirements=("C", "A"))
-    return array.reshape(lead)
+        also = f" (or {kept})" if kept != lead else ""
+        raise ValueError(f"{name}: got shape {array.shape}, wanted {lead}{also}")
+    return as_plain(array, dtype).reshape(lead)
 
 
 def as_lengths(value: Any, lead: tuple[int, ...], n: int) -> np.ndarray:
@@ -291,7 +300,8 @@ def check_out(name: str, out: Any, shape: tuple[int, ...], dtype: np.dtype) -> N
     if not isinstance(out, np.ndarray) or is_masked(out):
         raise TypeError(f"{name}: got {type(out).__name__}, wanted an ndarray")
     if out.dtype.newbyteorder("=") != dtype:
-        raise TypeError(f"{name}: got dtype {out.dtype}, wanted {dtype}, the type of the result")
+        wanted = "uint16" if dtype == interop.BITS else dtype
+        raise TypeError(f"{name}: got dtype {out.dtype}, wanted {wanted}, the type of the result")
     if out.shape != shape:
         raise ValueError(f"{name}: got shape {out.shape}, wanted {shape}, the shape of x")
     if not out.flags.writeable:
@@ -308,7 +318,7 @@ def check_apart(
 ) -> None:
     """`out` may be the very elements of what is `allowed`, but share no memory in another way."""
     for other, value in inputs.items():
-        if value is None:
+        if value is None or (value is out and other in allowed):
             continue
         # A buffer that is not an ndarray shares its memory all the same.
         array = np.asarray(value)
@@ -343,6 +353,8 @@ def shares_memory(a: np.ndarray, b: np.ndarray) -> bool:
 
 def overlaps_itself(array: np.ndarray) -> bool:
     """Whether two elements may share memory: each stride must step over all that lies within."""
+    if array.flags.c_contiguous:
+        return False
     extent = array.itemsize
     steps = sorted((abs(s), n) for s, n in zip(array.strides, array.shape, strict=True) if n > 1)
     for stride, length in steps:

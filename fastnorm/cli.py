@@ -12,7 +12,12 @@ from typing import Any
 import fastnorm
 
 # What an extra brings, by the name it is imported under.
-PACKAGES = {"rich": "rich", "matplotlib": "matplotlib", "sklearn": "scikit-learn"}
+PACKAGES = {
+    "matplotlib": "matplotlib",
+    "ml_dtypes": "ml_dtypes",
+    "rich": "rich",
+    "sklearn": "scikit-learn",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,6 +20,8 @@ import numpy as np
 from . import _core, checks, interop
 
 MACHINE_EPS = {t: float(np.finfo(t).eps) for t in checks.COMPUTED}
+# What a quantised row that is 0 has as its scale.
+LEAST_SCALE = np.finfo(np.float32).tiny
 
 
 class Rows:
@@ -74,26 +76,27 @@ class Call:
     result: Any
 
     def __init__(
-        self, x: Any, normalized_shape: Any, axis: Any, explained: bool, others: Sequence[Any] = (),
-        name: str = "x",
+        self, x: Any, normalized_shape: Any, axis: Any, explained: bool,
+        others: Sequence[np.ndarray] = (), name: str = "x", per_sample: bool = False,
     ) -> None:  # fmt: skip
         self.explained = explained
         self.copies: list[str] = []
         self.outputs: list[Rows] = []
         self.source = self.floating(name, x)
         self.name = name
-        self.axes = checks.normalized_axes(self.source, normalized_shape, axis)
+        self.per_sample = per_sample
+        self.axes = checks.normalized_axes(self.source, normalized_shape, axis, name)
         self.dtype = self.source.dtype.newbyteorder("=")
-        self.compute = checks.compute_type(self.dtype, *(np.asarray(o).dtype for o in others))
-        lead = tuple(d for d in range(self.source.ndim) if d not in self.axes)
-        self.order = (*lead, *self.axes)
-        self.lead = tuple(self.source.shape[d] for d in lead)
-        self.normalized = tuple(self.source.shape[d] for d in self.axes)
-        self.moved_shape = self.lead + self.normalized
+        self.compute = checks.compute_type(self.dtype, *[other.dtype for other in others])
+        shape, first = self.source.shape, self.source.ndim - len(self.axes)
+        self.is_trailing = self.axes[0] == first
+        self.order = (*[d for d in range(len(shape)) if d not in self.axes], *self.axes)
+        self.moved_shape = tuple([shape[d] for d in self.order])
+        self.lead, self.normalized = self.moved_shape[:first], self.moved_shape[first:]
 
     def floating(self, name: str, value: Any) -> np.ndarray:
         array = checks.as_floating(name, value)
-        if interop.is_bfloat16(array.dtype) and array.dtype != interop.BITS:
+        if array.dtype.kind == "V" and array.dtype != interop.BITS:
             _core.set_bfloat16(array.dtype)
         if array is not value and np.asarray(value).dtype.kind in "biu":
             self.copies.append(f"{name} is copied: integers are converted to float64")
@@ -117,33 +120,38 @@ class Call:
         return array
 
     def parameter(self, name: str, value: Any) -> np.ndarray | None:
-        """weight or bias: of the normalized shape, or with leading axes that broadcast to x's."""
+        """weight or bias: of the normalized shape, or with leading axes that broadcast to x's.
+
+        One for each sample, (B, *normalized), has its tokens' axes put in.
+        """
         array = checks.as_real(name, value)
         if array is None:
             return None
-        trailing = array.shape[array.ndim - len(self.normalized) :]
-        if trailing != self.normalized or not self._has_own_rows(array):
-            raise ValueError(f"{name}: got shape {array.shape}, wanted {self._wanted(array)}")
-        array = checks.as_stored(array, self.compute)
-        if array.ndim == len(self.normalized) and array.dtype != self.compute:
-            array = checks.as_parameter(name, array, self.normalized, self.compute)
-        assert array is not None
-        return array
+        if array.shape == self.normalized:
+            return checks.as_plain(array, self.compute)
+        before, shape = array.ndim - len(self.normalized), array.shape
+        if self.per_sample and before == 1:
+            shape = (shape[0], *[1] * (len(self.lead) - 1), *shape[1:])
+        if not self._has_own_rows(shape):
+            raise ValueError(f"{name}: got shape {array.shape}, wanted {self._wanted(before)}")
+        return checks.as_stored(array, self.compute).reshape(shape)
 
-    def _has_own_rows(self, array: np.ndarray) -> bool:
-        """Whether what a parameter has before its normalized axes fits x's leading ones."""
-        own = array.shape[: array.ndim - len(self.normalized)]
-        if not own:
-            return True
-        if self.order != tuple(range(self.source.ndim)) or len(own) > len(self.lead):
-            return False
-        ends = self.lead[len(self.lead) - len(own) :]
-        return all(length in (1, wanted) for length, wanted in zip(own, ends, strict=True))
+    def _has_own_rows(self, shape: tuple[int, ...]) -> bool:
+        """Whether a parameter's leading axes fit x's, and the others are the normalized ones."""
+        before = len(shape) - len(self.normalized)
+        ends = self.lead[max(len(self.lead) - before, 0) :]
+        return (
+            self.is_trailing
+            and 0 < before <= len(self.lead)
+            and shape[before:] == self.normalized
+            and all(length in (1, end) for length, end in zip(shape, ends, strict=False))
+        )
 
-    def _wanted(self, array: np.ndarray) -> str:
-        if array.ndim <= len(self.normalized):
+    def _wanted(self, before: int) -> str:
+        if before <= 0 or not (self.lead and self.is_trailing):
             return f"{self.normalized}"
-        return f"{self.normalized}, or axes before it that broadcast to {self.lead}"
+        sample = f"{self.lead[:1] + self.normalized}, one a sample, or " if self.per_sample else ""
+        return f"{sample}{self.normalized}, or axes before it that broadcast to {self.lead}"
 
     def spread(self, array: np.ndarray | None) -> np.ndarray | None:
         """A parameter as if there were one for each row; no copy."""
@@ -192,6 +200,16 @@ class Pair(NamedTuple):
     names: tuple[str, str, str] = ("weight", "bias", "out")
 
 
+class Output(NamedTuple):
+    """One result and its checked parameters; `given` is y as the caller knows it."""
+
+    weight: np.ndarray | None
+    bias: np.ndarray | None
+    y: np.ndarray
+    scale: np.ndarray | None
+    given: np.ndarray
+
+
 class NormCall(Call):
     """One forward call of a norm, with all that may be fused with it.
 
@@ -218,17 +236,16 @@ class NormCall(Call):
         sum_out: Any = None,
         round_sum: Any = True,
         several: bool = False,
+        per_sample: bool = False,
         explained: bool = False,
     ) -> None:
         adds = addends or {}
         residual = adds.get("residual")
         others = [] if residual is None else [checks.as_floating("residual", residual)]
-        self.is_bits = interop.asks_for_bits(x, dtype)
-        if self.is_bits:
+        if interop.asks_for_bits(x, dtype):
             x, dtype = np.asarray(x).view(interop.BITS), None
-        super().__init__(x, normalized_shape, axis, explained, others)
+        super().__init__(x, normalized_shape, axis, explained, others, per_sample=per_sample)
         self.y_type = self.dtype if dtype is None else checks.as_result_type(dtype)
-        self.inputs = {"x": x, **adds, "mask": mask, "lengths": lengths}
         self.options: dict[str, Any] = {
             "rms": rms,
             "offset": checks.as_offset(offset),
@@ -237,16 +254,18 @@ class NormCall(Call):
             **self.valid(lengths, mask),
         }
         self.options["eps"] = self.checked_eps(eps)
-        for pair in pairs:
-            self.inputs |= dict(zip(pair.names[:2], pair[:2], strict=True))
         params = [
-            [self.parameter(name, value) for name, value in zip(p.names, p[:2], strict=False)]
+            (self.parameter(p.names[0], p.weight), self.parameter(p.names[1], p.bias))
             for p in pairs
         ]
-        params = [[self.with_offset(w), b] for w, b in params]
-        self.add_addends(adds, residual, sum_out, round_sum)
+        params = [(self.with_offset(w), b) for w, b in params]
+        if residual is not None:
+            self.add_addends(adds, residual, sum_out, round_sum)
+        self.warm = True
         outputs = [self.output(pair, w, b) for pair, (w, b) in zip(pairs, params, strict=True)]
-        self.check_apart(pairs, [y for _, _, y, _ in outputs], sum_out)
+        if sum_out is not None or any(pair.out is not None for pair in pairs):
+            inputs = {"x": x, **adds, "mask": mask, "lengths": lengths}
+            self.check_apart(inputs, pairs, outputs, sum_out)
         mean, rstd = self.statistics() if return_stats else (None, None)
         x_rows = self.rows("x", self.source)
         self.kernel = partial(
@@ -272,72 +291,73 @@ class NormCall(Call):
         self, adds: dict[str, Any], residual: Any, sum_out: Any, round_sum: Any
     ) -> None:
         """linear_bias, gate and residual, and where the sum goes."""
-        self.total: np.ndarray | None = None
-        if residual is None:
-            return
         array = self.like_x("residual", residual)
         for name in ("linear_bias", "gate"):
-            self.options[name] = self.spread(self.parameter(name, adds.get(name)))
+            self.options[name] = self.parameter(name, adds.get(name))
         kind = checks.wider(self.dtype, array.dtype)
         if sum_out is None:
             sum_out, _ = self.new_result(kind)
         else:
             checks.check_out("sum_out", sum_out, self.source.shape, kind)
-        self.total = sum_out
+        self.total: np.ndarray | None = sum_out
         self.options |= {
             "residual": self.rows("residual", array),
             "total": self.rows("sum_out", sum_out, is_output=True),
             "round_sum": bool(round_sum),
         }
 
-    def output(
-        self, pair: Pair, weight: np.ndarray | None, bias: np.ndarray | None
-    ) -> tuple[Any, Any, np.ndarray, np.ndarray | None]:
-        """Weight, bias, y and scale of one result."""
-        self.warm = True
-        y = pair.out
-        if y is None:
-            y, self.warm = self.new_result(self.y_type)
-        elif self.is_bits:
-            checks.check_out(pair.names[2], y, self.source.shape, np.dtype(np.uint16))
-            y = y.view(interop.BITS)
-        else:
+    def output(self, pair: Pair, weight: np.ndarray | None, bias: np.ndarray | None) -> Output:
+        given = pair.out
+        if given is None:
+            given, self.warm = self.new_result(self.y_type)
+        y = given
+        if pair.out is not None:
+            if self.y_type == interop.BITS and getattr(y, "dtype", None) == np.uint16:
+                y = y.view(interop.BITS)
             checks.check_out(pair.names[2], y, self.source.shape, self.y_type)
-        scale = None
-        if self.y_type == checks.INT8:
-            scale = np.full(self.lead, np.finfo(np.float32).tiny, np.float32)
-        return weight, bias, y, scale
+        is_int8 = self.y_type == checks.INT8
+        scale = np.full(self.lead, LEAST_SCALE, np.float32) if is_int8 else None
+        return Output(weight, bias, y, scale, given)
 
-    def check_apart(self, pairs: Sequence[Pair], ys: list[np.ndarray], sum_out: Any) -> None:
-        given = [(p.names[2], p.out) for p in pairs if p.out is not None]
+    def check_apart(
+        self,
+        inputs: dict[str, Any],
+        pairs: Sequence[Pair],
+        outputs: Sequence[Output],
+        sum_out: Any,
+    ) -> None:
+        """Results that were given places must not share memory with inputs or each other."""
+        for pair in pairs:
+            inputs |= {pair.names[0]: pair.weight, pair.names[1]: pair.bias}
         seen: dict[str, Any] = {}
         if sum_out is not None:
-            checks.check_apart("sum_out", sum_out, self.inputs, ("x", "residual"))
+            checks.check_apart("sum_out", sum_out, inputs, ("x", "residual"))
             seen["sum_out"] = sum_out
-        for name, out in given:
-            # With several results, one row of x is read for all of them.
-            allowed = ("x",) if len(pairs) == 1 else ()
-            checks.check_apart(name, out, self.inputs, allowed)
-            checks.check_apart(name, out, seen, ())
-            seen[name] = out
+        # With several results, one row of x is read for all of them.
+        allowed = ("x",) if len(pairs) == 1 else ()
+        for pair, output in zip(pairs, outputs, strict=True):
+            if pair.out is not None:
+                checks.check_apart(pair.names[2], output.y, inputs, allowed)
+                checks.check_apart(pair.names[2], output.y, seen, ())
+                seen[pair.names[2]] = output.y
 
-    def kernel_outputs(self, outputs: list[Any]) -> list[Any]:
+    def kernel_outputs(self, outputs: Sequence[Output]) -> list[Any]:
         made = []
-        for weight, bias, y, scale in outputs:
+        for weight, bias, y, scale, _ in outputs:
             rows = self.rows("out", y, is_output=True)
             self.warm = self.warm and not self.outputs[-1].copied
-            made.append((self.spread(weight), self.spread(bias), rows, scale))
+            made.append((weight, bias, rows, scale))
         return made
 
-    def gather(self, outputs: list[Any], several: bool, mean: Any, rstd: Any, rms: bool) -> Any:
+    def gather(
+        self, outputs: Sequence[Output], several: bool, mean: Any, rstd: Any, rms: bool
+    ) -> Any:
         """What the caller gets."""
-        ys = [y.view(np.uint16) if self.is_bits else y for _, _, y, _ in outputs]
-        scales = [scale for *_, scale in outputs]
-        has_scales = scales[0] is not None
-        parts: list[Any] = [tuple(ys) if several else ys[0]]
-        if has_scales:
-            parts.append(tuple(scales) if several else scales[0])
-        if self.total is not None:
+        first = outputs[0]
+        parts: list[Any] = [tuple([o.given for o in outputs]) if several else first.given]
+        if first.scale is not None:
+            parts.append(tuple([o.scale for o in outputs]) if several else first.scale)
+        if "total" in self.options:
             parts.append(self.total)
         if rstd is not None:
             parts += [rstd] if rms else [mean, rstd]
@@ -364,12 +384,13 @@ class NormBackwardCall(Call):
         from_output: Any = False,
         lengths: Any = None,
         mask: Any = None,
-        names: tuple[str, str] = ("dy", "x"),
+        names: tuple[str, str] = ("x", "weight"),
+        per_sample: bool = False,
         explained: bool = False,
     ) -> None:
-        super().__init__(x, normalized_shape, axis, explained, name=names[1])
+        super().__init__(x, normalized_shape, axis, explained, name=names[0], per_sample=per_sample)
         grad = self.like_x("dy", dy)
-        w, b = self.parameter("weight", weight), self.parameter("bias", bias)
+        w, b = self.parameter(names[1], weight), self.parameter("bias", bias)
         self.options: dict[str, Any] = {
             "rms": rms, "offset": checks.as_offset(offset), "from_output": bool(from_output),
             **self.valid(lengths, mask),
@@ -383,14 +404,17 @@ class NormBackwardCall(Call):
         shapes = [p.shape if p is not None else None for p in (w, b)]
         self.dweight = self.gradient(want_dweight, shapes[0] or shapes[1])
         self.dbias = self.gradient(want_dbias, shapes[1] or shapes[0])
+        self.own = self._own_rows()
+        if self.own:
+            w, b = self.spread(w), self.spread(b)
         self.more: np.ndarray | None = None
-        self.stats = (m, r)
+        self.stats: list[Any] = [m, r]
         self.arrays: list[Any] = [
             self.rows("dy", grad),
-            self.rows("x", self.source),
+            self.rows(self.name, self.source),
             None if dx is None else self.rows("dx", dx, is_output=True),
-            self.spread(w),
-            self.spread(b),
+            w,
+            b,
         ]
         self.result = (dx, self.dweight, self.dbias)[: 2 if rms else 3]
 
@@ -399,22 +423,29 @@ class NormBackwardCall(Call):
         self.more = more
 
     def statistic(self, name: str, value: Any) -> np.ndarray:
-        return checks.as_statistic(name, value, self.source, self.axes, self.compute)
+        shape = self.source.shape
+        kept = tuple([1 if d in self.axes else length for d, length in enumerate(shape)])
+        return checks.as_statistic(name, value, self.lead, kept, self.compute)
 
     def gradient(self, wanted: bool, shape: tuple[int, ...] | None) -> np.ndarray | None:
         return np.zeros(shape or self.normalized, self.compute) if wanted else None
 
     def kernel(self, plan: bool = False) -> Any:
         """The kernel, once for the rows of each pair of parameters."""
-        own = self._own_rows()
-        parts: Iterable[tuple[Any, ...]] = [()] if own is None else _each(own)
-        for index in parts:
+        for index in _each(self.own) if self.own else [()]:
             said = self._part(index, plan)
             if plan:
-                return said
+                return said | {"parts": math.prod(self.own)}
         if self.more is not None and self.result[0] is not None:
-            np.add(self.result[0], self.more, out=self.result[0], casting="same_kind")
+            self._add(self.result[0], interop.widened(self.more))
         return None
+
+    def _add(self, dx: np.ndarray, more: np.ndarray) -> None:
+        if dx.dtype == interop.BITS:
+            total = np.add(interop.widened(dx), more, dtype=np.float32, casting="same_kind")
+            dx[...] = interop.to_bits(total)
+        else:
+            np.add(dx, more, out=dx, dtype=self.compute, casting="same_kind")
 
     def _part(self, index: tuple[Any, ...], plan: bool) -> Any:
         """The kernel on the rows at `index`."""
@@ -422,11 +453,13 @@ class NormBackwardCall(Call):
             name: np.ascontiguousarray(self.options[name][index])
             for name in ("lengths", "mask") if index and name in self.options
         }  # fmt: skip
-        arrays: list[Any] = [None if a is None else a[index] for a in self.arrays]
-        stats = [None if s is None else np.ascontiguousarray(s[index]) for s in self.stats]
+        arrays, stats = self.arrays, self.stats
+        if index:
+            arrays = [None if a is None else a[index] for a in arrays]
+            stats = [None if s is None else np.ascontiguousarray(s[index]) for s in stats]
         places = [self._sums_of(total, index) for total in (self.dweight, self.dbias)]
         sums = [None if place is None else np.zeros_like(place) for place in places]
-        said = _core.norm_backward_rows(
+        said: Any = _core.norm_backward_rows(
             arrays[1].ndim - len(self.normalized), self.compute, *arrays, *stats, *sums,
             warm=self.warm, plan=plan, **(self.options | own),
         )  # fmt: skip
@@ -435,15 +468,15 @@ class NormBackwardCall(Call):
                 place += part  # which several parts share where the other parameter has more axes
         return said
 
-    def _own_rows(self) -> tuple[int, ...] | None:
-        """Along which leading axes dweight or dbias differ, by length; None: along none."""
+    def _own_rows(self) -> tuple[int, ...]:
+        """Along which leading axes dweight or dbias differ, by length; (): along none."""
         own = [1] * len(self.lead)
         for total in (self.dweight, self.dbias):
             if total is not None:
                 before = total.shape[: total.ndim - len(self.normalized)]
                 for d, length in enumerate(before, len(self.lead) - len(before)):
                     own[d] = max(own[d], length)
-        return tuple(own) if any(length > 1 for length in own) else None
+        return tuple(own) if max(own, default=1) > 1 else ()
 
     def _sums_of(self, total: np.ndarray | None, index: tuple[Any, ...]) -> np.ndarray | None:
         """The place in dweight or dbias for the rows at `index`."""
@@ -481,10 +514,8 @@ class SegmentsCall(Call):
     """What calls on packed rows share: x of shape (total, *features), one row a segment."""
 
     def __init__(self, x: Any, offsets: Any, explained: bool) -> None:
-        source = checks.as_floating("x", x)
-        if not source.ndim:
-            raise ValueError("x: got an array of 0 dimensions, wanted at least 1")
-        super().__init__(source, None, tuple(range(source.ndim)), explained)
+        ndim = checks.as_array("x", x).ndim
+        super().__init__(x, None, tuple(range(ndim)), explained)
         self.features = self.source.shape[1:]
         self.offsets = checks.as_offsets(offsets, self.source.shape[0])
         self.lead = (self.offsets.size - 1,)
@@ -493,23 +524,28 @@ class SegmentsCall(Call):
 
     def packed(self, name: str, array: np.ndarray) -> np.ndarray:
         """The array as one run of memory."""
-        if array.flags.c_contiguous and not _why_copied(array):
+        if not self.is_copied(name, array):
             return array
-        self.copies.append(f"{name} is copied: it is not contiguous")
-        return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
+        dtype = array.dtype.newbyteorder("=")
+        if self.explained:
+            return np.empty(array.shape, dtype)
+        return np.ascontiguousarray(array, dtype=dtype)
+
+    def is_copied(self, name: str, array: np.ndarray) -> bool:
+        """Whether this is more than one run of elements that the kernels can load; notes why."""
+        why = _why_copied(array)
+        if not why and not array.flags.c_contiguous:
+            why = "it is not contiguous"
+        if why:
+            self.copies.append(f"{name} is copied: {why}")
+        return bool(why)
 
     def feature_parameter(self, name: str, value: Any) -> np.ndarray | None:
-        return checks.as_parameter(name, value, self.features, self.compute)
+        array = checks.as_parameter(name, value, self.features, self.compute)
+        return None if array is None else array.reshape(-1)
 
     def statistic(self, name: str, value: Any) -> np.ndarray:
-        array = checks.as_floating(name, value)
-        if array.shape != self.lead:
-            raise ValueError(f"{name}: got shape {array.shape}, wanted {self.lead}")
-        return np.ascontiguousarray(array, dtype=self.compute)
-
-
-def _flat(parameter: np.ndarray | None) -> np.ndarray | None:
-    return None if parameter is None else parameter.reshape(-1)
+        return checks.as_statistic(name, value, self.lead, self.lead, self.compute)
 
 
 class SegmentNormCall(SegmentsCall):
@@ -528,15 +564,16 @@ class SegmentNormCall(SegmentsCall):
             checks.check_out("out", out, self.source.shape, y_type)
             inputs = {"x": x, "weight": weight, "bias": bias, "offsets": offsets}
             checks.check_apart("out", out, inputs)
-        direct = out is not None and out.flags.c_contiguous and not _why_copied(out)
+        packed_x = self.packed("x", self.source)
+        direct = out is not None and not self.is_copied("out", out)
         self.y = out if direct else self.new_result(y_type)[0]
         self.out = self.y if out is None else out
         is_int8 = y_type == checks.INT8
-        scale = np.full(self.lead, np.finfo(np.float32).tiny, np.float32) if is_int8 else None
+        scale = np.full(self.lead, LEAST_SCALE, np.float32) if is_int8 else None
         mean, rstd = self.statistics() if return_stats else (None, None)
         self.kernel = partial(
-            _core.norm_segments, self.compute, self.packed("x", self.source), self.starts,
-            self.longest, _flat(w), _flat(b), self.y, scale, machine, rms=rms,
+            _core.norm_segments, self.compute, packed_x, self.starts,
+            self.longest, w, b, self.y, scale, machine, rms=rms,
             offset=checks.as_offset(offset), activation=checks.as_activation(activation),
             mean=None if rms else mean, rstd=rstd,
         )  # fmt: skip
@@ -574,7 +611,7 @@ class SegmentNormBackwardCall(SegmentsCall):
         self.kernel = partial(
             _core.norm_segments_backward, self.compute, self.packed("dy", grad),
             self.packed("x", self.source), dx, self.starts, self.longest,
-            _flat(w), m, r, dweight, dbias, math.prod(self.features), rms=rms,
+            w, m, r, dweight, dbias, math.prod(self.features), rms=rms,
             offset=checks.as_offset(offset),
         )  # fmt: skip
         self.result = (dx, dweight, dbias)[: 2 if rms else 3]
@@ -635,9 +672,9 @@ def _add_rms_norm(
     )  # fmt: skip
 
 
-def _given(name: str, value: Any) -> Any:
+def _given(name: str, value: Any, wanted: str = "an array of x's shape") -> Any:
     if value is None:
-        raise TypeError(f"{name}: got None, wanted an array of x's shape")
+        raise TypeError(f"{name}: got None, wanted {wanted}")
     return value
 
 
@@ -649,31 +686,13 @@ def _adaptive_layer_norm(
     if residual is None and (gate is not None or sum_out is not None):
         name = "gate" if gate is not None else "sum_out"
         raise TypeError(f"{name}: got an array without a residual, wanted both or neither")
-    ndim, axes = _trailing(x, normalized_shape)
-    names = ("scale", "shift", "out")
-    scale = per_sample("scale", scale, ndim, axes)
-    shift = per_sample("shift", shift, ndim, axes)
-    addends = {"residual": residual, "gate": per_sample("gate", gate, ndim, axes)}
+    pair = Pair(_given("scale", scale, "an array"), shift, out, ("scale", "shift", "out"))
     return NormCall(
-        x, normalized_shape, None, [Pair(scale, shift, out, names)], eps, offset=1.0, dtype=dtype,
+        x, normalized_shape, None, [pair], eps, offset=1.0, dtype=dtype,
         return_stats=return_stats, activation=activation, sum_out=sum_out, round_sum=round_sum,
-        addends=None if residual is None else addends, explained=explained,
+        addends=None if residual is None else {"residual": residual, "gate": gate},
+        per_sample=True, explained=explained,
     )  # fmt: skip
-
-
-def _trailing(x: Any, normalized_shape: Any) -> tuple[int, int]:
-    """How many axes x has, and over how many of them it is normalized."""
-    array = checks.as_array("x", x)
-    return array.ndim, len(checks.normalized_axes(array, normalized_shape, None))
-
-
-def per_sample(name: str, value: Any, ndim: int, axes: int) -> np.ndarray | None:
-    """(B, *normalized) with axes of length 1 put in for the tokens of each sample."""
-    array = checks.as_real(name, value)
-    if array is None or array.ndim != axes + 1:
-        return array
-    ones = (1,) * (ndim - axes - 1)
-    return array.reshape(array.shape[0], *ones, *array.shape[1:])
 
 
 def _parallel_layer_norm(
@@ -729,11 +748,10 @@ def _adaptive_layer_norm_backward(
     dy: Any, x: Any, scale: Any, normalized_shape: Any, mean: Any, rstd: Any, output_mask: Any,
     explained: bool = False,
 ) -> Call:  # fmt: skip
-    ndim, axes = _trailing(x, normalized_shape)
-    own = per_sample("scale", scale, ndim, axes)
+    scale = _given("scale", scale, "an array")
     call = NormBackwardCall(
-        dy, x, normalized_shape, None, mean, rstd, own, None, output_mask, offset=1.0,
-        explained=explained,
+        dy, x, normalized_shape, None, mean, rstd, scale, None, output_mask, offset=1.0,
+        names=("x", "scale"), per_sample=True, explained=explained,
     )  # fmt: skip
     shape = np.shape(scale)
     dx, dscale, dshift = call.result
@@ -798,7 +816,7 @@ def _add_layer_norm_backward(
 ) -> Call:  # fmt: skip
     made = NormBackwardCall(
         dy, sum, normalized_shape, axis, mean, rstd, weight, bias, output_mask,
-        names=("dy", "sum"), explained=explained,
+        names=("sum", "weight"), explained=explained,
     )  # fmt: skip
     return _add_backward(made, dsum)
 
@@ -809,7 +827,7 @@ def _add_rms_norm_backward(
 ) -> Call:  # fmt: skip
     made = NormBackwardCall(
         dy, sum, normalized_shape, axis, None, rstd, weight, None, output_mask, rms=True,
-        offset=offset, names=("dy", "sum"), explained=explained,
+        offset=offset, names=("sum", "weight"), explained=explained,
     )  # fmt: skip
     return _add_backward(made, dsum)
 
@@ -830,8 +848,11 @@ def _handler(call: Callable[..., Call]) -> Callable[..., Any]:
     names = tuple(inspect.signature(call).parameters)[:-1]
     main = "x" if "x" in names else "sum"
 
+    def run(*converted: Any) -> Any:
+        return call(*converted).run()
+
     def handle(*args: Any) -> Any:
-        return interop.run(lambda *converted: call(*converted).run(), names, *args, main=main)
+        return interop.run(run, names, *args, main=main)
 
     return handle
 
@@ -912,11 +933,11 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
         threads=plan["threads"],
         regime=plan["regime"],
         stream=plan["stream"],
-        dtype=call.dtype.name,
-        rows=plan["rows"],
+        dtype="bfloat16" if interop.is_bfloat16(call.dtype) else call.dtype.name,
+        rows=plan["rows"] * plan.get("parts", 1),
         cols=plan["cols"],
         copies=tuple(call.copies),
-        reasons=(_REGIMES[plan["regime"]], _why_threads(plan)),
+        reasons=tuple(_reasons(plan)),
     )
 
 
@@ -938,6 +959,14 @@ def _checked(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     bound.apply_defaults()
     converted = {key: interop.convert(key, value) for key, value in bound.arguments.items()}
     return CALLS[name](**converted, explained=True)
+
+
+def _reasons(plan: dict[str, Any]) -> Iterator[str]:
+    parts = plan.get("parts", 1)
+    if parts > 1:
+        yield f"{parts} parts of {plan['rows']} rows: one after another, as their parameters differ"
+    yield _REGIMES[plan["regime"]]
+    yield _why_threads(plan)
 
 
 def _why_threads(plan: dict[str, Any]) -> str:

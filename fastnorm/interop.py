@@ -28,6 +28,8 @@ SEQUENCES = ("weights", "biases", "out")
 
 # What most arguments are, which settles it.
 _NATIVE = (np.ndarray, np.generic, int, float, complex, str, bytes, bytearray, memoryview)
+# And where they are nothing else, one look at all of them does. (type: np.float32 as a dtype.)
+_PLAIN = frozenset((type(None), bool, type, *_NATIVE))
 
 
 @functools.cache
@@ -92,8 +94,25 @@ def from_ndarray(result: Any) -> Any:
 
 def is_bfloat16(dtype: np.dtype) -> bool:
     """Whether `dtype` is bfloat16, by ml_dtypes or as BITS."""
+    if dtype.kind != "V":
+        return False
     # The name first: asking ml_dtypes imports it.
-    return dtype == BITS or (dtype.name == "bfloat16" and dtype == bfloat16())
+    return dtype == BITS or (dtype.type.__name__ == "bfloat16" and dtype == bfloat16())
+
+
+def widened(array: np.ndarray) -> np.ndarray:
+    """The numbers that BITS stand for, as float32; other arrays as they are."""
+    if array.dtype != BITS:
+        return array
+    return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+def to_bits(array: np.ndarray) -> np.ndarray:
+    """float32 rounded to bfloat16, to nearest even, as BITS."""
+    bits = array.view(np.uint32)
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    quiet = bits >> 16 | 0x40  # NaN, whose payload rounding could empty
+    return np.where(np.isnan(array), quiet, rounded).astype(np.uint16).view(BITS)
 
 
 def convert(name: str, value: Any) -> Any:
@@ -124,9 +143,11 @@ def run(call: Callable[..., Any], names: Sequence[str], *args: Any, main: str = 
     Results are tensors where x is one; an output that was given comes back as the object it was.
     `call` must return the very array that it was given to write to.
     """
+    if _PLAIN.issuperset(map(type, args)):
+        return _returned(call(*args), [], False)
     converted = list(map(convert, names, args))
     if all(map(operator.is_, converted, args)):
-        return call(*args)
+        return _returned(call(*args), [], False)
     result = call(*converted)
     outputs: list[tuple[Any, Any]] = []
     for name, array, given in zip(names, converted, args, strict=True):

@@ -23,6 +23,28 @@ typedef enum {
 
 #define EACH_STEP(step) NO_UNROLL for (ptrdiff_t i = 0; i < n; i += (step))
 
+#if HAS_HALF_LOADS
+/* A step is two vectors. */
+INLINE void f32_from_f16(float *into, const uint16_t *from)
+{
+    v_store_f32(into, v_load_f16(from));
+    v_store_f32(into + VW_f32, v_load_f16(from + VW_f32));
+}
+INLINE void f32_from_bf16(float *into, const uint16_t *from)
+{
+    v_store_f32(into, v_load_bf16(from));
+    v_store_f32(into + VW_f32, v_load_bf16(from + VW_f32));
+}
+INLINE void f16_from_f32(uint16_t *into, const float *from)
+{
+    v_store2_f16(into, v_load_f32(from), v_load_f32(from + VW_f32));
+}
+INLINE void bf16_from_f32(uint16_t *into, const float *from)
+{
+    v_store2_bf16(into, v_load_f32(from), v_load_f32(from + VW_f32));
+}
+#endif
+
 /* To and from float, by the other type. */
 static const unsigned char to_float[] = {[FN_F64] = F32_FROM_F64_ODD,
                                          [FN_F16] = F32_FROM_F16,
@@ -141,8 +163,6 @@ OUTLINE void round_elements(char *p, fn_dtype type, fn_dtype to, ptrdiff_t n)
 
 /* ---- any type, any stride --------------------------------------------------------------------- */
 
-#define OWN_TYPE (sizeof(element) == sizeof(float) ? FN_F32 : FN_F64)
-
 /* Whether a strip is what most are: contiguous, of a half type, of float and whole steps. */
 #define is_quick FN_OF_T(is_quick)
 INLINE int is_quick(fn_dtype dtype, ptrdiff_t stride, ptrdiff_t n)
@@ -159,7 +179,7 @@ INLINE void load_strip(element *into, const void *from, ptrdiff_t stride, fn_dty
     if (is_quick(dtype, stride, n))
         convert_steps(into, from, (conversion)to_float[dtype], n);
     else
-        move_strip((char *)into, sizeof(element), OWN_TYPE, from, stride, dtype, n);
+        move_strip((char *)into, sizeof(element), FN_OWN_TYPE, from, stride, dtype, n);
 }
 
 /* Rounded once, to nearest even. */
@@ -170,14 +190,14 @@ INLINE void store_strip(void *into, ptrdiff_t stride, fn_dtype dtype, const elem
     if (is_quick(dtype, stride, n))
         convert_steps(into, from, (conversion)of_float[dtype], n);
     else
-        move_strip(into, stride, dtype, (const char *)from, sizeof(element), OWN_TYPE, n);
+        move_strip(into, stride, dtype, (const char *)from, sizeof(element), FN_OWN_TYPE, n);
 }
 
 /* To what `dtype` would hold of it, which is all of it for int8. */
 #define round_strip FN_OF_T(round_strip)
 INLINE void round_strip(element *p, fn_dtype dtype, ptrdiff_t n)
 {
-    round_elements((char *)p, OWN_TYPE, dtype, n);
+    round_elements((char *)p, FN_OWN_TYPE, dtype, n);
 }
 
 /* ---- masks: bytes, 0 for what is left out ------------------------------------------------------ */

@@ -14,11 +14,15 @@
 #endif
 
 #define T f32
+#define HAS_HALF HAS_HALF_LOADS
 #include "kernels_of_type.h"
 #undef T
+#undef HAS_HALF
 #define T f64
+#define HAS_HALF 0
 #include "kernels_of_type.h"
 #undef T
+#undef HAS_HALF
 
 #define FN_STRING_(word) #word
 #define FN_STRING(word) FN_STRING_(word)

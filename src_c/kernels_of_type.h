@@ -10,6 +10,7 @@
 
 #include "steps.h"
 
+#include "op_half.h"
 #include "op_layer_norm.h"
 
 #include "op_columns.h"

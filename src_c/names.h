@@ -26,6 +26,9 @@ typedef float element_f32;
 typedef double element_f64;
 enum { LANES_f32 = 64, LANES_f64 = 32, BLOCK = 1024 };
 
+/* What a row of T is called among the types that arrays hold. */
+#define FN_OWN_TYPE (sizeof(element) == sizeof(float) ? FN_F32 : FN_F64)
+
 /* Elements of a row, lanes of a block, vectors that hold them. */
 #define element FN_OF_T(element)
 #define LANES FN_OF_T(LANES)

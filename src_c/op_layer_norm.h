@@ -264,6 +264,9 @@ OUTLINE ptrdiff_t layer_norm_halves(const fn_layer_norm_args *a, ptrdiff_t row, 
 
 /* ---- group ------------------------------------------------------------------------------------ */
 
+/* Groups of four pay for short rows of float; elsewhere they would be code for little. */
+#define HAS_FOURS (VW > 1 && sizeof(element) == sizeof(float))
+
 /* The rows that a group lacks of eight are copies. */
 #define copy_rows FN_OF_T(copy_rows)
 INLINE void copy_rows(quarter sums[8], const int rows)
@@ -293,16 +296,25 @@ static void fetch_step_rows(const fn_layer_norm_args *a, ptrdiff_t row, int rows
     fetch_row(&a->shape, &s->outputs[0].y, row, rows, 1);
 }
 
+/* Whether the sums were formed as well. */
 #define group_prologue FN_OF_T(group_prologue)
-OUTLINE void group_prologue(const fn_layer_norm_args *a, const workspace *space, ptrdiff_t row,
-                            int rows, int now, group_stats *stats)
+OUTLINE int group_prologue(const fn_layer_norm_args *a, const workspace *space, ptrdiff_t row,
+                           int rows, int now, group_stats *stats, quarter *sums)
 {
+    const fn_steps *s = a->steps;
     for (int i = 0; i < rows; i++) {
         if (a->fetch) fetch_step_rows(a, row + i, rows);
         stats->room[i] = space->rooms + (now * rows + i) * space->room_stride;
-        stats->x[i] = prologue(&a->shape, a->steps, row + i, stats->room[i], &stats->n[i]);
+        if (space->half) {
+            const void *x = row_at(&a->shape, &s->x, row + i);
+            sums[i] = half_sum(x, stats->room[i], stats->n[i], space->half);
+            stats->x[i] = stats->room[i];
+        } else {
+            stats->x[i] = prologue(&a->shape, s, row + i, stats->room[i], &stats->n[i]);
+        }
     }
-    if (a->steps->lengths || a->steps->starts || a->steps->mask.data) group_lengths(stats, rows);
+    if (s->lengths || s->starts || s->mask.data) group_lengths(stats, rows);
+    return space->half != 0;
 }
 
 #define group_middle FN_OF_T(group_middle)
@@ -333,16 +345,17 @@ INLINE void group_start(const fn_layer_norm_args *a, const workspace *space, ptr
                         const int rows, int now, group_stats *stats)
 {
     quarter sums[8];
+    int summed = 0;
     if (a->steps)
-        group_prologue(a, space, row, rows, now, stats);
+        summed = group_prologue(a, space, row, rows, now, stats, sums);
     else
         UNROLL for (int i = 0; i < rows; i++) stats->x[i] = row_at(&a->shape, &a->x, row + i);
     if (a->rms) {
         for (int i = 0; i < rows; i++) stats->pivot[i] = 0;
         return;
     }
-    NO_UNROLL for (int i = 0; i < rows; i++)
-        sums[i] = block_sum(stats->x[i], stats->n[i]);
+    if (!summed)
+        NO_UNROLL for (int i = 0; i < rows; i++) sums[i] = block_sum(stats->x[i], stats->n[i]);
     copy_rows(sums, rows);
     group_pivots(quarter_hsum8(sums), vd8_load_f64(stats->per_n), stats);
 }
@@ -377,7 +390,7 @@ INLINE void group_affine(const group_pass *p, const group_stats *stats, element 
 OUTLINE void group_affine_of(const group_pass *pass, const group_stats *stats, element *const *y,
                              int rows, ptrdiff_t n)
 {
-    if (rows == 4)
+    if (HAS_FOURS && rows == 4)
         group_affine(pass, stats, y, 4, n);
     else
         group_affine(pass, stats, y, 2, n);
@@ -448,6 +461,8 @@ INLINE void group_finish(const fn_layer_norm_args *a, workspace *space, ptrdiff_
         finish_one_by_one(a, space, row, rows, stats);
     else if (!a->steps)
         plain_group(a, row, rows, stats);
+    else if (space->half)
+        half_group(a, space, row, rows, stats);
     else if (share_parameters(&a->shape, a->steps, row, rows))
         step_group(a, space, row, rows, stats);
     else
@@ -596,7 +611,7 @@ OUTLINE ptrdiff_t layer_norm_groups(const fn_layer_norm_args *a, workspace *spac
         else
             row = layer_norm_narrow(a, row, end, 4);
     }
-    if (VW > 1 && n <= BLOCK && n * (ptrdiff_t)sizeof(element) <= FN_FOUR_ROWS_BYTES)
+    if (HAS_FOURS && n * (ptrdiff_t)sizeof(element) <= FN_FOUR_ROWS_BYTES)
         row = layer_norm_group(a, space, row, end, 4);
     return n <= BLOCK ? layer_norm_group(a, space, row, end, 2) : row;
 }
@@ -606,7 +621,10 @@ static void layer_norm(const void *args, ptrdiff_t row0, ptrdiff_t row1, void *s
 {
     const fn_layer_norm_args *a = args;
     workspace space;
-    if (a->steps) space = workspace_in(scratch, &a->shape, a->steps, 0);
+    if (a->steps) {
+        space = workspace_in(scratch, &a->shape, a->steps, 0);
+        space.half = half_call(a);
+    }
     if (!a->stream && row1 - row0 > 1) row0 = layer_norm_groups(a, &space, row0, row1);
     layer_norm_rows(a, &space, row0, row1);
 }

@@ -73,8 +73,7 @@ INLINE quarter block_sum(const element *x, ptrdiff_t n)
     UNROLL for (int k = 0; k < VECTORS; k++) sum[k] = v_zero();
     ptrdiff_t i = 0;
     NO_UNROLL for (; i + LANES <= n; i += LANES)
-        UNROLL for (int k = 0; k < VECTORS; k++)
-            sum[k] = v_add(sum[k], v_load(x + i + k * VW));
+        UNROLL for (int k = 0; k < VECTORS; k++) sum[k] = v_add(sum[k], v_load(x + i + k * VW));
     UNROLL for (int k = 0; k < VECTORS; k++) {
         const ptrdiff_t at = i + k * VW;
         if (at >= n) break;
@@ -142,6 +141,7 @@ INLINE void block_deviations(const element *x, ptrdiff_t n, vec pivot, quarter *
     *sum = v_fold(d_sum, VECTORS);
     *squares = v_fold(d_squares, VECTORS);
 }
+
 
 /* sum(x^2), as block_deviations forms it with a pivot of 0. */
 #define block_squares FN_OF_T(block_squares)

@@ -22,6 +22,7 @@ typedef struct {
     const void **params_of;  /* the row of parameters that each was converted from */
     double *sums;            /* backward, where parameters repeat within a row */
     ptrdiff_t room_stride, param_stride, tile;
+    fn_dtype half; /* of rows that go op_half.h's way; 0: none do */
 } workspace;
 
 #define workspace_in FN_OF_T(workspace_in)
@@ -41,8 +42,6 @@ static workspace workspace_in(void *scratch, const fn_shape *shape, const fn_ste
 }
 
 /* ---- rows of any type and layout -------------------------------------------------------------- */
-
-#define FN_OWN_TYPE (sizeof(element) == sizeof(float) ? FN_F32 : FN_F64)
 
 #define is_direct FN_OF_T(is_direct)
 INLINE int is_direct(const fn_rows *rows) { return rows->dtype == FN_OWN_TYPE && !rows->col_strides; }
@@ -393,7 +392,7 @@ static void write_output(const fn_shape *shape, const fn_steps *s, workspace *sp
         m = block_length(n, i) < rest ? block_length(n, i) : rest;
         element *to = to_int8 ? space->result + i : direct ? (element *)y + i : strip;
         finish_strip(&f, x ? x + i : part(shape, &s->x, from, i, m, x_room), to, at, m);
-        if (mask) keep_strip(to, mask_part(shape, &s->mask, mask + 0, i, m, mask_room), m);
+        if (mask) keep_strip(to, mask_part(shape, &s->mask, mask, i, m, mask_room), m);
         if (!direct && !to_int8) store_part(shape, &o->y, y, i, to, m);
     }
     if (to_int8) store_int8(shape, o, y, row, space->result, n);

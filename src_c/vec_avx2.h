@@ -11,6 +11,7 @@
 #define AFFINE_ROWS 2
 #define HAS_HALVES 1
 #define HAS_MASKS 0
+#define HAS_HALF_LOADS 1
 #define UNROLL _Pragma("GCC unroll 8")
 
 /* ---- eight doubles ---------------------------------------------------------------------------- */
@@ -259,23 +260,19 @@ INLINE double wide_hsum_f64(wide_f64 a) { return vd8_hsum(a); }
 
 #define CONVERT_STEP 16
 
-INLINE void f32_from_f16(float *into, const uint16_t *from)
+INLINE vec_f32 v_load_f16(const uint16_t *p)
 {
-    UNROLL for (int k = 0; k < 16; k += 8)
-        _mm256_storeu_ps(into + k, _mm256_cvtph_ps(_mm_loadu_si128((const void *)(from + k))));
+    return _mm256_cvtph_ps(_mm_loadu_si128((const void *)p));
 }
-INLINE void f16_from_f32(uint16_t *into, const float *from)
+INLINE vec_f32 v_load_bf16(const uint16_t *p)
 {
-    UNROLL for (int k = 0; k < 16; k += 8)
-        _mm_storeu_si128((void *)(into + k), _mm256_cvtps_ph(_mm256_loadu_ps(from + k),
-                                                             _MM_FROUND_TO_NEAREST_INT));
+    const __m128i h = _mm_loadu_si128((const void *)p);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
 }
-INLINE void f32_from_bf16(float *into, const uint16_t *from)
+INLINE void v_store2_f16(uint16_t *p, vec_f32 a, vec_f32 b)
 {
-    UNROLL for (int k = 0; k < 16; k += 8) {
-        const __m128i h = _mm_loadu_si128((const void *)(from + k));
-        _mm256_storeu_si256((void *)(into + k), _mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
-    }
+    _mm_storeu_si128((void *)p, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128((void *)(p + 8), _mm256_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT));
 }
 INLINE __m256i upper_halves(__m256i a, __m256i b)
 {
@@ -288,9 +285,8 @@ INLINE __m256i rounded_to_bf16(__m256i bits)
     return _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
 }
 /* A NaN stays one when its lower half goes, and becomes quiet. */
-INLINE void bf16_from_f32(uint16_t *into, const float *from)
+INLINE void v_store2_bf16(uint16_t *p, vec_f32 a, vec_f32 b)
 {
-    const __m256 a = _mm256_loadu_ps(from), b = _mm256_loadu_ps(from + 8);
     const __m256i ai = _mm256_castps_si256(a), bi = _mm256_castps_si256(b);
     __m256i rounded = upper_halves(rounded_to_bf16(ai), rounded_to_bf16(bi));
     if (__builtin_expect(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_UNORD_Q)), 0)) {
@@ -299,7 +295,7 @@ INLINE void bf16_from_f32(uint16_t *into, const float *from)
         const __m256i quiet = _mm256_or_si256(upper_halves(ai, bi), _mm256_set1_epi16(0x40));
         rounded = _mm256_blendv_epi8(rounded, quiet, nan);
     }
-    _mm256_storeu_si256((void *)into, rounded);
+    _mm256_storeu_si256((void *)p, rounded);
 }
 
 /* To nearest, then back to what a cut would have left, with its last bit set. */

@@ -11,6 +11,7 @@
 #define AFFINE_ROWS 4
 #define HAS_HALVES 1
 #define HAS_MASKS 1
+#define HAS_HALF_LOADS 1
 #define UNROLL _Pragma("GCC unroll 8")
 
 /* ---- eight doubles ---------------------------------------------------------------------------- */
@@ -215,29 +216,24 @@ INLINE double wide_hsum_f64(wide_f64 a) { return vd8_hsum(a); }
 
 #define CONVERT_STEP 32
 
-INLINE void f32_from_f16(float *into, const uint16_t *from)
+INLINE vec_f32 v_load_f16(const uint16_t *p)
 {
-    UNROLL for (int k = 0; k < 32; k += 16)
-        _mm512_storeu_ps(into + k, _mm512_cvtph_ps(_mm256_loadu_si256((const void *)(from + k))));
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)p));
 }
-INLINE void f16_from_f32(uint16_t *into, const float *from)
+INLINE vec_f32 v_load_bf16(const uint16_t *p)
 {
-    UNROLL for (int k = 0; k < 32; k += 16)
-        _mm256_storeu_si256((void *)(into + k), _mm512_cvtps_ph(_mm512_loadu_ps(from + k),
-                                                                _MM_FROUND_TO_NEAREST_INT));
+    const __m256i h = _mm256_loadu_si256((const void *)p);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
 }
-INLINE void f32_from_bf16(float *into, const uint16_t *from)
+INLINE void v_store2_f16(uint16_t *p, vec_f32 a, vec_f32 b)
 {
-    UNROLL for (int k = 0; k < 32; k += 16) {
-        const __m256i h = _mm256_loadu_si256((const void *)(from + k));
-        _mm512_storeu_si512(into + k, _mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
-    }
+    _mm256_storeu_si256((void *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+    _mm256_storeu_si256((void *)(p + 16), _mm512_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT));
 }
 /* The upper halves, and one more where the lower is above the middle, or is the middle while the
  * upper is odd. A NaN stays one when its lower half goes, and becomes quiet. */
-INLINE void bf16_from_f32(uint16_t *into, const float *from)
+INLINE void v_store2_bf16(uint16_t *p, vec_f32 a, vec_f32 b)
 {
-    const __m512 a = _mm512_loadu_ps(from), b = _mm512_loadu_ps(from + 16);
     const __m512i ai = _mm512_castps_si512(a), bi = _mm512_castps_si512(b);
     const __m512i ones = _mm512_set1_epi16(1);
     const __m512i odd_places = _mm512_setr_epi32(
@@ -255,7 +251,7 @@ INLINE void bf16_from_f32(uint16_t *into, const float *from)
         const __m512i quiet = _mm512_or_si512(high, _mm512_set1_epi16(0x40));
         rounded = _mm512_mask_mov_epi16(rounded, nan, quiet);
     }
-    _mm512_storeu_si512(into, rounded);
+    _mm512_storeu_si512(p, rounded);
 }
 INLINE void vd8_store_f32_odd(float *p, vd8 a)
 {

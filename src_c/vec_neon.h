@@ -10,6 +10,7 @@
 #define VECTORS_A_SWEEP_f64 8
 #define AFFINE_ROWS 4
 #define HAS_HALVES 0
+#define HAS_HALF_LOADS 1
 #define HAS_MASKS 0
 #define UNROLL _Pragma("GCC unroll 16")
 
@@ -203,31 +204,31 @@ INLINE void store_u16(uint16_t *p, uint16x4_t a)
 {
     vst1_u8((uint8_t *)p, vreinterpret_u8_u16(a));
 }
-INLINE void f32_from_f16(float *into, const uint16_t *from)
+INLINE vec_f32 v_load_f16(const uint16_t *p)
 {
-    UNROLL for (int k = 0; k < 8; k += 4)
-        vst1q_f32(into + k, vcvt_f32_f16(vreinterpret_f16_u16(load_u16(from + k))));
+    return vcvt_f32_f16(vreinterpret_f16_u16(load_u16(p)));
 }
-INLINE void f16_from_f32(uint16_t *into, const float *from)
+INLINE vec_f32 v_load_bf16(const uint16_t *p)
 {
-    UNROLL for (int k = 0; k < 8; k += 4)
-        store_u16(into + k, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(from + k))));
+    return vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(load_u16(p)), 16));
 }
-INLINE void f32_from_bf16(float *into, const uint16_t *from)
+INLINE void v_store2_f16(uint16_t *p, vec_f32 a, vec_f32 b)
 {
-    UNROLL for (int k = 0; k < 8; k += 4)
-        vst1q_f32(into + k, vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(load_u16(from + k)), 16)));
+    store_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(a)));
+    store_u16(p + 4, vreinterpret_u16_f16(vcvt_f16_f32(b)));
 }
-INLINE void bf16_from_f32(uint16_t *into, const float *from)
+INLINE uint16x4_t rounded_to_bf16(vec_f32 v)
 {
-    UNROLL for (int k = 0; k < 8; k += 4) {
-        const float32x4_t v = vld1q_f32(from + k);
-        const uint32x4_t bits = vreinterpretq_u32_f32(v);
-        const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
-        const uint16x4_t rounded = vaddhn_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
-        const uint16x4_t quiet = vorr_u16(vshrn_n_u32(bits, 16), vdup_n_u16(0x40));
-        store_u16(into + k, vbsl_u16(vmovn_u32(vceqq_f32(v, v)), rounded, quiet));
-    }
+    const uint32x4_t bits = vreinterpretq_u32_f32(v);
+    const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+    const uint16x4_t rounded = vaddhn_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+    const uint16x4_t quiet = vorr_u16(vshrn_n_u32(bits, 16), vdup_n_u16(0x40));
+    return vbsl_u16(vmovn_u32(vceqq_f32(v, v)), rounded, quiet);
+}
+INLINE void v_store2_bf16(uint16_t *p, vec_f32 a, vec_f32 b)
+{
+    store_u16(p, rounded_to_bf16(a));
+    store_u16(p + 4, rounded_to_bf16(b));
 }
 INLINE void vd8_store_f32_odd(float *p, vd8 a)
 {

@@ -14,6 +14,9 @@
  *   HAS_HALVES     whether there is v_halves, p[2k] in the first half of a vector and p[2k + 1] in
  *                  the second, and halves_hsum8, the sums of eight halves, halving as quarter_hsum does
  *   HAS_MASKS      whether v_loadn and v_storen are as fast as v_load and v_store
+ *   HAS_HALF_LOADS whether there are v_load_f16 and v_load_bf16, a vector of float from halves, and
+ *                  v_store2_f16 and v_store2_bf16, two vectors rounded as below; without them
+ *                  f32_from_f16 and its like
  *   CONVERT_STEP   how many elements f32_from_f16 and its like convert at a time, in memory; to bf16
  *                  and f16 they round to nearest even, NaN stays quiet NaN; vd8_store_f32_odd cuts
  *                  off, and sets the last bit of what is not exact
@@ -45,6 +48,7 @@
 #define VECTORS_A_SWEEP_f64 32
 #define AFFINE_ROWS 1
 #define HAS_HALVES 0
+#define HAS_HALF_LOADS 0
 #define HAS_MASKS 0
 #define UNROLL
 

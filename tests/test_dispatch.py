@@ -460,7 +460,7 @@ def test_every_op_is_public_and_has_a_reference():
 @pytest.mark.parametrize("storage", STORAGE, ids=str)
 @pytest.mark.parametrize("op", _core.OPS)
 def test_every_op_takes_every_type(op, storage):
-    """Results have x's type, statistics and gradients of parameters the type that is computed in."""
+    """Results have x's type; statistics and sums over rows have the type that is computed in."""
     arguments = valid(op, storage)
     result = getattr(fastnorm, op)(**arguments)
     first = result[0] if isinstance(result, tuple) else result

@@ -22,6 +22,26 @@ def test_nothing_but_numpy_is_imported():
     assert names == []
 
 
+def test_calls_import_nothing_that_the_caller_has_not():
+    """Types, errors and half types of NumPy's own are known without a look at other libraries."""
+    child.output("""
+        import sys, numpy as np, fastnorm
+        foreign = ("ml_dtypes", "torch", "pyarrow")
+        x = np.ones((3, 4), np.float16)
+        fastnorm.layer_norm(x, dtype="float32")
+        fastnorm.layer_norm(x.astype(">f2"), dtype=np.int8)
+        fastnorm.add_rms_norm(x, x.astype(np.float64), 4, x[0])
+        fastnorm.explain("layer_norm", x.T)
+        for a, dtype in ((x + 0j, None), (x, int)):
+            try:
+                fastnorm.layer_norm(a, dtype=dtype)
+            except TypeError:
+                continue
+            raise AssertionError("no TypeError")
+        assert not set(foreign) & set(sys.modules)
+    """)
+
+
 def test_import_starts_no_thread_and_no_process():
     if not sys.platform.startswith("linux"):
         pytest.skip("threads are counted in /proc")
@@ -59,10 +79,30 @@ def call_everything():
     _core.force_partition(3)
     for isa in filter(_core.isa_supported, _core.isa_names()):
         _core.select_isa(isa)
-        for a in (x, x.astype(np.float64)):
-            y, mean, rstd = fastnorm.layer_norm(a, return_stats=True)
-            fastnorm.layer_norm_backward(y, a, 96, mean, rstd)
-            fastnorm.moments(a)
+        for kind in (np.float32, np.float64, np.float16):
+            with np.errstate(over="ignore"):
+                a = x.astype(kind)
+            every_op(a)
+            every_op(np.repeat(a, 2, axis=1)[:, ::2])
+            fastnorm.layer_norm(a, axis=0)
+
+def every_op(a):
+    w, n = a[0], a.shape[1]
+    y, mean, rstd = fastnorm.layer_norm(a, return_stats=True)
+    fastnorm.layer_norm_backward(y, a, n, mean, rstd)
+    fastnorm.moments(a)
+    fastnorm.rms_norm(a, n, w, dtype=np.int8)
+    fastnorm.rms_norm(a, n, w, offset=1.0, activation="gelu", dtype=np.float16)
+    fastnorm.rms_norm_backward(y, a, n, rstd, w, lengths=5)
+    fastnorm.layer_norm(a, n, w, w, mask=w > 0, activation="silu")
+    fastnorm.add_layer_norm(a, y, n, w, linear_bias=w, activation="gelu_tanh")
+    fastnorm.add_rms_norm(a, y, n, w)
+    fastnorm.add_rms_norm_backward(y, y, a, n, rstd, w)
+    fastnorm.adaptive_layer_norm(a, a, y, n, gate=y, residual=a)
+    fastnorm.adaptive_layer_norm_backward(y, a, a[:1], n, mean, rstd)
+    fastnorm.parallel_layer_norm(a, n, [w, None])
+    fastnorm.segment_layer_norm(a, [0, 7, len(a)], w, w)
+    fastnorm.segment_rms_norm_backward(y, a, [0, 7, len(a)], rstd[:2], w)
 
 def denormals_are_kept():
     half = np.array([sys.float_info.min], np.float64) / 2
@@ -121,5 +161,55 @@ def test_numpy_warns_of_nothing_and_error_state_is_kept():
         fastnorm.layer_norm_backward(x, x, 2, mean, rstd)
         fastnorm.moments(x)
         fastnorm.layer_norm(x, 2, np.array([1e300, 1]))
+        fastnorm.layer_norm(x, 2, np.array([[1e300, 1]]))
+        fastnorm.rms_norm(x, 2, np.float32([3e38, 1]), offset=3e38)
+        fastnorm.rms_norm(x, 2, x[0], dtype=np.float16, activation="gelu")
+        fastnorm.rms_norm(x, 2, x[0], dtype=np.int8)
+        fastnorm.add_layer_norm(x, x, 2, np.array([1e300, 1]), linear_bias=np.array([1e300, 1]))
+        fastnorm.adaptive_layer_norm(x, x[:, :2], x, 2, gate=np.full((4, 2), 1e300), residual=x)
+        fastnorm.parallel_layer_norm(x, 2, [x[2], x[1]])
+        fastnorm.segment_layer_norm(x, [0, 1, 1, 4], np.array([1e300, 1]), dtype=np.float16)
+        fastnorm.layer_norm(x, lengths=[0, 1, 2, 0], dtype=np.int8)
+        for kind in (np.float32, np.float16):
+            with np.errstate(over="ignore"):
+                dy = x.astype(kind)
+            fastnorm.add_layer_norm_backward(dy, dy, dy, 2, mean, rstd, np.array([1e300, 1]))
+            fastnorm.add_rms_norm_backward(dy[2:], dy[2:], dy[2:], 2, np.float32([1, 1]))
+            fastnorm.layer_norm_backward(dy, dy, 2, mean, rstd, x[2], from_output=True)
         assert np.geterr() == dict.fromkeys(("divide", "over", "under", "invalid"), "raise")
+    """)
+
+
+def test_numpy_warns_of_no_conversion_and_no_sum():
+    """What is converted, or added, for the kernels follows the same rule."""
+    child.output("""
+        import numpy as np, fastnorm
+        np.seterr(all="raise")
+        x = np.float32([[1e-3, 2e-3], [3, 4]])
+        big, ones = np.full((2, 2), 3e38, np.float32), np.ones(2, np.float32)
+        wide = np.float64([1e300, 1e-300])
+        swapped = wide.astype(wide.dtype.newbyteorder("S"))
+        calls = {
+            "offset": lambda: fastnorm.rms_norm(x, 2, big[0], offset=3e38, activation="relu"),
+            "weight": lambda: fastnorm.layer_norm(x, 2, wide),
+            "own weight": lambda: fastnorm.layer_norm(x, 2, wide[None]),
+            "swapped weight": lambda: fastnorm.layer_norm(x, 2, swapped),
+            "own swapped weight": lambda: fastnorm.layer_norm(x, 2, swapped[None]),
+            "linear_bias": lambda: fastnorm.add_layer_norm(x, x, linear_bias=wide),
+            "scale": lambda: fastnorm.adaptive_layer_norm(x, np.array([wide, wide]), None),
+            "statistics": lambda: fastnorm.layer_norm_backward(x, x, 2, wide, wide),
+            "statistics of segments": lambda: fastnorm.segment_layer_norm_backward(
+                x, x, [0, 1, 2], wide, wide),
+            "dsum": lambda: fastnorm.add_rms_norm_backward(
+                big * np.float32([1, -1]), big, x, 2, ones),
+            "half dsum": lambda: fastnorm.add_layer_norm_backward(
+                *np.float16([[[6e4, -6e4]], [[6e4, 6e4]], [[1e-3, 3e-3]]]), 2, ones[:1], ones[:1]),
+        }
+        failed = {}
+        for name, call in calls.items():
+            try:
+                call()
+            except FloatingPointError as error:
+                failed[name] = str(error)
+        assert not failed, failed
     """)

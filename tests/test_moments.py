@@ -8,6 +8,7 @@ from fastnorm import accuracy, reference
 
 from .helpers.arrays import assert_same_bits
 from .helpers.rows import hard_rows
+from .helpers.storage import HALVES, STORAGE, special_rows
 
 
 def assert_right(x):
@@ -80,3 +81,30 @@ def test_poisoned_rows(isa, dtype, poison, rng):
 def test_integers_and_lists():
     mean, variance = fastnorm.moments([[1, 2, 3], [4, 4, 4]])
     assert_same_bits((mean, variance), (np.array([2.0, 4.0]), np.array([2 / 3, 0.0])))
+
+
+@pytest.mark.parametrize("storage", HALVES, ids=str)
+def test_half_types(isa, storage, rng):
+    """Their elements are taken as they are; results are float32."""
+    for n in (1, 7, 64, 1000, 1025, 5000):
+        x = special_rows(rng, n, storage)
+        assert_same_bits(fastnorm.moments(x), fastnorm.moments(x.astype(np.float32)))
+
+
+@pytest.mark.parametrize("storage", STORAGE, ids=str)
+def test_layouts(isa, storage, rng):
+    """Other strides, the same bits."""
+    x = np.stack([special_rows(rng, 60, storage)] * 3)
+    want = fastnorm.moments(x)
+    wide = np.repeat(x, 2, axis=-1)
+    for view, axis in (
+        (np.ascontiguousarray(x.transpose(2, 0, 1)), 0),
+        (np.asfortranarray(x), 2),
+        (wide[..., ::2], -1),
+        (wide[..., ::-2][..., ::-1], (2,)),
+        (x.reshape(3, 20, 6, 10), (2, 3)),
+        (np.ascontiguousarray(x.reshape(3, 20, 6, 10).transpose(0, 2, 1, 3)), (1, 3)),
+        (x.astype(storage.newbyteorder("S")) if storage.kind == "f" else x, 2),
+    ):
+        got = fastnorm.moments(view, axis)
+        assert_same_bits(got, want, f"{view.shape} {view.strides} {axis}")

@@ -13,6 +13,7 @@ import fastnorm
 from fastnorm import _core
 
 from .helpers import child
+from .helpers.arguments import valid
 from .helpers.arrays import assert_same_bits
 
 pytestmark = pytest.mark.skipif(
@@ -155,6 +156,36 @@ def test_results_are_ordinary_arrays(x):
     assert get_handler_name(np.empty(LARGE)) == "default_allocator"
     assert get_handler_name(fastnorm.layer_norm(x[:1, :100])) == "default_allocator"
     assert get_handler_name(y.copy()) == "default_allocator"
+
+
+@pytest.mark.parametrize("storage", ["float16", "float32"])
+@pytest.mark.parametrize("op", [op for op in _core.OPS if op != "moments"])
+def test_results_of_every_op_are_kept(op, storage):
+    """All of x's size: y, the sum, several ys, dx."""
+    arguments = valid(op, storage, (40, 128, 1024 * 4 // np.dtype(storage).itemsize))
+    call = getattr(fastnorm, op)
+
+    def large(result):
+        if isinstance(result, tuple):
+            return [array for item in result for array in large(item)]
+        return [result] if result.nbytes >= 4 * MIB else []
+
+    first = large(call(**arguments))
+    want, places = [y.copy() for y in first], {address(y) for y in first}
+    count = 2 if op in ("add_layer_norm", "add_rms_norm", "adaptive_layer_norm",
+                        "parallel_layer_norm") else 1  # fmt: skip
+    assert len(first) == count
+    assert all(get_handler_name(y) == "fastnorm_pool" for y in first)
+    size = sum(y.nbytes for y in first)
+    before = kept()
+    first.clear()
+    assert kept() - before >= size
+    fastnorm.explain(op, **arguments)
+    assert kept() - before >= size
+    again = large(call(**arguments))
+    assert {address(y) for y in again} == places
+    for y, one in zip(again, want, strict=True):
+        assert_same_bits(y, one)
 
 
 @pytest.mark.parametrize("rows", [2, 15, 17, 60])

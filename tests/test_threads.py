@@ -12,6 +12,8 @@ from fastnorm import _core
 
 from .helpers import child
 from .helpers.arrays import assert_same_bits
+from .helpers.calls import CALLS, Problem
+from .helpers.storage import STORAGE
 
 CALLERS = 8
 
@@ -47,6 +49,25 @@ def test_results_do_not_mix(dtype, shape, parts, rng, partition):
         out = np.empty_like(inputs[k])
         for _ in range(repeats):
             assert_same_bits(results(k, out), want[k])
+
+    together(work)
+
+
+@pytest.mark.parametrize("storage", STORAGE, ids=str)
+@pytest.mark.parametrize("parts", [0, 3])
+def test_results_of_every_op_do_not_mix(storage, parts, rng, partition):
+    """Scratch on the stack (short rows) and in memory (wide ones) belongs to one call."""
+    problems = [Problem(rng, (40, 3000)[k % 2], storage) for k in range(CALLERS)]
+
+    def results(k):
+        return [call(problems[k]) for call in CALLS.values()]
+
+    want = [results(k) for k in range(CALLERS)]
+    partition(parts)
+
+    def work(k):
+        for got, one in zip(results(k), want[k], strict=True):
+            assert_same_bits(got, one)
 
     together(work)
 
