@@ -615,6 +615,7 @@ cdef object direct_norm(
     if opt.adds:
         if sum_out is None:
             total = new_array(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), sum_type, &warm)
+            args.y_is_warm &= warm
         elif (is_sum(sum_out, x, sum_type, residual) and apart(<ndarray>sum_out, y)
               and apart(<ndarray>sum_out, weight) and apart(<ndarray>sum_out, bias)
               and apart(<ndarray>sum_out, linear_bias)):
@@ -831,7 +832,8 @@ lengths=None, mask=None)
     """
     cdef options opt
     if (is_last(axis, normalized_shape) and dtype is None and activation is None
-            and lengths is None and mask is None and is_bool(return_stats) and is_bool(round_before_weight)):
+            and lengths is None and mask is None and is_bool(return_stats)
+            and is_bool(round_before_weight)):
         memset(&opt, 0, sizeof(opt))
         opt.rms = True
         opt.return_stats = return_stats is True

@@ -240,13 +240,13 @@ def as_lengths(value: Any, lead: tuple[int, ...], n: int) -> np.ndarray:
     array = as_array("lengths", value)
     if array.dtype.kind not in "iu":
         raise TypeError(f"lengths: got dtype {array.dtype}, wanted integers")
-    _check_broadcasts("lengths", array, lead)
+    array = _broadcast("lengths", array, lead)
     if array.size and not (array.min() >= 0 and array.max() <= n):
         raise ValueError(
             f"lengths: got values from {array.min()} to {array.max()}, wanted 0 to {n}, "
             "the number of normalized elements"
         )
-    return np.ascontiguousarray(np.broadcast_to(array, lead), dtype=np.intp)
+    return np.ascontiguousarray(array, dtype=np.intp)
 
 
 def as_element_mask(value: Any, shape: tuple[int, ...]) -> np.ndarray:
@@ -254,17 +254,17 @@ def as_element_mask(value: Any, shape: tuple[int, ...]) -> np.ndarray:
     array = as_array("mask", value)
     if array.dtype != np.bool_:
         raise TypeError(f"mask: got dtype {array.dtype}, wanted bool")
-    _check_broadcasts("mask", array, shape)
-    return np.broadcast_to(array, shape)
+    return _broadcast("mask", array, shape)
 
 
-def _check_broadcasts(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
+def _broadcast(name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if array.shape == shape:
+        return array
     try:
-        fits = np.broadcast_shapes(array.shape, shape) == shape
+        return np.broadcast_to(array, shape)
     except ValueError:
-        fits = False
-    if not fits:
-        raise ValueError(f"{name}: got shape {array.shape}, wanted one that broadcasts to {shape}")
+        message = f"{name}: got shape {array.shape}, wanted one that broadcasts to {shape}"
+        raise ValueError(message) from None
 
 
 def as_offsets(value: Any, total: int) -> np.ndarray:

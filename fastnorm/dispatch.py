@@ -418,9 +418,9 @@ class NormBackwardCall(Call):
         ]
         self.result = (dx, self.dweight, self.dbias)[: 2 if rms else 3]
 
-    def add_to_dx(self, more: np.ndarray) -> None:
+    def add_to_dx(self, name: str, more: Any) -> None:
         """A gradient that reaches x by another way, added after the norm's is rounded."""
-        self.more = more
+        self.more = self.rows(name, self.like_x(name, more))
 
     def statistic(self, name: str, value: Any) -> np.ndarray:
         shape = self.source.shape
@@ -436,8 +436,9 @@ class NormBackwardCall(Call):
             said = self._part(index, plan)
             if plan:
                 return said | {"parts": math.prod(self.own)}
-        if self.more is not None and self.result[0] is not None:
-            self._add(self.result[0], interop.widened(self.more))
+        dx = self.arrays[2]
+        if self.more is not None and dx is not None:
+            self._add(dx, interop.widened(self.more))
         return None
 
     def _add(self, dx: np.ndarray, more: np.ndarray) -> None:
@@ -806,7 +807,7 @@ def _add_backward(made: Call, dsum: Any) -> Call:
     if dsum is None:
         return made
     assert isinstance(made, NormBackwardCall)
-    made.add_to_dx(made.like_x("dsum", dsum))
+    made.add_to_dx("dsum", dsum)
     return made
 
 

@@ -292,6 +292,7 @@ static void fetch_step_rows(const fn_layer_norm_args *a, ptrdiff_t row, int rows
     fetch_row(&a->shape, &s->x, row, 2 * rows, 0);
     fetch_row(&a->shape, &s->residual, row, 2 * rows, 0);
     fetch_row(&a->shape, &s->mask, row, 2 * rows, 0);
+    if (a->stream) return;
     fetch_row(&a->shape, &s->sum, row, rows, 1);
     fetch_row(&a->shape, &s->outputs[0].y, row, rows, 1);
 }
@@ -310,7 +311,7 @@ OUTLINE int group_prologue(const fn_layer_norm_args *a, const workspace *space, 
             sums[i] = half_sum(x, stats->room[i], stats->n[i], space->half);
             stats->x[i] = stats->room[i];
         } else {
-            stats->x[i] = prologue(&a->shape, s, row + i, stats->room[i], &stats->n[i]);
+            stats->x[i] = prologue(&a->shape, s, row + i, 0, stats->room[i], &stats->n[i]);
         }
     }
     if (s->lengths || s->starts || s->mask.data) group_lengths(stats, rows);
@@ -508,11 +509,13 @@ INLINE element row_start(const fn_layer_norm_args *a, const workspace *space, pt
                          int now, row_state *state)
 {
     state->n = a->shape.cols;
-    if (a->steps)
-        state->x = prologue(&a->shape, a->steps, row, space->rooms + now * space->room_stride,
-                            &state->n);
-    else
+    if (a->steps) {
+        if (a->stream && a->fetch) fetch_step_rows(a, row, 1);
+        state->x = prologue(&a->shape, a->steps, row, a->stream,
+                            space->rooms + now * space->room_stride, &state->n);
+    } else {
         state->x = row_at(&a->shape, &a->x, row);
+    }
     return a->rms || !state->n ? 0 : row_pivot(state->x, state->n);
 }
 
@@ -526,16 +529,20 @@ INLINE void row_middle(const fn_layer_norm_args *a, ptrdiff_t row, element pivot
 }
 
 #define stream_row FN_OF_T(stream_row)
-INLINE void stream_row(const fn_layer_norm_args *a, ptrdiff_t row, ptrdiff_t end,
-                       const row_stats *stats, carry *c)
+INLINE void stream_row(const fn_layer_norm_args *a, workspace *space, ptrdiff_t row, ptrdiff_t end,
+                       const element *x, const row_stats *stats, carry *c)
 {
+    const fn_steps *steps = a->steps;
     const ptrdiff_t n = a->shape.cols, bytes = n * (ptrdiff_t)sizeof(element);
     const ptrdiff_t ahead = row + (bytes > FETCH_DISTANCE / 2 ? 2 : FETCH_DISTANCE / bytes);
     const streamed s = {
-        .x = row_at(&a->shape, &a->x, row),
-        .w = a->weight,
-        .b = a->bias,
-        .ahead = ahead < end && bytes <= FETCHED_ROW_BYTES ? row_at(&a->shape, &a->x, ahead) : NULL,
+        .x = x,
+        .w = steps ? parameter(&a->shape, steps, space, &steps->outputs[0].weight, 0,
+                               steps->offset, row)
+                   : a->weight,
+        .b = steps ? parameter(&a->shape, steps, space, &steps->outputs[0].bias, 1, 0, row)
+                   : a->bias,
+        .ahead = !steps && ahead < end && bytes <= FETCHED_ROW_BYTES ? row_at(&a->shape, &a->x, ahead) : NULL,
         .pivot = v_set1(stats->pivot),
         .rstd = v_set1(stats->rstd),
         .shift = v_set1(stats->shift),
@@ -550,10 +557,10 @@ OUTLINE void row_finish(const fn_layer_norm_args *a, workspace *space, ptrdiff_t
     if (!state->plain) {
         release_carry(c);
         careful_row(a, space, row, state->x, state->n);
+    } else if (a->stream) {
+        stream_row(a, space, row, end, state->x, &state->stats, c);
     } else if (a->steps) {
         epilogue(&a->shape, a->steps, space, row, state->x, &state->stats, 0);
-    } else if (a->stream) {
-        stream_row(a, row, end, &state->stats, c);
     } else {
         affine_row(a, row, &state->stats);
     }
@@ -566,7 +573,7 @@ OUTLINE void row_finish(const fn_layer_norm_args *a, workspace *space, ptrdiff_t
 INLINE int rows_overlap(const fn_layer_norm_args *a)
 {
     const ptrdiff_t bytes = a->shape.cols * (ptrdiff_t)sizeof(element);
-    if (!a->stream) return bytes <= FN_OVERLAP_BYTES;
+    if (!a->stream || a->steps) return bytes <= FN_OVERLAP_BYTES;
     return bytes >= 16 << 10 || !a->from_memory;
 }
 

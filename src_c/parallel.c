@@ -224,6 +224,16 @@ static int is_common(const fn_shape *shape, const fn_rows *rows)
     return rows->stride == 0 && !rows->col_strides;
 }
 
+/* With steps, rows are written past the cache where y comes straight from the affine pass. */
+static int worth_streaming_steps(const fn_layer_norm_args *a, fn_dtype dtype)
+{
+    const fn_steps *s = a->steps;
+    const fn_output *o = &s->outputs[0];
+    return s->output_count == 1 && o->y.dtype == dtype && !o->y.col_strides && !s->activation &&
+           !s->mask.data && !s->lengths && !s->starts && !s->param_cols &&
+           worth_streaming(&a->shape, &o->y, a->y_is_warm, dtype);
+}
+
 /* Whether rows lie side by side, and nothing is asked that looks along a row but the statistics. */
 static int in_columns(const fn_layer_norm_args *a)
 {
@@ -258,7 +268,8 @@ fn_plan fn_plan_layer_norm(const fn_layer_norm_args *a, fn_dtype dtype, int thre
         plan.stream = worth_streaming_columns(a, dtype);
         plan.regime = "columns";
     } else {
-        plan.stream = !a->steps && worth_streaming(&a->shape, &a->y, a->y_is_warm, dtype);
+        plan.stream = a->steps ? worth_streaming_steps(a, dtype)
+                               : worth_streaming(&a->shape, &a->y, a->y_is_warm, dtype);
         plan.regime = regime_of(a, dtype, plan.stream);
     }
     return plan;

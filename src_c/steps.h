@@ -176,13 +176,25 @@ INLINE addends addends_of(const fn_shape *shape, const fn_steps *s, ptrdiff_t ro
                      .sum = s->sum.data ? row_at(shape, &s->sum, row) : NULL};
 }
 
-/* One row's sum in T, into its own place where that serves, else into `room`. */
+/* Past the cache, where whole vectors lie so. */
+#define stream_part FN_OF_T(stream_part)
+static void stream_part(element *into, const element *from, ptrdiff_t n)
+{
+    ptrdiff_t i = 0;
+    if ((uintptr_t)into % 64 == 0)
+        for (; i + VW <= n; i += VW) v_stream(into + i, v_load(from + i));
+    for (; i < n; i += VW) store_some(into + i, load_some(from + i, n - i), n - i);
+}
+
+/* One row's sum in T, into its own place where that serves, else into `room`. stream: the place is
+ * written past the cache, and the room is where the row is read again. */
 #define sum_row FN_OF_T(sum_row)
-static const element *sum_row(const fn_shape *shape, const fn_steps *s, ptrdiff_t row, element *room)
+static const element *sum_row(const fn_shape *shape, const fn_steps *s, ptrdiff_t row, int stream,
+                              element *room)
 {
     element x_room[BLOCK], gate_room[BLOCK], bias_room[BLOCK], residual_room[BLOCK];
     const addends a = addends_of(shape, s, row);
-    const int in_place = a.sum && is_direct(&s->sum);
+    const int own = a.sum && is_direct(&s->sum), in_place = own && !stream;
     element *into = in_place ? (element *)a.sum : room;
     const ptrdiff_t n = shape->cols;
     for (ptrdiff_t i = 0; i < n; i += BLOCK) {
@@ -193,6 +205,10 @@ static const element *sum_row(const fn_shape *shape, const fn_steps *s, ptrdiff_
                   a.residual ? part(shape, &s->residual, a.residual, i, m, residual_room) : NULL,
                   m);
         if (!a.sum || in_place) continue;
+        if (own) {
+            stream_part((element *)a.sum + i, into + i, m);
+            continue;
+        }
         store_part(shape, &s->sum, a.sum, i, into + i, m);
         if (s->round_sum) round_strip(into + i, s->sum.dtype, m);
     }
@@ -222,11 +238,11 @@ static const element *masked_row(const fn_shape *shape, const fn_steps *s, ptrdi
 /* What the statistics see of a row: *length elements of T, where they lie or in `room`. */
 #define prologue FN_OF_T(prologue)
 OUTLINE const element *prologue(const fn_shape *shape, const fn_steps *s, ptrdiff_t row,
-                                element *room, ptrdiff_t *length)
+                                int stream, element *room, ptrdiff_t *length)
 {
     if (s->mask.data) return masked_row(shape, s, row, room, length);
     *length = step_length(shape, s, row);
-    if (has_sum(s)) return sum_row(shape, s, row, room);
+    if (has_sum(s)) return sum_row(shape, s, row, stream, room);
     const char *x = step_row_at(shape, s, &s->x, row);
     if (is_direct(&s->x)) return (const element *)x;
     load_part(room, shape, &s->x, x, 0, *length);

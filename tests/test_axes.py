@@ -90,9 +90,7 @@ def test_every_set_of_axes(isa, kind, shape, rng):
         plain, plain_dy, plain_residual = (moved(a, axes) for a in (x, dy, residual))
         y, *stats = fastnorm.layer_norm(plain, inner, w, b, return_stats=True)
         rms, rstd = fastnorm.rms_norm(plain, inner, w, 1e-6, offset=1.0, return_stats=True)
-        total = fastnorm.add_layer_norm(
-            plain, plain_residual, inner, w, b, linear_bias=linear_bias
-        )
+        total = fastnorm.add_layer_norm(plain, plain_residual, inner, w, b, linear_bias=linear_bias)
         grads = fastnorm.layer_norm_backward(plain_dy, plain, inner, *stats, w, b)
         rms_grads = fastnorm.rms_norm_backward(plain_dy, plain, inner, rstd, w, offset=1.0)
         mean_variance = fastnorm.moments(plain, last)
@@ -113,9 +111,7 @@ def test_every_set_of_axes(isa, kind, shape, rng):
             assert_same_bits(fastnorm.moments(v, axes), mean_variance, f"moments {name} {axes}")
             dx, *sums = fastnorm.layer_norm_backward(dv, v, None, *stats, w, b, axis=axes)
             assert_same_bits((moved(dx, axes), *sums), grads, f"backward {name} {axes}")
-            dx, *sums = fastnorm.rms_norm_backward(
-                dv, v, None, rstd, w, axis=axes, offset=1.0
-            )
+            dx, *sums = fastnorm.rms_norm_backward(dv, v, None, rstd, w, axis=axes, offset=1.0)
             assert_same_bits((moved(dx, axes), *sums), rms_grads, f"rms backward {name} {axes}")
 
 
@@ -267,7 +263,9 @@ def test_drawn_layouts_backward(data):
     inner = tuple(shape[d] for d in axes)
     x, dy = data.draw(views(shape, kind)), data.draw(views(shape, dy_kind))
     w = data.draw(st.none() | views(inner, data.draw(st.sampled_from(STORAGE))))
-    mask = data.draw(st.sampled_from([(True, True, True), (True, False, False), (False, True, True)]))
+    mask = data.draw(
+        st.sampled_from([(True, True, True), (True, False, False), (False, True, True)])
+    )
     plain, plain_dy = moved(x, axes), moved(dy, axes)
     stats = fastnorm.layer_norm(plain, inner, return_stats=True)[1:]
     want = fastnorm.layer_norm_backward(
@@ -388,7 +386,9 @@ def test_nothing_is_written_beside_columns(isa, kind, rng):
 
 
 @storage
-@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (2, 0, 3), (0, 0), (0, 3, 0), (3, 0, 2, 0)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(0, 5), (5, 0), (2, 0, 3), (0, 0), (0, 3, 0), (3, 0, 2, 0)], ids=str
+)
 def test_nothing_in(kind, shape):
     x = np.empty(shape, kind)
     for axes in axes_of(len(shape)):
@@ -432,7 +432,8 @@ def test_byte_swapped_and_unaligned(kind, rng):
         assert_same_bits(fastnorm.moments(odd(x), 1), fastnorm.moments(x, 1))
         mask = rng.random(x.shape) < 0.7
         assert_same_bits(
-            fastnorm.layer_norm(odd(x), axis=1, mask=mask), fastnorm.layer_norm(x, axis=1, mask=mask)
+            fastnorm.layer_norm(odd(x), axis=1, mask=mask),
+            fastnorm.layer_norm(x, axis=1, mask=mask),
         )
 
 

@@ -153,9 +153,7 @@ def test_in_place_through_views(kind, view, rng):
     x, residual = cast(rng.standard_normal((2, 9, 140)), kind)
     want = fastnorm.add_layer_norm(x[view].copy(), residual[view].copy())
     between = [a.copy() for a in (x, residual)]
-    y, total = fastnorm.add_layer_norm(
-        x[view], residual[view], out=x[view], sum_out=residual[view]
-    )
+    y, total = fastnorm.add_layer_norm(x[view], residual[view], out=x[view], sum_out=residual[view])
     assert_same_bits((np.array(y, order="C"), np.array(total, order="C")), want)
     for array, result in zip(between, want, strict=True):
         array[view] = result
@@ -173,18 +171,28 @@ def test_in_place_of_a_residual_of_another_type(rng):
         assert_same_bits(got, want)
 
 
-@pytest.mark.parametrize("name", ["out", "sum_out"])
-def test_results_that_overlap_something_else(name, rng):
-    room = rng.standard_normal((7, 40)).astype(np.float32)
+def test_results_that_overlap_something_else(rng):
+    """Only x itself may become y, and only x or the residual the sum; nothing is written before."""
+    room = rng.standard_normal((20, 40)).astype(np.float32)
     before = room.copy()
-    for arrays in ((room[:6], room[1:]), (room[1:], room[:6])):
-        x, residual = arrays
-        for out in (room[:6], room[1:], room[::-1][:6]):
-            given = {name: out}
-            if name == "sum_out" and out is not room[::-1][:6]:
-                continue
-            with pytest.raises(ValueError, match=f"{name}: got an array that overlaps"):
-                fastnorm.add_layer_norm(x, residual, **given)
+    x, residual, linear_bias = room[:6], room[8:14], room[18]
+    wrong = {
+        "x": room[1:7],
+        "residual": room[7:13],
+        "linear_bias": room[14:20],
+        "x backwards": room[:6][::-1],
+    }
+    for name, (other, out) in itertools.product(("out", "sum_out"), wrong.items()):
+        with pytest.raises(ValueError, match=f"{name}: got an array that overlaps {other.split()[0]}"):
+            fastnorm.add_layer_norm(x, residual, linear_bias=linear_bias, **{name: out})
+    with pytest.raises(ValueError, match="out: got an array that overlaps residual"):
+        fastnorm.add_layer_norm(x, residual, out=residual)
+    gate = room[14:16]
+    with pytest.raises(ValueError, match="sum_out: got an array that overlaps gate"):
+        fastnorm.adaptive_layer_norm(
+            x.reshape(2, 3, 40), gate, None, gate=gate, residual=residual.reshape(2, 3, 40),
+            sum_out=room[14:20].reshape(2, 3, 40),
+        )  # fmt: skip
     np.testing.assert_array_equal(room, before)
 
 
@@ -291,9 +299,7 @@ def test_adaptive_layer_norm_with_residual_and_gate(isa, kind, other, rng):
             )
             full = added(x, residual, gate=None if g is None else g[:, None])
             assert_same_bits(total, rounded(full, sum_type(kind, other)))
-            want = fastnorm.adaptive_layer_norm(
-                total, scale, shift, dtype=kind, return_stats=True
-            )
+            want = fastnorm.adaptive_layer_norm(total, scale, shift, dtype=kind, return_stats=True)
             assert_same_bits((y, mean, rstd), want)
             got = fastnorm.adaptive_layer_norm(
                 x, scale, shift, gate=g, residual=residual, round_sum=False
@@ -433,9 +439,7 @@ def test_parallel_in_another_order_of_axes(isa, dtype, rng):
 
 HEADS = {
     "layer_norm": lambda x, w, b: fastnorm.layer_norm(x, x.shape[-1], w, b, return_stats=True),
-    "rms_norm": lambda x, w, b: fastnorm.rms_norm(
-        x, x.shape[-1], w, offset=1.0, return_stats=True
-    ),
+    "rms_norm": lambda x, w, b: fastnorm.rms_norm(x, x.shape[-1], w, offset=1.0, return_stats=True),
 }
 
 
@@ -558,7 +562,9 @@ def test_activations_of_every_op(kind, name, activation, rng):
         same = np.signbit(active) == np.signbit(cast(got[0], computed))
         assert same[active != 0].all()
         zero = computed.type(0)
-        assert_same_bits(cast(got[0], computed) + zero, cast(rounded(active, kind), computed) + zero)
+        assert_same_bits(
+            cast(got[0], computed) + zero, cast(rounded(active, kind), computed) + zero
+        )
         assert_same_bits(got[1:], tuple(others))
 
 
@@ -614,9 +620,7 @@ def test_int8_with_everything_else(kind, rng):
     out = np.zeros((*p.x.shape[:-1], 130), np.int8)[..., ::2]
     got = FORWARD["layer_norm"](p, dtype=np.int8, out=out)
     assert got[0] is out
-    assert_same_bits(
-        np.ascontiguousarray(out), FORWARD["layer_norm"](p, dtype=np.int8)[0]
-    )
+    assert_same_bits(np.ascontiguousarray(out), FORWARD["layer_norm"](p, dtype=np.int8)[0])
     qs, scales = fastnorm.parallel_layer_norm(p.x, p.n, [p.weight, p.bias], dtype="i1")
     for q, scale, w in zip(qs, scales, (p.weight, p.bias), strict=True):
         assert_same_bits((q, scale), fastnorm.layer_norm(p.x, p.n, w, dtype="i1"))
@@ -652,7 +656,11 @@ def test_int8_rounds_half_to_even(isa):
     bias = np.append(np.arange(-126.5, 127, 1), [127.0, -127.0]).astype(np.float32)
     for size in (1.0, 2.0**100, 2.0**-100):
         q, scale = fastnorm.layer_norm(
-            np.ones((1, bias.size), np.float32), bias.size, None, bias * np.float32(size), dtype="i1"
+            np.ones((1, bias.size), np.float32),
+            bias.size,
+            None,
+            bias * np.float32(size),
+            dtype="i1",
         )
         assert scale[0] == size
         np.testing.assert_array_equal(q[0], np.rint(bias))

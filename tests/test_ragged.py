@@ -290,13 +290,9 @@ def test_layouts_and_axes(isa, kind, rng):
         ):
             plain_x, plain_dy = (np.ascontiguousarray(a.transpose(order)) for a in (x, dy))
             want = fastnorm.layer_norm(plain_x, last, return_stats=True, **moved)
-            want_back = fastnorm.layer_norm_backward(
-                plain_dy, plain_x, last, *want[1:], **moved
-            )
+            want_back = fastnorm.layer_norm_backward(plain_dy, plain_x, last, *want[1:], **moved)
             for made in (np.array, np.asfortranarray, lambda a: np.repeat(a, 2, 2)[..., ::2]):
-                y, mean, rstd = fastnorm.layer_norm(
-                    made(x), axis=axes, return_stats=True, **given
-                )
+                y, mean, rstd = fastnorm.layer_norm(made(x), axis=axes, return_stats=True, **given)
                 y = np.ascontiguousarray(y.transpose(order))
                 assert_same_bits((y, mean, rstd), want)
                 dx, *sums = fastnorm.layer_norm_backward(
@@ -464,9 +460,7 @@ def test_gradients_of_segments(isa, dtype, name, features, rng):
         assert a.shape == features
         np.testing.assert_allclose(a, b, rtol=0, atol=bound * max(1, np.abs(dy).sum(0).max()))
     for mask in itertools.product((True, False), repeat=len(got)):
-        some = getattr(fastnorm, backward_name)(
-            dy, x, edges, *stats, *params, output_mask=mask
-        )
+        some = getattr(fastnorm, backward_name)(dy, x, edges, *stats, *params, output_mask=mask)
         for wanted, a, b in zip(mask, some, got, strict=True):
             if wanted:
                 assert_same_bits(a, b)

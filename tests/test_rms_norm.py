@@ -1,4 +1,4 @@
-"""rms_norm and rms_norm_backward: against the reference, and against differences of the forward pass.
+"""rms_norm and rms_norm_backward: against the reference, and against differences.
 
 Bits over instruction sets, types, threads and layouts are tested with those of all ops, in
 test_half_types.py and test_axes.py.
@@ -238,7 +238,7 @@ def test_nothing_in(shape, kind):
 @hypothesis.settings(deadline=None, max_examples=150)
 @hypothesis.given(st.data())
 def test_drawn_rows(data):
-    """Any numbers at all, next to each other: within the bound, and as a power of two scales them."""
+    """Any numbers at all, next to each other."""
     n, rows = data.draw(st.sampled_from([1, 2, 3, 8, 17, 40])), data.draw(st.integers(1, 5))
     exponents = st.integers(-140, 126)
     numbers = st.tuples(st.floats(-1, 1, width=32), exponents).map(lambda t: np.ldexp(*t))
@@ -246,8 +246,7 @@ def test_drawn_rows(data):
     x = x.reshape(rows, n).astype(np.float32)
     eps = data.draw(st.sampled_from([None, 0.0, 1e-12, 1e-5]))
     assert_right(x, eps=eps)
-    wide = fastnorm.rms_norm(x.astype(np.float64), eps=1e-6 if eps is None else eps)
-    assert np.isfinite(wide).all()
+    assert_right(x.astype(np.float64), eps=eps)
 
 
 # ---- backward ------------------------------------------------------------------------------------

@@ -71,9 +71,7 @@ def plain(a):
     mean, rstd = a.statistics(mean, rstd)
     for w in (None, a.weight):
         fastnorm.layer_norm_backward(a.dy, a.x, a.n, mean, rstd, w)
-    fastnorm.layer_norm_backward(
-        a.dy, a.x, a.n, None, rstd, a.weight, a.bias, from_output=True
-    )
+    fastnorm.layer_norm_backward(a.dy, a.x, a.n, None, rstd, a.weight, a.bias, from_output=True)
     fastnorm.rms_norm(a.x, a.n, a.weight, out=a.out, offset=1.0, eps=0.0)
     fastnorm.rms_norm_backward(a.dy, a.x, a.n, rstd, a.weight, offset=1.0)
     fastnorm.moments(a.x)
@@ -130,9 +128,7 @@ def columns(a):
         x, dy, out = (a.of((count, a.n)) for _ in range(3))
         x[:, 0] = 1.5
         w, b = a.of((2, count))
-        _, mean, rstd = fastnorm.layer_norm(
-            x, None, w, b, 0.0, axis=0, out=out, return_stats=True
-        )
+        _, mean, rstd = fastnorm.layer_norm(x, None, w, b, 0.0, axis=0, out=out, return_stats=True)
         mean, rstd = a.statistics(mean, rstd)
         fastnorm.layer_norm_backward(dy, x, None, mean, rstd, w, axis=0)
         fastnorm.layer_norm(x.T, out=out.T, activation="silu")
