@@ -164,8 +164,9 @@ cdef enum:
     #: with another busy thread a call waits 5 ms, the switch interval, to get it back; so only
     #: calls of some 50 us and more do.
     GIL_BYTES = 1 << 20
-    #: From here on results are written past the cache, which the plain kernels alone do.
-    STREAM_BYTES = 8 << 20
+    #: From this size of x on, parameters are converted before the call, for the plain kernels:
+    #: they alone write past the cache.
+    CONVERT_BYTES = 8 << 20
     C_ALIGNED = cnp.NPY_ARRAY_C_CONTIGUOUS | cnp.NPY_ARRAY_ALIGNED
     C_ALIGNED_WRITEABLE = C_ALIGNED | cnp.NPY_ARRAY_WRITEABLE
 
@@ -558,6 +559,15 @@ cdef inline bint is_sum(object out, ndarray x, int typenum, object residual) noe
     )
 
 
+cdef object converted(object w, object dtype, double offset):
+    """A parameter as the plain kernels take it."""
+    if w is None:
+        return None
+    with np.errstate(over="ignore"):
+        w = w.astype(dtype, copy=False)
+        return w + dtype.type(offset) if offset else w
+
+
 cdef object direct_norm(
     options *opt, object x_object, object normalized_shape, object weight, object bias, object eps,
     object out, object residual, object linear_bias, object sum_out,
@@ -601,9 +611,6 @@ cdef object direct_norm(
         is_of_type(weight, compute) and is_of_type(bias, compute)
         and (weight is None or opt.offset == 0)
     )
-    if (converts and not opt.adds and typenum == compute
-            and cnp.PyArray_NBYTES(x) >= <npy_intp>STREAM_BYTES):
-        return None  # it pays to convert them before, and take the plain way
     if out is None:
         y = new_array(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), typenum, &args.y_is_warm)
     else:
@@ -630,6 +637,11 @@ cdef object direct_norm(
         if not opt.rms:
             mean = cnp.PyArray_EMPTY(ndim, cnp.PyArray_DIMS(x), compute, 0)
             args.mean = cnp.PyArray_DATA(<ndarray>mean)
+    if (converts and not opt.adds and typenum == compute
+            and cnp.PyArray_NBYTES(x) >= <npy_intp>CONVERT_BYTES):
+        converts = False
+        weight = converted(weight, x.dtype, opt.offset)
+        bias = converted(bias, x.dtype, 0)
     args.rms = opt.rms
     args.x = rows_at(x, stride)
     args.y = rows_at(y, stride)

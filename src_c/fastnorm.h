@@ -95,12 +95,13 @@ typedef struct {
     const void *weight, *bias;
     void *mean, *rstd;
     double eps;
-    int rms;        /* root mean square: the mean counts as 0 */
-    int y_is_warm;  /* y's pages exist already: they may be written past the cache */
+    int rms;               /* root mean square: the mean counts as 0 */
+    int y_is_warm;         /* y's pages exist already: they may be written past the cache */
     const fn_steps *steps; /* NULL: plain. Else x, y, weight and bias are the steps' */
     /* Set by the library: whether y is written past the cache, whether rows are fetched ahead, and
      * whether x is too large for any cache. */
     int stream, fetch, from_memory;
+    int stream_rooms; /* rows of steps are written past the cache from a room */
 } fn_layer_norm_args;
 
 /* dx, dweight and dbias from dy. mean and rstd: rows elements as layer_norm wrote them; weight:

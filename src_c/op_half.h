@@ -32,18 +32,25 @@ INLINE vec load_some_halves(const uint16_t *p, ptrdiff_t n, const fn_dtype dtype
     return load_half(room, dtype);
 }
 
-/* block_sum of a block that goes into `room` as well. */
-INLINE quarter half_sum_as(const uint16_t *x, float *room, ptrdiff_t n, const fn_dtype dtype)
+/* block_sum of a block that goes into `room` as well. x_ahead and y_ahead are fetched meanwhile. */
+INLINE quarter half_sum_as(const uint16_t *x, float *room, ptrdiff_t n, const uint16_t *x_ahead,
+                           const uint16_t *y_ahead, const fn_dtype dtype)
 {
     vec sum[VECTORS];
     UNROLL for (int k = 0; k < VECTORS; k++) sum[k] = v_zero();
     ptrdiff_t i = 0;
     NO_UNROLL for (; i + LANES <= n; i += LANES)
+    {
         UNROLL for (int k = 0; k < VECTORS; k++) {
             const vec v = load_half(x + i + k * VW, dtype);
             v_store(room + i + k * VW, v);
             sum[k] = v_add(sum[k], v);
         }
+        UNROLL for (int k = 0; k < LANES; k += 32) {
+            __builtin_prefetch(x_ahead + i + k, 0, 3);
+            __builtin_prefetch(y_ahead + i + k, 1, 3);
+        }
+    }
     UNROLL for (int k = 0; k < VECTORS; k++) {
         const ptrdiff_t at = i + k * VW;
         if (at >= n) break;
@@ -55,9 +62,17 @@ INLINE quarter half_sum_as(const uint16_t *x, float *room, ptrdiff_t n, const fn
 }
 
 #define half_sum FN_OF_T(half_sum)
-OUTLINE quarter half_sum(const void *x, float *room, ptrdiff_t n, fn_dtype dtype)
+OUTLINE quarter half_sum(const fn_layer_norm_args *a, ptrdiff_t row, int rows, float *room)
 {
-    return dtype == FN_F16 ? half_sum_as(x, room, n, FN_F16) : half_sum_as(x, room, n, FN_BF16);
+    const fn_rows *xs = &a->steps->x, *ys = &a->steps->outputs[0].y;
+    const uint16_t *x = row_at(&a->shape, xs, row), *x_ahead = x, *y_ahead = x;
+    const ptrdiff_t n = a->shape.cols;
+    if (a->fetch) {
+        x_ahead = x + 2 * rows * (xs->stride / 2);
+        y_ahead = (const uint16_t *)ys->data + (row + rows) * (ys->stride / 2);
+    }
+    if (xs->dtype == FN_F16) return half_sum_as(x, room, n, x_ahead, y_ahead, FN_F16);
+    return half_sum_as(x, room, n, x_ahead, y_ahead, FN_BF16);
 }
 
 typedef struct {
@@ -137,9 +152,9 @@ OUTLINE void half_group(const fn_layer_norm_args *a, workspace *space, ptrdiff_t
 #define half_call FN_OF_T(half_call)
 INLINE fn_dtype half_call(const fn_layer_norm_args *a) { return (void)a, (fn_dtype)0; }
 #define half_sum FN_OF_T(half_sum)
-INLINE quarter half_sum(const void *x, element *room, ptrdiff_t n, fn_dtype dtype)
+INLINE quarter half_sum(const fn_layer_norm_args *a, ptrdiff_t row, int rows, element *room)
 {
-    (void)x, (void)n, (void)dtype;
+    (void)a, (void)row, (void)rows;
     return v_fold((vec *)room, 1);
 }
 #define half_group FN_OF_T(half_group)

@@ -289,12 +289,12 @@ INLINE void group_lengths(group_stats *stats, const int rows)
 static void fetch_step_rows(const fn_layer_norm_args *a, ptrdiff_t row, int rows)
 {
     const fn_steps *s = a->steps;
-    fetch_row(&a->shape, &s->x, row, 2 * rows, 0);
-    fetch_row(&a->shape, &s->residual, row, 2 * rows, 0);
-    fetch_row(&a->shape, &s->mask, row, 2 * rows, 0);
+    fetch_row(&a->shape, s, &s->x, row, 2 * rows, 0);
+    fetch_row(&a->shape, s, &s->residual, row, 2 * rows, 0);
+    fetch_row(&a->shape, s, &s->mask, row, 2 * rows, 0);
     if (a->stream) return;
-    fetch_row(&a->shape, &s->sum, row, rows, 1);
-    fetch_row(&a->shape, &s->outputs[0].y, row, rows, 1);
+    fetch_row(&a->shape, s, &s->sum, row, rows, 1);
+    if (!a->stream_rooms) fetch_row(&a->shape, s, &s->outputs[0].y, row, rows, 1);
 }
 
 /* Whether the sums were formed as well. */
@@ -304,11 +304,10 @@ OUTLINE int group_prologue(const fn_layer_norm_args *a, const workspace *space, 
 {
     const fn_steps *s = a->steps;
     for (int i = 0; i < rows; i++) {
-        if (a->fetch) fetch_step_rows(a, row + i, rows);
+        if (a->fetch && !space->half) fetch_step_rows(a, row + i, rows);
         stats->room[i] = space->rooms + (now * rows + i) * space->room_stride;
         if (space->half) {
-            const void *x = row_at(&a->shape, &s->x, row + i);
-            sums[i] = half_sum(x, stats->room[i], stats->n[i], space->half);
+            sums[i] = half_sum(a, row + i, rows, stats->room[i]);
             stats->x[i] = stats->room[i];
         } else {
             stats->x[i] = prologue(&a->shape, s, row + i, 0, stats->room[i], &stats->n[i]);
@@ -424,6 +423,12 @@ static void uneven_row(const fn_layer_norm_args *a, const group_pass *pass, ptrd
         n = a->shape.cols;
         x = part(&a->shape, &s->x, row_at(&a->shape, &s->x, row), 0, n, stats->room[i]);
     }
+    if (s->starts) { /* packed rows begin anywhere: y by whole lines from the first on */
+        const ptrdiff_t head = (ptrdiff_t)(-(uintptr_t)to % 64 / sizeof(element));
+        const ptrdiff_t m = head < n ? head : n;
+        affine_strip(x, to, NULL, NULL, m, &plain, 0, 0);
+        x += m, to += m, n -= m;
+    }
     affine_strip(x, to, pass->w, pass->b, n, &plain, 0, 0);
     if (!s->mask.data) return;
     unsigned char mask_room[BLOCK];
@@ -441,7 +446,8 @@ OUTLINE void step_group(const fn_layer_norm_args *a, workspace *space, ptrdiff_t
         .w = parameter(&a->shape, s, space, &o->weight, 0, s->offset, row),
         .b = parameter(&a->shape, s, space, &o->bias, 1, 0, row),
     };
-    const int direct = is_direct(&o->y), uneven = s->lengths || s->starts || s->mask.data;
+    const int direct = is_direct(&o->y) && !space->stream;
+    const int uneven = s->lengths || s->starts || s->mask.data;
     element *to[4];
     char *y[4];
     for (int i = 0; i < rows; i++) {
@@ -451,7 +457,7 @@ OUTLINE void step_group(const fn_layer_norm_args *a, workspace *space, ptrdiff_t
     }
     if (!uneven) group_affine_of(&pass, stats, to, rows, a->shape.cols);
     if (direct && !s->activation && !s->lengths) return;
-    for (int i = 0; i < rows; i++) store_row(&a->shape, s, row + i, y[i], to[i]);
+    for (int i = 0; i < rows; i++) store_row(&a->shape, s, row + i, space->stream, y[i], to[i]);
 }
 
 #define group_finish FN_OF_T(group_finish)
@@ -499,6 +505,7 @@ INLINE ptrdiff_t layer_norm_group(const fn_layer_norm_args *a, workspace *space,
 #define row_state FN_OF_T(row_state)
 typedef struct {
     const element *x;
+    element *room;
     ptrdiff_t n;
     row_stats stats;
     int plain;
@@ -511,8 +518,8 @@ INLINE element row_start(const fn_layer_norm_args *a, const workspace *space, pt
     state->n = a->shape.cols;
     if (a->steps) {
         if (a->stream && a->fetch) fetch_step_rows(a, row, 1);
-        state->x = prologue(&a->shape, a->steps, row, a->stream,
-                            space->rooms + now * space->room_stride, &state->n);
+        state->room = space->rooms + now * space->room_stride;
+        state->x = prologue(&a->shape, a->steps, row, a->stream, state->room, &state->n);
     } else {
         state->x = row_at(&a->shape, &a->x, row);
     }
@@ -550,6 +557,24 @@ INLINE void stream_row(const fn_layer_norm_args *a, workspace *space, ptrdiff_t 
     stream_pass(&s, row_at(&a->shape, &a->y, row), n, c);
 }
 
+/* A row of one block, as step_group has them; false where it is of another kind. */
+#define step_row_finish FN_OF_T(step_row_finish)
+INLINE int step_row_finish(const fn_layer_norm_args *a, workspace *space, ptrdiff_t row,
+                           const row_state *state)
+{
+    const fn_steps *s = a->steps;
+    const fn_output *o = &s->outputs[0];
+    if (state->n > BLOCK || s->mask.data || !share_parameters(&a->shape, s, row, 1)) return 0;
+    char *y = step_row_at(&a->shape, s, &o->y, row);
+    const int direct = is_direct(&o->y) && !space->stream;
+    element *to = direct ? (element *)y : state->room;
+    affine_strip(state->x, to, parameter(&a->shape, s, space, &o->weight, 0, s->offset, row),
+                 parameter(&a->shape, s, space, &o->bias, 1, 0, row), state->n, &state->stats, 0, 0);
+    if (!direct || s->activation || s->lengths)
+        store_row(&a->shape, s, row, space->stream, y, to);
+    return 1;
+}
+
 #define row_finish FN_OF_T(row_finish)
 OUTLINE void row_finish(const fn_layer_norm_args *a, workspace *space, ptrdiff_t row,
                         ptrdiff_t end, const row_state *state, carry *c)
@@ -560,7 +585,8 @@ OUTLINE void row_finish(const fn_layer_norm_args *a, workspace *space, ptrdiff_t
     } else if (a->stream) {
         stream_row(a, space, row, end, state->x, &state->stats, c);
     } else if (a->steps) {
-        epilogue(&a->shape, a->steps, space, row, state->x, &state->stats, 0);
+        if (!step_row_finish(a, space, row, state))
+            epilogue(&a->shape, a->steps, space, row, state->x, &state->stats, 0);
     } else {
         affine_row(a, row, &state->stats);
     }
@@ -593,7 +619,6 @@ INLINE void layer_norm_rows(const fn_layer_norm_args *a, workspace *space, ptrdi
         if (!overlap) row_finish(a, space, row, end, &state[now], &c);
     }
     release_carry(&c);
-    if (a->stream) v_fence();
 }
 
 /* ---- the kernel ------------------------------------------------------------------------------- */
@@ -607,13 +632,14 @@ OUTLINE ptrdiff_t layer_norm_groups(const fn_layer_norm_args *a, workspace *spac
     const int in_registers = !a->shape.outer_ndim && !a->steps && !a->rms;
 #if HAS_HALVES
     const ptrdiff_t contiguous = n * (ptrdiff_t)sizeof(element);
-    if (n == VW / 2 && in_registers && a->x.stride == contiguous && a->y.stride == contiguous)
+    if (n == VW / 2 && sizeof(element) == sizeof(float) && in_registers && a->x.stride == contiguous && a->y.stride == contiguous)
         row = layer_norm_halves(a, row, end);
 #endif
     if (VW > 1 && n <= NARROW_COLS && end - row >= 8 && in_registers) {
-        if (n <= VW)
+        /* Of double all go as the widest: it is less code. */
+        if (n <= VW && sizeof(element) == sizeof(float))
             row = layer_norm_narrow(a, row, end, 1);
-        else if (n <= 2 * VW && sizeof(element) == sizeof(float)) /* for size, not of double */
+        else if (n <= 2 * VW && sizeof(element) == sizeof(float))
             row = layer_norm_narrow(a, row, end, 2);
         else
             row = layer_norm_narrow(a, row, end, 4);
@@ -631,7 +657,9 @@ static void layer_norm(const void *args, ptrdiff_t row0, ptrdiff_t row1, void *s
     if (a->steps) {
         space = workspace_in(scratch, &a->shape, a->steps, 0);
         space.half = half_call(a);
+        space.stream = a->stream_rooms;
     }
     if (!a->stream && row1 - row0 > 1) row0 = layer_norm_groups(a, &space, row0, row1);
     layer_norm_rows(a, &space, row0, row1);
+    if (a->stream || a->stream_rooms) v_fence();
 }

@@ -54,8 +54,9 @@ INLINE element row_pivot(const element *x, ptrdiff_t n)
 INLINE int plain_stats(const element *x, ptrdiff_t n, element pivot, double eps, int rms,
                        row_stats *stats)
 {
-    const deviation_sums d = row_deviations(x, n, pivot, NULL);
-    return sums_to_stats(rms ? 0 : d.sum, d.squares, 1.0 / (double)n, eps, pivot, stats);
+    const deviation_sums d =
+        rms ? (deviation_sums){0, row_squares(x, n)} : row_deviations(x, n, pivot, NULL);
+    return sums_to_stats(d.sum, d.squares, 1.0 / (double)n, eps, pivot, stats);
 }
 
 /* eps for a row times 2^exponent. Where it overflows it is all that counts, and where it underflows

@@ -196,8 +196,8 @@ static int worth_streaming_columns(const fn_layer_norm_args *a, fn_dtype dtype)
  * all that they may have. */
 static ptrdiff_t step_bytes(const fn_shape *shape, const fn_steps *s)
 {
-    const ptrdiff_t elements =
-        s->starts ? s->starts[shape->rows] - s->starts[0] : shape->rows * shape->cols;
+    const ptrdiff_t elements = s->starts ? s->starts[shape->rows] - s->starts[0]
+                                         : shape->rows * shape->cols;
     const fn_rows *arrays[] = {&s->x, &s->residual, &s->sum};
     ptrdiff_t bytes = 0;
     for (int i = 0; i < 3; i++)
@@ -224,14 +224,28 @@ static int is_common(const fn_shape *shape, const fn_rows *rows)
     return rows->stride == 0 && !rows->col_strides;
 }
 
-/* With steps, rows are written past the cache where y comes straight from the affine pass. */
-static int worth_streaming_steps(const fn_layer_norm_args *a, fn_dtype dtype)
+/* Of calls with steps: rows of one output in T, large enough and warm, may be written past the
+ * cache, straight from the affine pass, or, where another step follows it, from a room. */
+static int step_streams(const fn_layer_norm_args *a, fn_dtype dtype)
 {
     const fn_steps *s = a->steps;
     const fn_output *o = &s->outputs[0];
-    return s->output_count == 1 && o->y.dtype == dtype && !o->y.col_strides && !s->activation &&
-           !s->mask.data && !s->lengths && !s->starts && !s->param_cols &&
+    return s->output_count == 1 && o->y.dtype == dtype && !o->y.col_strides && !s->starts &&
            worth_streaming(&a->shape, &o->y, a->y_is_warm, dtype);
+}
+
+static int has_late_steps(const fn_steps *s)
+{
+    return s->activation || s->mask.data || s->lengths;
+}
+
+/* A room is written by whole lines: rows must begin with one. */
+static int streams_from_rooms(const fn_layer_norm_args *a, fn_dtype dtype)
+{
+    if (!step_streams(a, dtype) || !has_late_steps(a->steps)) return 0;
+    const fn_rows *y = &a->steps->outputs[0].y;
+    return a->shape.cols <= FN_GROUP_COLS && !y->outer_strides && y->stride % 64 == 0 &&
+           (uintptr_t)y->data % 64 == 0;
 }
 
 /* Whether rows lie side by side, and nothing is asked that looks along a row but the statistics. */
@@ -268,7 +282,7 @@ fn_plan fn_plan_layer_norm(const fn_layer_norm_args *a, fn_dtype dtype, int thre
         plan.stream = worth_streaming_columns(a, dtype);
         plan.regime = "columns";
     } else {
-        plan.stream = a->steps ? worth_streaming_steps(a, dtype)
+        plan.stream = a->steps ? step_streams(a, dtype) && !has_late_steps(a->steps)
                                : worth_streaming(&a->shape, &a->y, a->y_is_warm, dtype);
         plan.regime = regime_of(a, dtype, plan.stream);
     }
@@ -382,6 +396,7 @@ int fn_layer_norm(fn_layer_norm_args *args, fn_dtype dtype, int threads)
     args->stream = plan.stream;
     args->fetch = plan.bytes >= FETCH_BYTES && !args->shape.outer_ndim;
     args->from_memory = plan.bytes >= MEMORY_BYTES;
+    args->stream_rooms = !in_columns(args) && args->steps && streams_from_rooms(args, dtype);
     fn_row_kernel *kernel = in_columns(args) ? fn_active_isa->layer_norm_columns[dtype]
                                              : fn_active_isa->layer_norm[dtype];
     return run_rowwise(kernel, args, args->shape.rows, plan.threads,

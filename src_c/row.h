@@ -164,6 +164,18 @@ OUTLINE quarter block_squares(const element *x, ptrdiff_t n)
     return v_fold(q, VECTORS);
 }
 
+#define row_squares FN_OF_T(row_squares)
+static double row_squares(const element *x, ptrdiff_t n)
+{
+    wide total = wide_zero();
+    for (ptrdiff_t i = 0; i < n; i += BLOCK) {
+        const quarter q = block_squares(x + i, block_length(n, i));
+        if (n <= BLOCK) return quarter_hsum(q);
+        total = wide_add(total, q);
+    }
+    return wide_hsum(total);
+}
+
 /* Two doubles go back in registers. */
 #define deviation_sums FN_OF_T(deviation_sums)
 typedef struct {

@@ -16,13 +16,14 @@
 /* One thread's scratch. */
 #define workspace FN_OF_T(workspace)
 typedef struct {
-    element *rooms;          /* of the rows in flight */
-    element *result;         /* the last room: of a row of results, before it becomes int8 */
-    element *params;         /* converted parameters, two an output */
-    const void **params_of;  /* the row of parameters that each was converted from */
-    double *sums;            /* backward, where parameters repeat within a row */
+    element *rooms;         /* of the rows in flight */
+    element *result;        /* the last room: of a row of results, before it becomes int8 */
+    element *params;        /* converted parameters, two an output */
+    const void **params_of; /* the row of parameters that each was converted from */
+    double *sums;           /* backward, where parameters repeat within a row */
     ptrdiff_t room_stride, param_stride, tile;
     fn_dtype half; /* of rows that go op_half.h's way; 0: none do */
+    int stream;    /* rows of y go from a room past the cache */
 } workspace;
 
 #define workspace_in FN_OF_T(workspace_in)
@@ -251,12 +252,13 @@ OUTLINE const element *prologue(const fn_shape *shape, const fn_steps *s, ptrdif
 
 /* A row that comes `rows` rows later, of an array that will be read or written then. */
 #define fetch_row FN_OF_T(fetch_row)
-OUTLINE void fetch_row(const fn_shape *shape, const fn_rows *array, ptrdiff_t row, ptrdiff_t rows,
-                       const int written)
+OUTLINE void fetch_row(const fn_shape *shape, const fn_steps *s, const fn_rows *array,
+                       ptrdiff_t row, ptrdiff_t rows, int written)
 {
     if (!array->data || array->col_strides || !array->stride) return;
-    const char *p = (const char *)array->data + (row + rows) * array->stride;
-    const ptrdiff_t bytes = shape->cols * fn_size_of(array->dtype);
+    const ptrdiff_t next = row + rows < shape->rows ? row + rows : row;
+    const char *p = (const char *)array->data + next * array->stride;
+    const ptrdiff_t bytes = step_length(shape, s, next) * fn_size_of(array->dtype);
     for (ptrdiff_t i = 0; i < bytes; i += 64)
         if (written)
             __builtin_prefetch(p + i, 1, 3);
@@ -357,12 +359,17 @@ static void store_int8(const fn_shape *shape, const fn_output *o, char *y, ptrdi
 
 /* What is left to do with a whole row of y in T, in place of it or from a room. */
 #define store_row FN_OF_T(store_row)
-OUTLINE void store_row(const fn_shape *shape, const fn_steps *s, ptrdiff_t row, char *y,
+OUTLINE void store_row(const fn_shape *shape, const fn_steps *s, ptrdiff_t row, int stream, char *y,
                        element *from)
 {
     const fn_output *o = &s->outputs[0];
     const ptrdiff_t n = step_length(shape, s, row);
     if (s->activation) activate_strip(from, n, s->activation);
+    if (stream) {
+        memset(from + n, 0, (size_t)(shape->cols - n) * sizeof(element));
+        stream_part((element *)y, from, shape->cols);
+        return;
+    }
     if (o->y.dtype == FN_I8)
         store_int8(shape, o, y, row, from, n);
     else if (!is_direct(&o->y))

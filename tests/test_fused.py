@@ -183,7 +183,9 @@ def test_results_that_overlap_something_else(rng):
         "x backwards": room[:6][::-1],
     }
     for name, (other, out) in itertools.product(("out", "sum_out"), wrong.items()):
-        with pytest.raises(ValueError, match=f"{name}: got an array that overlaps {other.split()[0]}"):
+        with pytest.raises(
+            ValueError, match=f"{name}: got an array that overlaps {other.split()[0]}"
+        ):
             fastnorm.add_layer_norm(x, residual, linear_bias=linear_bias, **{name: out})
     with pytest.raises(ValueError, match="out: got an array that overlaps residual"):
         fastnorm.add_layer_norm(x, residual, out=residual)
