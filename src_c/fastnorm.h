@@ -4,7 +4,8 @@
  *
  *   - A row's result depends on the row, the parameters and eps alone: not on the number of rows,
  *     the row's place, the number of threads, alignment, strides or the instruction set.
- *   - Nothing here allocates, except fn_layer_norm_backward, which says so by its return value.
+ *   - Kernels never allocate. Calls with steps may, for their scratch, and fn_layer_norm_backward
+ *     for its sums: before anything is written, and they say so by what they return.
  *   - Nothing here checks pointers: `x` holds rows x cols readable elements, `y` as many writable
  *     ones. Checking belongs to the caller (for Python: fastnorm/_core.pyx).
  *

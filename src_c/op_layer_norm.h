@@ -1,9 +1,11 @@
-/* op_layer_norm.h: y = (x - mean) * rstd * weight + bias over rows of T.
+/* op_layer_norm.h: y = (x - mean) * rstd * weight + bias over rows of T. Root mean square is the same
+ * with a mean of 0. Where there are steps (steps.h), rows come from the prologue and go to the
+ * epilogue; what lies between is one text.
  *
  * Four regimes, which differ in speed and not in a bit:
  *
  *   narrow   rows of at most four vectors, eight at a time, in registers
- *   group    rows of one block, four at a time: the scalar arithmetic of the group is one vector's,
+ *   group    rows of one block, four or two at a time: the scalar arithmetic of the group is one vector's,
  *            and the parameters are loaded once for several rows
  *   row      wider rows, one at a time
  *   stream   outputs larger than the cache, one row at a time, written by whole cache lines past

@@ -313,7 +313,7 @@ fn_plan fn_plan_layer_norm_backward(const fn_layer_norm_backward_args *a, fn_dty
                         !a->shape.outer_ndim && !a->steps;
     return (fn_plan){.threads = planned_threads(bytes, backward_blocks(a->shape.rows), threads),
                      .stream = aligned && worth_streaming(&a->shape, &a->dx, a->dx_is_warm, dtype),
-                     .regime = a->shape.rows >= 4 ? "group" : "row",
+                     .regime = a->shape.rows > 1 && !a->steps ? "group" : "row",
                      .bytes = bytes};
 }
 
