@@ -164,8 +164,7 @@ cdef enum:
     #: with another busy thread a call waits 5 ms, the switch interval, to get it back; so only
     #: calls of some 50 us and more do.
     GIL_BYTES = 1 << 20
-    #: From this size of x on, parameters are converted before the call, for the plain kernels:
-    #: they alone write past the cache.
+    #: From this size of x on, parameters are converted before the call, not again for each row.
     CONVERT_BYTES = 8 << 20
     C_ALIGNED = cnp.NPY_ARRAY_C_CONTIGUOUS | cnp.NPY_ARRAY_ALIGNED
     C_ALIGNED_WRITEABLE = C_ALIGNED | cnp.NPY_ARRAY_WRITEABLE

@@ -19,7 +19,7 @@ NATIVE = platform.machine()
 @functools.cache
 def flags_of_setup():
     """The constants of setup.py that hold compiler flags, without running a build."""
-    wanted = ("SCALAR", "ISA_FLAGS", "ARITHMETIC", "BASELINE")
+    wanted = ("SCALAR", "ISA_FLAGS", "ARITHMETIC", "NO_TABLES", "BASELINE")
     constants = [
         node
         for node in ast.parse((ROOT / "setup.py").read_text()).body
@@ -58,8 +58,11 @@ class Core:
     def __init__(self, folder, compiler, machine, extra=()):
         known = flags_of_setup()
         self.folder, self.compiler = folder, compiler
-        self.flags = ["-O2", "-std=gnu11", f"-I{SOURCES}", *known["ARITHMETIC"],
-                      *known["BASELINE"].get(machine, []), *extra]  # fmt: skip
+        self.flags = [
+            *["-O2", "-std=gnu11", f"-I{SOURCES}", *known["ARITHMETIC"], *known["NO_TABLES"]],
+            *known["BASELINE"].get(machine, []),
+            *extra,
+        ]
         self.isas = known["ISA_FLAGS"].get(machine, {"scalar": known["SCALAR"]})
         files = {p.stem: [] for p in SOURCES.glob("*.c") if not p.stem.startswith("isa_")}
         files |= {f"isa_{name}": flags for name, flags in self.isas.items()}
