@@ -562,7 +562,7 @@ cdef object converted(object w, object dtype, double offset):
     """A parameter as the plain kernels take it."""
     if w is None:
         return None
-    with np.errstate(over="ignore"):
+    with np.errstate(all="ignore"):
         w = w.astype(dtype, copy=False)
         return w + dtype.type(offset) if offset else w
 

@@ -202,7 +202,7 @@ def as_plain(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Numbers as a contiguous, aligned array of `dtype`; what is one already as it is."""
     if array.dtype == dtype and array.flags.c_contiguous and array.flags.aligned:
         return array
-    with np.errstate(over="ignore"):
+    with np.errstate(all="ignore"):
         array = interop.widened(array).astype(dtype, copy=False)
     return np.require(array, requirements=("C", "A"))
 

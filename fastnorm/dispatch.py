@@ -283,9 +283,9 @@ class NormCall(Call):
         """A weight for all rows gets its offset here, once, so that such calls can be plain."""
         if weight is None or weight.ndim > len(self.normalized) or not self.options["offset"]:
             return weight
-        offset = self.compute.type(self.options["offset"])
-        self.options["offset"] = 0.0
-        return weight + offset
+        offset, self.options["offset"] = self.options["offset"], 0.0
+        with np.errstate(all="ignore"):
+            return weight + self.compute.type(offset)
 
     def add_addends(
         self, adds: dict[str, Any], residual: Any, sum_out: Any, round_sum: Any
@@ -432,13 +432,14 @@ class NormBackwardCall(Call):
 
     def kernel(self, plan: bool = False) -> Any:
         """The kernel, once for the rows of each pair of parameters."""
-        for index in _each(self.own) if self.own else [()]:
-            said = self._part(index, plan)
-            if plan:
-                return said | {"parts": math.prod(self.own)}
-        dx = self.arrays[2]
-        if self.more is not None and dx is not None:
-            self._add(dx, interop.widened(self.more))
+        with np.errstate(all="ignore"):
+            for index in _each(self.own) if self.own else [()]:
+                said = self._part(index, plan)
+                if plan:
+                    return said | {"parts": math.prod(self.own)}
+            dx = self.arrays[2]
+            if self.more is not None and dx is not None:
+                self._add(dx, interop.widened(self.more))
         return None
 
     def _add(self, dx: np.ndarray, more: np.ndarray) -> None:
