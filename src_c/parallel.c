@@ -234,10 +234,7 @@ static int step_streams(const fn_layer_norm_args *a, fn_dtype dtype)
            worth_streaming(&a->shape, &o->y, a->y_is_warm, dtype);
 }
 
-static int has_late_steps(const fn_steps *s)
-{
-    return s->activation || s->mask.data || s->lengths;
-}
+static int has_late_steps(const fn_steps *s) { return s->activation || s->mask.data || s->lengths; }
 
 /* A room is written by whole lines: rows must begin with one. */
 static int streams_from_rooms(const fn_layer_norm_args *a, fn_dtype dtype)

@@ -638,3 +638,46 @@ def test_arrow_end_to_end(pyarrow):
         fastnorm.layer_norm(ROWS, out=lists)
     with pytest.raises(ValueError, match=r"^bias: .*nulls"):
         fastnorm.layer_norm(ROWS, bias=pyarrow.nulls(12))
+
+
+@pytest.fixture
+def bits(monkeypatch, rng):
+    """Numbers as BITS, and as the float32 that they stand for; ml_dtypes is not installed."""
+    monkeypatch.setattr(interop, "bfloat16", lambda: None)
+    made = interop.to_bits(rng.standard_normal((6, 20)).astype(np.float32))
+    return made, interop.widened(made)
+
+
+def test_parameters_as_bits_are_no_integers(bits, rng):
+    (packed, plain), x = bits, rng.standard_normal((6, 20)).astype(np.float32)
+    w, wide = packed[0], plain[0]
+    module = fastnorm.LayerNorm(20)
+    module.weight = w
+    assert_same_bits(module.weight, wide)
+    assert_same_bits(fastnorm.layer_norm(x, 20, w, w), fastnorm.layer_norm(x, 20, wide, wide))
+    assert_same_bits(fastnorm.layer_norm(x, 20, packed), fastnorm.layer_norm(x, 20, plain))
+    assert_same_bits(
+        fastnorm.segment_layer_norm(x, [0, 2, 6], w, w),
+        fastnorm.segment_layer_norm(x, [0, 2, 6], wide, wide),
+    )
+
+
+def test_the_gradient_of_a_sum_as_bits(bits, rng):
+    (packed, plain), dy = bits, rng.standard_normal((6, 20)).astype(np.float32)
+    _, mean, rstd = fastnorm.layer_norm(plain, return_stats=True)
+    got = fastnorm.add_layer_norm_backward(dy, plain, packed, 20, mean, rstd)[0]
+    alone = fastnorm.add_layer_norm_backward(dy, None, packed, 20, mean, rstd)[0]
+    assert got.dtype == alone.dtype == np.uint16
+    total = interop.widened(alone.view(interop.BITS)) + plain
+    assert_same_bits(got, interop.to_bits(total).view(np.uint16))
+
+
+def test_results_asked_for_as_bfloat16_are_integers(bits):
+    _, x = bits
+    y, out = fastnorm.layer_norm(x, dtype="bfloat16"), np.empty(x.shape, np.uint16)
+    assert fastnorm.layer_norm(x, dtype="bfloat16", out=out) is out
+    assert y.dtype == np.uint16
+    assert_same_bits(out, y)
+    assert fastnorm.layer_norm(y, dtype="bfloat16", out=y) is y
+    with pytest.raises(TypeError, match=r"^out: got dtype float32, wanted uint16"):
+        fastnorm.layer_norm(x, dtype="bfloat16", out=np.empty_like(x))
