@@ -324,19 +324,27 @@ INLINE void group_middle(const fn_layer_norm_args *a, ptrdiff_t row, const int r
                          group_stats *stats)
 {
     quarter sums[8], squares[8];
-    vd8 deviations = vd8_set1(0);
     if (a->rms) {
         NO_UNROLL for (int i = 0; i < rows; i++) squares[i] = block_squares(stats->x[i], stats->n[i]);
     } else {
         NO_UNROLL for (int i = 0; i < rows; i++)
             block_deviations(stats->x[i], stats->n[i], v_set1(stats->pivot[i]), &sums[i],
                              &squares[i]);
-        copy_rows(sums, rows);
-        deviations = quarter_hsum8(sums);
     }
-    copy_rows(squares, rows);
-    group_rstds(deviations, quarter_hsum8(squares), vd8_load_f64(stats->per_n), a->eps, stats);
-    stats->careful &= (1u << rows) - 1;
+    if (rows == 2) {
+        const double deviations[2] = {a->rms ? 0 : quarter_hsum(sums[0]),
+                                      a->rms ? 0 : quarter_hsum(sums[1])};
+        pair_rstds(deviations, squares, a->eps, stats);
+    } else {
+        vd8 deviations = vd8_set1(0);
+        copy_rows(squares, rows);
+        if (!a->rms) {
+            copy_rows(sums, rows);
+            deviations = quarter_hsum8(sums);
+        }
+        group_rstds(deviations, quarter_hsum8(squares), vd8_load_f64(stats->per_n), a->eps, stats);
+        stats->careful &= (1u << rows) - 1;
+    }
     if (a->steps)
         for (int i = 0; i < rows; i++) stats->careful |= (unsigned)!stats->n[i] << i;
     if (a->mean || a->rstd) store_group_stats(a, row, rows, stats);
@@ -358,6 +366,10 @@ INLINE void group_start(const fn_layer_norm_args *a, const workspace *space, ptr
     }
     if (!summed)
         NO_UNROLL for (int i = 0; i < rows; i++) sums[i] = block_sum(stats->x[i], stats->n[i]);
+    if (rows == 2) {
+        pair_pivots(sums, stats);
+        return;
+    }
     copy_rows(sums, rows);
     group_pivots(quarter_hsum8(sums), vd8_load_f64(stats->per_n), stats);
 }

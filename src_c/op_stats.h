@@ -162,3 +162,28 @@ INLINE void group_rstds(vd8 sums, vd8 squares, vd8 per_n, double eps, group_stat
                               vd8_le(variance, vd8_set1(DBL_MAX)));
     KEEP_IN_MEMORY(stats);
 }
+
+/* The same of two rows: for so few, scalars cost less. */
+#define pair_pivots FN_OF_T(pair_pivots)
+INLINE void pair_pivots(const quarter sums[2], group_stats *stats)
+{
+    UNROLL for (int i = 0; i < 2; i++)
+        stats->pivot[i] = (element)((quarter_hsum(sums[i]) + 0.0) * stats->per_n[i]);
+}
+
+#define pair_rstds FN_OF_T(pair_rstds)
+INLINE void pair_rstds(const double sums[2], const quarter squares[2], double eps,
+                       group_stats *stats)
+{
+    stats->careful = 0;
+    UNROLL for (int i = 0; i < 2; i++) {
+        row_stats row;
+        const int plain = sums_to_stats(sums[i], quarter_hsum(squares[i]), stats->per_n[i], eps,
+                                        stats->pivot[i], &row);
+        stats->rstd[i] = row.rstd;
+        stats->shift[i] = row.shift;
+        stats->c[i] = sums[i] * stats->per_n[i];
+        stats->reported_rstd[i] = row.reported_rstd;
+        stats->careful |= (unsigned)!plain << i;
+    }
+}
