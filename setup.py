@@ -78,6 +78,7 @@ INSTRUMENTS = COVERAGE + SANITIZE
 
 COMPILE_FLAGS = [
     *(["-O1", "-g"] if INSTRUMENTS else ["-O2"]),
+    *(["-fstack-clash-protection"] if sys.platform == "linux" else []),
     *["-std=gnu11", "-fvisibility=hidden", f"-ffile-prefix-map={os.getcwd()}=."],
     *[*ARITHMETIC, *BASELINE.get(machine(), []), *OPENMP, *INSTRUMENTS],
 ]

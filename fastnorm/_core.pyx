@@ -430,9 +430,13 @@ cdef inline fn_rows rows_at(object a, Py_ssize_t stride) noexcept:
     return rows
 
 
-cdef inline bint is_long(fn_shape *shape, fn_dtype dtype, int arrays) noexcept:
+cdef inline bint is_long(fn_shape *shape, const fn_steps *steps, fn_dtype dtype,
+                         int arrays) noexcept:
     """Whether a call moves enough to let go of the GIL."""
-    return arrays * shape.rows * shape.cols * (8 if dtype == FN_F64 else 4) >= GIL_BYTES
+    cdef Py_ssize_t elements = shape.rows * shape.cols
+    if steps is not NULL and steps.starts is not NULL:
+        elements = steps.starts[shape.rows]
+    return arrays * elements * (8 if dtype == FN_F64 else 4) >= GIL_BYTES
 
 
 cdef int raise_no_scratch(Py_ssize_t cols) except -1:
@@ -441,7 +445,7 @@ cdef int raise_no_scratch(Py_ssize_t cols) except -1:
 
 cdef inline int call_layer_norm(fn_layer_norm_args *args, fn_dtype dtype) except -1:
     cdef int status
-    if is_long(&args.shape, dtype, 2):
+    if is_long(&args.shape, args.steps, dtype, 2):
         with nogil:
             status = fn_layer_norm(args, dtype, 0)
     else:
@@ -550,11 +554,11 @@ cdef struct options:
 
 
 cdef inline bint is_sum(object out, ndarray x, int typenum, object residual) noexcept:
-    """Whether the sum may be written to `out`: x or residual themselves, or memory elsewhere."""
-    return is_plain(out, typenum, C_ALIGNED_WRITEABLE) and (
-        out is x or out is residual
-        or (same_shape(<ndarray>out, x) and apart(<ndarray>out, x)
-            and apart(<ndarray>out, residual))
+    """Whether the sum may be written to `out`: it is, or shares no byte with, x, and residual."""
+    return (
+        is_plain(out, typenum, C_ALIGNED_WRITEABLE) and same_shape(<ndarray>out, x)
+        and (out is x or apart(<ndarray>out, x))
+        and (out is residual or apart(<ndarray>out, residual))
     )
 
 
@@ -1232,7 +1236,7 @@ cdef void packed_steps(fn_steps *steps, fn_shape *shape, ndarray x, ndarray star
 
 cdef int call_backward(fn_layer_norm_backward_args *args, fn_dtype dtype):
     cdef int status
-    if is_long(&args.shape, dtype, 3):
+    if is_long(&args.shape, args.steps, dtype, 3):
         with nogil:
             status = fn_layer_norm_backward(args, dtype, 0)
     else:
@@ -1562,7 +1566,7 @@ def moments_rows(int lead, object compute, ndarray x, mean, variance, bint plan=
         args.steps = &steps
     if plan:
         return plan_dict(fn_plan_moments(&args, dtype, 0), args.shape)
-    if is_long(&args.shape, dtype, 1):
+    if is_long(&args.shape, args.steps, dtype, 1):
         with nogil:
             status = fn_moments(&args, dtype, 0)
     else:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from numpy.exceptions import TooHardError
+from numpy.exceptions import AxisError, TooHardError
 from numpy.lib.array_utils import normalize_axis_tuple
 
 from . import interop
@@ -36,11 +37,14 @@ def as_array(name: str, value: Any) -> np.ndarray:
     if is_masked(value):
         raise TypeError(
             f"{name}: got a masked array, wanted an ndarray: a mask would be ignored; "
-            "pass x.filled(...)"
+            f"pass {name}.filled(...)"
         )
     if hasattr(value, "__cuda_array_interface__"):
         raise TypeError(f"{name}: got an array on a CUDA device, wanted one in host memory")
-    return np.asarray(value)
+    try:
+        return np.asarray(value)
+    except ValueError as error:  # lists of different lengths
+        raise ValueError(f"{name}: {error}") from None
 
 
 def is_masked(value: Any) -> bool:
@@ -56,6 +60,8 @@ def is_storage(dtype: np.dtype) -> bool:
 
 def as_floating(name: str, value: Any) -> np.ndarray:
     """`value` in a storage type of either byte order; integers and booleans become float64."""
+    if value is None:
+        raise TypeError(f"{name}: got None, wanted an array")
     array = as_array(name, value)
     if array.dtype.kind in "biu":
         return array.astype(np.float64)
@@ -75,7 +81,8 @@ def compute_type(*dtypes: np.dtype) -> np.dtype:
 def wider(a: np.dtype, b: np.dtype) -> np.dtype:
     """What NumPy promotes two storage types to, in native order."""
     a, b = a.newbyteorder("="), b.newbyteorder("=")
-    return a if a == b else compute_type(a, b)
+    same = a == b or (interop.is_bfloat16(a) and interop.is_bfloat16(b))
+    return a if same else compute_type(a, b)
 
 
 def as_result_type(dtype: Any) -> np.dtype:
@@ -107,6 +114,8 @@ def as_offset(offset: Any) -> float:
         value = float(operator.pos(offset))
     except (TypeError, ValueError):
         raise TypeError(f"offset: got {offset!r}, wanted a number") from None
+    except OverflowError:
+        value = math.inf
     if not math.isfinite(value):
         raise ValueError(f"offset: got {offset!r}, wanted a finite number")
     return value
@@ -118,6 +127,8 @@ def as_eps(eps: Any) -> float:
         value = float(operator.pos(eps))  # which text has not
     except (TypeError, ValueError):
         raise TypeError(f"eps: got {eps!r}, wanted a number of at least 0") from None
+    except OverflowError:
+        raise ValueError(f"eps: got {eps!r}, wanted a number that a float holds") from None
     if not value >= 0:
         raise ValueError(f"eps: got {eps!r}, wanted a number of at least 0")
     return value
@@ -140,12 +151,18 @@ def as_shape(name: str, value: Any) -> tuple[int, ...]:
     shape = _as_ints(name, value)
     if any(length < 0 for length in shape):
         raise ValueError(f"{name}: got {value!r}, wanted lengths of at least 0")
+    if any(length > sys.maxsize for length in shape):
+        raise ValueError(f"{name}: got {value!r}, wanted lengths of at most {sys.maxsize}")
     return shape
 
 
 def as_axes(axis: Any, ndim: int) -> tuple[int, ...]:
     """An int or a sequence of ints as axes of an array of `ndim` dimensions, ascending."""
-    axes = normalize_axis_tuple(_as_ints("axis", axis), ndim, argname="axis", allow_duplicate=True)
+    given = _as_ints("axis", axis)
+    for item in given:
+        if not -ndim <= item < ndim:  # which may be more than NumPy's own check can take
+            raise AxisError(item, ndim, "axis")
+    axes = normalize_axis_tuple(given, ndim, argname="axis", allow_duplicate=True)
     if not axes:
         raise ValueError("axis: got (), wanted at least one axis")
     if len(set(axes)) < len(axes):
@@ -154,7 +171,8 @@ def as_axes(axis: Any, ndim: int) -> tuple[int, ...]:
 
 
 def _as_ints(name: str, value: Any) -> tuple[int, ...]:
-    items = value if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
+    is_text = isinstance(value, (str, bytes, bytearray))
+    items = value if isinstance(value, Iterable) and not is_text else (value,)
     try:
         return tuple(operator.index(item) for item in items)
     except TypeError:
@@ -236,17 +254,21 @@ def as_statistic(
 
 
 def as_lengths(value: Any, lead: tuple[int, ...], n: int) -> np.ndarray:
-    """How many elements of each row count, as a contiguous intp array of the leading shape."""
+    """How many elements of each row count, as a contiguous intp array of the leading shape.
+
+    It is a copy, and the copy is checked: another thread may write to the caller's array while the
+    kernels, which trust these numbers, run without the GIL.
+    """
     array = as_array("lengths", value)
     if array.dtype.kind not in "iu":
         raise TypeError(f"lengths: got dtype {array.dtype}, wanted integers")
-    array = _broadcast("lengths", array, lead)
+    array = np.array(_broadcast("lengths", array, lead), order="C")
     if array.size and not (array.min() >= 0 and array.max() <= n):
         raise ValueError(
             f"lengths: got values from {array.min()} to {array.max()}, wanted 0 to {n}, "
             "the number of normalized elements"
         )
-    return np.ascontiguousarray(array, dtype=np.intp)
+    return array.astype(np.intp, copy=False)
 
 
 def as_element_mask(value: Any, shape: tuple[int, ...]) -> np.ndarray:
@@ -268,13 +290,13 @@ def _broadcast(name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarr
 
 
 def as_offsets(value: Any, total: int) -> np.ndarray:
-    """Where packed rows begin and end: ascending from 0 to the number of elements."""
+    """Where packed rows begin and end: ascending from 0 to x's length; a copy, as lengths are."""
     array = as_array("offsets", value)
     if array.dtype.kind not in "iu":
         raise TypeError(f"offsets: got dtype {array.dtype}, wanted integers")
     if array.ndim != 1 or not array.size:
         raise ValueError(f"offsets: got shape {array.shape}, wanted one axis of at least 1")
-    offsets = np.ascontiguousarray(array, dtype=np.intp)
+    offsets = np.array(array, dtype=np.intp)
     if offsets[0] != 0 or offsets[-1] != total or (np.diff(offsets) < 0).any():
         raise ValueError(
             f"offsets: got {array!r}, wanted integers that ascend from 0 to {total}, x's length"
@@ -287,7 +309,7 @@ def as_mask(output_mask: Any, names: str = "dx, dweight, dbias") -> tuple[bool, 
     count = names.count(",") + 1
     try:
         mask = tuple(bool(item) for item in output_mask)
-    except TypeError:
+    except (TypeError, ValueError):  # rows of an array are no truth values
         mask = ()
     if len(mask) != count:
         words = {2: "two", 3: "three"}[count]
@@ -301,7 +323,8 @@ def check_out(name: str, out: Any, shape: tuple[int, ...], dtype: np.dtype) -> N
         raise TypeError(f"{name}: got {type(out).__name__}, wanted an ndarray")
     if out.dtype.newbyteorder("=") != dtype:
         wanted = "uint16" if dtype == interop.BITS else dtype
-        raise TypeError(f"{name}: got dtype {out.dtype}, wanted {wanted}, the type of the result")
+        which = "sum" if name == "sum_out" else "result"
+        raise TypeError(f"{name}: got dtype {out.dtype}, wanted {wanted}, the type of the {which}")
     if out.shape != shape:
         raise ValueError(f"{name}: got shape {out.shape}, wanted {shape}, the shape of x")
     if not out.flags.writeable:

@@ -38,6 +38,7 @@ class Rows:
         order: tuple[int, ...],
         notes: list[str],
         fill: bool = True,
+        explained: bool = False,
     ) -> None:
         self.source = source
         self.order = order
@@ -45,8 +46,9 @@ class Rows:
         self.copied = bool(why)
         if why:
             notes.append(f"{name} is copied: {why}")
-            source = np.empty(source.shape, source.dtype.newbyteorder("="))
-            if fill:
+            native = source.dtype.newbyteorder("=")
+            source = stand_in(source.shape, native) if explained else np.empty(source.shape, native)
+            if fill and not explained:
                 np.copyto(source, self.source)
         self.stored = source
         self.array = source.transpose(order)
@@ -62,6 +64,12 @@ def _why_copied(array: np.ndarray) -> str:
     if not array.dtype.isnative:
         return "its bytes are swapped"
     return "" if array.flags.aligned else "its elements are not aligned"
+
+
+def stand_in(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """What has a new array's shape and strides, but memory for one element: for plans alone."""
+    strides = [dtype.itemsize * math.prod(shape[d + 1 :]) for d in range(len(shape))]
+    return np.lib.stride_tricks.as_strided(np.empty((), dtype), shape, strides)
 
 
 class Call:
@@ -96,7 +104,7 @@ class Call:
 
     def floating(self, name: str, value: Any) -> np.ndarray:
         array = checks.as_floating(name, value)
-        if array.dtype.kind == "V" and array.dtype != interop.BITS:
+        if array.dtype.kind == "V" and not interop.is_bits(array.dtype):
             _core.set_bfloat16(array.dtype)
         if array is not value and np.asarray(value).dtype.kind in "biu":
             self.copies.append(f"{name} is copied: integers are converted to float64")
@@ -104,7 +112,7 @@ class Call:
 
     def rows(self, name: str, source: np.ndarray, is_output: bool = False) -> np.ndarray:
         """The array as the kernels see it; an output is written back after the call."""
-        rows = Rows(name, source, self.order, self.copies, not is_output and not self.explained)
+        rows = Rows(name, source, self.order, self.copies, not is_output, self.explained)
         if is_output:
             self.outputs.append(rows)
         return rows.array
@@ -161,12 +169,22 @@ class Call:
         """An array for a result, and whether its pages are known to exist."""
         nbytes = self.source.size * dtype.itemsize
         if self.explained:
-            return np.empty(self.source.shape, dtype), _core.would_be_warm(nbytes)
+            return stand_in(self.source.shape, dtype), _core.would_be_warm(nbytes)
         return _core.new_result(self.source.shape, dtype)
+
+    def a_row(self, dtype: np.dtype, value: Any) -> np.ndarray:
+        """Room for a number for each row, which rows of length 0 keep as `value`."""
+        if self.explained:
+            return stand_in(self.lead, dtype)
+        return np.full(self.lead, value, dtype)
+
+    def scales(self, dtype: np.dtype) -> np.ndarray | None:
+        """Room for the rows' scales, where results are of a type that has them."""
+        return self.a_row(checks.FLOAT32, LEAST_SCALE) if dtype == checks.INT8 else None
 
     def statistics(self) -> tuple[np.ndarray, np.ndarray]:
         """Room for a mean and an rstd or variance, which hold what rows of length 0 have."""
-        return np.zeros(self.lead, self.compute), np.full(self.lead, np.nan, self.compute)
+        return self.a_row(self.compute, 0), self.a_row(self.compute, np.nan)
 
     def valid(self, lengths: Any, mask: Any) -> dict[str, np.ndarray]:
         """Which elements count, as the kernels take it."""
@@ -198,6 +216,11 @@ class Pair(NamedTuple):
     bias: Any
     out: Any
     names: tuple[str, str, str] = ("weight", "bias", "out")
+
+    def as_bits(self) -> Pair:
+        """The parameters as bfloat16, where they are uint16."""
+        weight, bias = interop.as_bits(self.weight), interop.as_bits(self.bias)
+        return self._replace(weight=weight, bias=bias)
 
 
 class Output(NamedTuple):
@@ -240,10 +263,12 @@ class NormCall(Call):
         explained: bool = False,
     ) -> None:
         adds = addends or {}
+        if interop.asks_for_bits(x, dtype):
+            x, dtype, sum_out = interop.as_bits(x), None, interop.as_bits(sum_out)
+            adds = {name: interop.as_bits(value) for name, value in adds.items()}
+            pairs = [pair.as_bits() for pair in pairs]
         residual = adds.get("residual")
         others = [] if residual is None else [checks.as_floating("residual", residual)]
-        if interop.asks_for_bits(x, dtype):
-            x, dtype = np.asarray(x).view(interop.BITS), None
         super().__init__(x, normalized_shape, axis, explained, others, per_sample=per_sample)
         self.y_type = self.dtype if dtype is None else checks.as_result_type(dtype)
         self.options: dict[str, Any] = {
@@ -312,12 +337,10 @@ class NormCall(Call):
             given, self.warm = self.new_result(self.y_type)
         y = given
         if pair.out is not None:
-            if self.y_type == interop.BITS and getattr(y, "dtype", None) == np.uint16:
-                y = y.view(interop.BITS)
+            if self.y_type == interop.BITS:
+                y = interop.as_bits(y)
             checks.check_out(pair.names[2], y, self.source.shape, self.y_type)
-        is_int8 = self.y_type == checks.INT8
-        scale = np.full(self.lead, LEAST_SCALE, np.float32) if is_int8 else None
-        return Output(weight, bias, y, scale, given)
+        return Output(weight, bias, y, self.scales(self.y_type), given)
 
     def check_apart(
         self,
@@ -530,7 +553,7 @@ class SegmentsCall(Call):
             return array
         dtype = array.dtype.newbyteorder("=")
         if self.explained:
-            return np.empty(array.shape, dtype)
+            return stand_in(array.shape, dtype)
         return np.ascontiguousarray(array, dtype=dtype)
 
     def is_copied(self, name: str, array: np.ndarray) -> bool:
@@ -558,11 +581,16 @@ class SegmentNormCall(SegmentsCall):
         return_stats: Any, activation: Any, *, rms: bool = False, offset: Any = 0.0,
         explained: bool = False,
     ) -> None:  # fmt: skip
+        y = out
+        if interop.asks_for_bits(x, dtype):
+            x, dtype = interop.as_bits(x), None
+            weight, bias = interop.as_bits(weight), interop.as_bits(bias)
         super().__init__(x, offsets, explained)
         w, b = self.feature_parameter("weight", weight), self.feature_parameter("bias", bias)
         y_type = self.dtype if dtype is None else checks.as_result_type(dtype)
         machine = MACHINE_EPS[self.compute] if rms and eps is None else checks.as_eps(eps)
         if out is not None:
+            out = interop.as_bits(out) if y_type == interop.BITS else out
             checks.check_out("out", out, self.source.shape, y_type)
             inputs = {"x": x, "weight": weight, "bias": bias, "offsets": offsets}
             checks.check_apart("out", out, inputs)
@@ -570,8 +598,7 @@ class SegmentNormCall(SegmentsCall):
         direct = out is not None and not self.is_copied("out", out)
         self.y = out if direct else self.new_result(y_type)[0]
         self.out = self.y if out is None else out
-        is_int8 = y_type == checks.INT8
-        scale = np.full(self.lead, LEAST_SCALE, np.float32) if is_int8 else None
+        scale = self.scales(y_type)
         mean, rstd = self.statistics() if return_stats else (None, None)
         self.kernel = partial(
             _core.norm_segments, self.compute, packed_x, self.starts,
@@ -579,7 +606,7 @@ class SegmentNormCall(SegmentsCall):
             offset=checks.as_offset(offset), activation=checks.as_activation(activation),
             mean=None if rms else mean, rstd=rstd,
         )  # fmt: skip
-        parts = [self.out, scale, None if rms else mean, rstd]
+        parts = [self.out if y is None else y, scale, None if rms else mean, rstd]
         kept = [part for part in parts if part is not None]
         self.result = kept[0] if len(kept) == 1 else tuple(kept)
 
@@ -918,7 +945,8 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
     Returns
     -------
     Explanation
-        Backend, instruction set, threads, regime, copies that would be made, and the reasons.
+        Backend, instruction set, threads, regime, each copy of an array of x's size that would be
+        made, and the reasons. What is small is converted without a word.
 
     Raises
     ------

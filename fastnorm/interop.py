@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 #: bfloat16 where ml_dtypes is not installed: two bytes that NumPy will not take for integers.
-BITS = np.dtype([("bfloat16", np.uint16)])
+BITS = np.dtype([("bfloat16", np.uint16)], align=True)
 
 #: Arguments that are written to; the caller gets the very object back.
 OUTPUTS = ("out", "sum_out")
@@ -92,19 +92,24 @@ def from_ndarray(result: Any) -> Any:
     return torch.from_numpy(result)
 
 
+def is_bits(dtype: np.dtype) -> bool:
+    """Whether `dtype` is BITS, in either byte order."""
+    return dtype.kind == "V" and dtype.newbyteorder("=") == BITS
+
+
 def is_bfloat16(dtype: np.dtype) -> bool:
     """Whether `dtype` is bfloat16, by ml_dtypes or as BITS."""
     if dtype.kind != "V":
         return False
     # The name first: asking ml_dtypes imports it.
-    return dtype == BITS or (dtype.type.__name__ == "bfloat16" and dtype == bfloat16())
+    return is_bits(dtype) or (dtype.type.__name__ == "bfloat16" and dtype == bfloat16())
 
 
 def widened(array: np.ndarray) -> np.ndarray:
     """The numbers that BITS stand for, as float32; other arrays as they are."""
-    if array.dtype != BITS:
+    if not is_bits(array.dtype):
         return array
-    return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return (array["bfloat16"].astype(np.uint32) << 16).view(np.float32)
 
 
 def to_bits(array: np.ndarray) -> np.ndarray:
@@ -133,7 +138,20 @@ def convert(name: str, value: Any) -> Any:
 
 def asks_for_bits(x: Any, dtype: Any) -> bool:
     """Whether x is bfloat16 as uint16: where ``dtype="bfloat16"`` is said by name."""
-    return isinstance(dtype, str) and dtype == "bfloat16" and getattr(x, "dtype", None) == np.uint16
+    return isinstance(dtype, str) and dtype == "bfloat16" and _is_uint16(x)
+
+
+def as_bits(value: Any) -> Any:
+    """A uint16 array of either byte order as BITS; anything else as it is."""
+    if not _is_uint16(value):
+        return value
+    array = value if isinstance(value, np.ndarray) else np.asarray(value)
+    return array.view(BITS.newbyteorder(array.dtype.byteorder))
+
+
+def _is_uint16(value: Any) -> bool:
+    dtype = getattr(value, "dtype", None)
+    return isinstance(dtype, np.dtype) and dtype.kind == "u" and dtype.itemsize == BITS.itemsize
 
 
 def run(call: Callable[..., Any], names: Sequence[str], *args: Any, main: str = "x") -> Any:

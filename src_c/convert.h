@@ -11,6 +11,9 @@
 /* Whole vectors that cross a cache line are slow to come back from it. */
 #define ALIGNED _Alignas(64)
 
+/* What is converted on the stack goes by pieces of so many elements: stacks may be small. */
+enum { PIECE = 256 };
+
 typedef enum {
     F32_FROM_F16,
     F32_FROM_BF16,
@@ -117,15 +120,15 @@ OUTLINE void convert(char *into, ptrdiff_t into_size, const char *from, ptrdiff_
 OUTLINE void move_strip(char *into, ptrdiff_t into_stride, fn_dtype into_type, const char *from,
                         ptrdiff_t from_stride, fn_dtype from_type, ptrdiff_t n)
 {
-    ALIGNED double gathered[BLOCK], scattered[BLOCK];
-    ALIGNED float floats[BLOCK];
+    ALIGNED double gathered[PIECE], scattered[PIECE];
+    ALIGNED float floats[PIECE];
     const ptrdiff_t into_size = fn_size_of(into_type), from_size = fn_size_of(from_type);
     if (into_type == from_type) {
         copy_strip(into, into_stride, from, from_stride, into_size, n);
         return;
     }
     for (ptrdiff_t m; n > 0; n -= m, into += m * into_stride, from += m * from_stride) {
-        m = n < BLOCK ? n : BLOCK;
+        m = n < PIECE ? n : PIECE;
         const char *p = from;
         char *q = into_stride == into_size ? into : (char *)scattered;
         if (from_stride != from_size) {
@@ -149,11 +152,11 @@ OUTLINE void move_strip(char *into, ptrdiff_t into_stride, fn_dtype into_type, c
 /* Elements of `type` in place, to what a lesser type would hold of them; int8 is another matter. */
 OUTLINE void round_elements(char *p, fn_dtype type, fn_dtype to, ptrdiff_t n)
 {
-    ALIGNED float room[BLOCK];
+    ALIGNED float room[PIECE];
     const ptrdiff_t size = fn_size_of(type), to_size = fn_size_of(to);
     if (to_size >= size || to == FN_I8) return;
     for (ptrdiff_t m; n > 0; n -= m, p += m * size) {
-        m = n < BLOCK ? n : BLOCK;
+        m = n < PIECE ? n : PIECE;
         move_strip((char *)room, to_size, to, p, size, type, m);
         move_strip(p, size, type, (const char *)room, to_size, to, m);
     }

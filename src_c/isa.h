@@ -39,10 +39,12 @@ extern const fn_isa *fn_active_isa;
 
 /* How many rows are in flight at a time, so how many rooms a thread needs for what becomes of them
  * before they are normalised. */
-static inline int fn_rows_in_flight(ptrdiff_t cols, ptrdiff_t size)
+static inline int fn_rows_in_flight(const fn_shape *shape, ptrdiff_t size)
 {
-    if (cols <= FN_GROUP_COLS) return cols * size <= FN_FOUR_ROWS_BYTES ? 8 : 4;
-    return cols * size <= FN_OVERLAP_BYTES ? 2 : 1;
+    const ptrdiff_t bytes = shape->cols * size;
+    int rows = bytes <= FN_OVERLAP_BYTES ? 2 : 1;
+    if (shape->cols <= FN_GROUP_COLS) rows = bytes <= FN_FOUR_ROWS_BYTES ? 8 : 4;
+    return shape->rows < rows ? (int)shape->rows : rows;
 }
 
 /* Elements from one room to the next: at least a vector more than a row, which packing may
@@ -63,7 +65,7 @@ static inline int fn_rooms(const fn_shape *shape, const fn_steps *steps, ptrdiff
                            int backward)
 {
     if (backward) return steps->mask.data || steps->starts ? 4 : 2;
-    return fn_rows_in_flight(shape->cols, size) + 1;
+    return fn_rows_in_flight(shape, size) + 1;
 }
 
 /* Rooms; the parameters of each output, with a note of what they were converted from; in a backward
@@ -75,7 +77,8 @@ static inline size_t fn_scratch_bytes(const fn_shape *shape, const fn_steps *ste
     const ptrdiff_t tile = fn_room_stride(fn_tile(shape->cols, steps->param_cols));
     const ptrdiff_t rooms = fn_rooms(shape, steps, size, backward) * fn_room_stride(shape->cols);
     const ptrdiff_t notes = (count * (ptrdiff_t)sizeof(void *) + 63) / 64 * 64;
-    const ptrdiff_t sums = backward && steps->starts ? 2 * tile * (ptrdiff_t)sizeof(double) : 0;
+    const ptrdiff_t params = steps->param_cols ? steps->param_cols : shape->cols;
+    const ptrdiff_t sums = backward && steps->starts ? 2 * params * (ptrdiff_t)sizeof(double) : 0;
     return (size_t)((rooms + count * tile) * size + notes + sums);
 }
 

@@ -9,7 +9,8 @@
  *            and the parameters are loaded once for several rows
  *   row      wider rows, one at a time
  *   stream   outputs larger than the cache, one row at a time, written by whole cache lines past
- *            the cache while a row to come is fetched
+ *            the cache while a row to come is fetched (groups whose last steps leave them in a
+ *            room are written so from there: stream_rooms)
  *
  * Each goes through rows in three steps: start (the pivot), middle (variance and rstd) and finish
  * (the output). A step ends in a chain of scalar operations of some hundred cycles that the next
@@ -424,7 +425,7 @@ INLINE void plain_group(const fn_layer_norm_args *a, ptrdiff_t row, int rows,
     group_affine_of(&pass, stats, y, rows, a->shape.cols);
 }
 
-/* One row of those that differ in length, or that a mask packed: it is read again. */
+/* One row of those that differ in length. What a mask packed is read again, with what it left out. */
 #define uneven_row FN_OF_T(uneven_row)
 static void uneven_row(const fn_layer_norm_args *a, const group_pass *pass, ptrdiff_t row,
                        const group_stats *stats, int i, element *to)

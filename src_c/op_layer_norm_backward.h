@@ -48,13 +48,14 @@ static COLD int all_zero(const element *dy, ptrdiff_t n)
  * that its products with x - mean may have underflowed. (g is at least as large as the means, which
  * may be small for other reasons; such rows take the careful way for nothing.) */
 #define within_range FN_OF_T(within_range)
-INLINE int within_range(const double sums[3], double rstd, ptrdiff_t n, const element *dy)
+INLINE int within_range(const double sums[3], double rstd, ptrdiff_t n, const element *dy,
+                        ptrdiff_t dy_n)
 {
     const int is_float = sizeof(element) == sizeof(float);
     const double limit = is_float ? 0x1p50 : 0x1p400, least = is_float ? 0x1p-77 : 0x1p-600;
     const double g = fabs(sums[1]) + fabs(sums[2]) * rstd;
     return rstd <= limit && rstd >= 1 / limit && fabs(sums[0]) <= DBL_MAX && g <= DBL_MAX &&
-           (g >= least * (double)n || all_zero(dy, n));
+           (g >= least * (double)n || all_zero(dy, dy_n));
 }
 
 /* 1/std of x times 2^up, where the rstd that was saved did not fit T: eps was 0 or next to it, and x
@@ -253,7 +254,7 @@ OUTLINE int coefficients_of(const element *x, const element *dy, const element *
 {
     double dots[3];
     row_dots(x, dy, w, n, row->pivot, NULL, NULL, dots);
-    if (within_range(dots, rstd, n, dy)) {
+    if (within_range(dots, rstd, n, dy, n)) {
         dots_to_coefficients(dots, rstd, n, rms, row);
         return 1;
     }
@@ -397,7 +398,7 @@ static int coefficients_of_seen(const fn_layer_norm_backward_args *a, const work
     double dots[3];
     if (!n) return -1;
     row_dots(x, g, NULL, n, c->pivot, NULL, NULL, dots);
-    if (within_range(dots, rstd, n, rows->dy)) {
+    if (within_range(dots, rstd, n, rows->dy, rows->n)) {
         dots_to_coefficients(dots, rstd, n, a->rms, c);
         return 1;
     }

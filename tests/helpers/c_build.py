@@ -59,7 +59,8 @@ class Core:
         known = flags_of_setup()
         self.folder, self.compiler = folder, compiler
         self.flags = [
-            *["-O2", "-std=gnu11", f"-I{SOURCES}", *known["ARITHMETIC"], *known["NO_TABLES"]],
+            *["-O2", "-std=gnu11", "-fvisibility=hidden", f"-I{SOURCES}"],
+            *[*known["ARITHMETIC"], *known["NO_TABLES"]],
             *known["BASELINE"].get(machine, []),
             *extra,
         ]
