@@ -247,19 +247,27 @@ OUTLINE void one_row_pass(const element *const *x, const element *const *dy, ele
 /* Rows whose pass shares dweight and dbias; more of them would crowd each other out of L1. */
 #define BACKWARD_GROUP 2
 
+#define scaled_dots FN_OF_T(scaled_dots)
+static COLD void scaled_dots(const element *x, const element *dy, const element *w, ptrdiff_t n,
+                             element pivot, const scale *sx, const scale *sdy, double sums[3])
+{
+    element rooms[2 * BLOCK];
+    row_dots(x, dy, w, n, pivot, sx, sdy, rooms, sums);
+}
+
 /* What the pass needs of a row, whose pivot is set; false where it must read through factors. */
 #define coefficients_of FN_OF_T(coefficients_of)
 OUTLINE int coefficients_of(const element *x, const element *dy, const element *w, ptrdiff_t n,
                            element rstd, int rms, backward_row *row)
 {
     double dots[3];
-    row_dots(x, dy, w, n, row->pivot, NULL, NULL, dots);
+    row_dots(x, dy, w, n, row->pivot, NULL, NULL, NULL, dots);
     if (within_range(dots, rstd, n, dy, n)) {
         dots_to_coefficients(dots, rstd, n, rms, row);
         return 1;
     }
     const careful_row_state c = careful_start(x, n, dy, n, rstd, rms, row);
-    row_dots(x, dy, w, n, row->pivot, &row->x, &row->dy, dots);
+    scaled_dots(x, dy, w, n, row->pivot, &row->x, &row->dy, dots);
     careful_end(dots, n, rstd, rms, &c, row);
     return 0;
 }
@@ -397,14 +405,14 @@ static int coefficients_of_seen(const fn_layer_norm_backward_args *a, const work
     const ptrdiff_t n = summed_rows(a, space, row, rows, NULL, x_room, g);
     double dots[3];
     if (!n) return -1;
-    row_dots(x, g, NULL, n, c->pivot, NULL, NULL, dots);
+    row_dots(x, g, NULL, n, c->pivot, NULL, NULL, NULL, dots);
     if (within_range(dots, rstd, n, rows->dy, rows->n)) {
         dots_to_coefficients(dots, rstd, n, a->rms, c);
         return 1;
     }
     const careful_row_state state = careful_start(x, n, rows->dy, rows->n, rstd, a->rms, c);
     summed_rows(a, space, row, rows, &c->dy, x_room, g);
-    row_dots(x, g, NULL, n, c->pivot, &c->x, NULL, dots);
+    scaled_dots(x, g, NULL, n, c->pivot, &c->x, NULL, dots);
     careful_end(dots, n, rstd, a->rms, &state, c);
     return 0;
 }

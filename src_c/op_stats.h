@@ -45,7 +45,7 @@ INLINE int sums_to_stats(double sum, double squares, double per_n, double eps,
 #define row_pivot FN_OF_T(row_pivot)
 INLINE element row_pivot(const element *x, ptrdiff_t n)
 {
-    return (element)(row_sum(x, n, NULL) * (1.0 / (double)n));
+    return (element)(row_sum(x, n, NULL, NULL) * (1.0 / (double)n));
 }
 
 /* The second; false where the row needs careful_stats. rms: deviations are from 0, and their mean
@@ -55,7 +55,7 @@ INLINE int plain_stats(const element *x, ptrdiff_t n, element pivot, double eps,
                        row_stats *stats)
 {
     const deviation_sums d =
-        rms ? (deviation_sums){0, row_squares(x, n)} : row_deviations(x, n, pivot, NULL);
+        rms ? (deviation_sums){0, row_squares(x, n)} : row_deviations(x, n, pivot, NULL, NULL);
     return sums_to_stats(d.sum, d.squares, 1.0 / (double)n, eps, pivot, stats);
 }
 
@@ -75,12 +75,13 @@ static double scaled_rstd(double variance, double eps, int exponent)
 static COLD void recentred_stats(const element *x, ptrdiff_t n, double eps, int rms, int exponent,
                                  row_stats *stats)
 {
+    element room[BLOCK];
     const double per_n = 1.0 / (double)n;
     const scale s = scale_to(exponent);
-    element pivot = rms ? 0 : (element)(row_sum(x, n, &s) * per_n);
+    element pivot = rms ? 0 : (element)(row_sum(x, n, &s, room) * per_n);
     double c;
     for (int pass = 0;; pass++) {
-        const deviation_sums d = row_deviations(x, n, pivot, &s);
+        const deviation_sums d = row_deviations(x, n, pivot, &s, room);
         c = rms ? 0 : d.sum * per_n;
         stats->variance = d.squares * per_n - c * c;
         stats->mean = (double)pivot + c;

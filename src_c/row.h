@@ -86,11 +86,11 @@ INLINE quarter block_sum(const element *x, ptrdiff_t n)
 #define block_length FN_OF_T(block_length)
 INLINE ptrdiff_t block_length(ptrdiff_t n, ptrdiff_t i) { return n - i < BLOCK ? n - i : BLOCK; }
 
-/* s: the factor it is read through, or NULL. */
+/* s: the factor it is read through, with room for a block, or both NULL. (The room is the caller's:
+ * in a frame of this function it would cost the plain rows time.) */
 #define row_sum FN_OF_T(row_sum)
-OUTLINE double row_sum(const element *x, ptrdiff_t n, const scale *s)
+OUTLINE double row_sum(const element *x, ptrdiff_t n, const scale *s, element *room)
 {
-    element room[BLOCK];
     wide total = wide_zero();
     for (ptrdiff_t i = 0; i < n; i += BLOCK) {
         const ptrdiff_t m = block_length(n, i);
@@ -183,9 +183,9 @@ typedef struct {
 } deviation_sums;
 
 #define row_deviations FN_OF_T(row_deviations)
-OUTLINE deviation_sums row_deviations(const element *x, ptrdiff_t n, element pivot, const scale *s)
+OUTLINE deviation_sums row_deviations(const element *x, ptrdiff_t n, element pivot, const scale *s,
+                                      element *room)
 {
-    element room[BLOCK];
     wide total_a = wide_zero(), total_q = total_a;
     for (ptrdiff_t i = 0; i < n; i += BLOCK) {
         const ptrdiff_t m = block_length(n, i);
@@ -279,18 +279,18 @@ INLINE void block_dots(const element *x, const element *dy, const element *w, pt
     total[2] = v_fold(gd_sum, VECTORS);
 }
 
-/* sx, sdy: the factors that x and dy are read through, or NULL. */
+/* sx, sdy: the factors that x and dy are read through, with room for a block of each, or NULL. */
 #define row_dots FN_OF_T(row_dots)
 OUTLINE void row_dots(const element *x, const element *dy, const element *w, ptrdiff_t n,
-                      element pivot, const scale *sx, const scale *sdy, double sums[3])
+                      element pivot, const scale *sx, const scale *sdy, element *rooms,
+                      double sums[3])
 {
-    element x_room[BLOCK], dy_room[BLOCK];
     wide total[3];
     for (int k = 0; k < 3; k++) total[k] = wide_zero();
     for (ptrdiff_t i = 0; i < n; i += BLOCK) {
         quarter block[3];
         const ptrdiff_t m = block_length(n, i);
-        block_dots(block_at(x + i, m, sx, x_room), block_at(dy + i, m, sdy, dy_room),
+        block_dots(block_at(x + i, m, sx, rooms), block_at(dy + i, m, sdy, rooms + BLOCK),
                    w ? w + i : NULL, m, v_set1(pivot), block);
         if (n <= BLOCK) {
             for (int k = 0; k < 3; k++) sums[k] = quarter_hsum(block[k]);
