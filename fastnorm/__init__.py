@@ -1,6 +1,7 @@
 """fastnorm: normalization layers on NumPy arrays, fast and right for every finite input."""
 
 import importlib
+from typing import TYPE_CHECKING, Any
 
 from . import _core, dispatch, threads
 from ._core import (
@@ -29,6 +30,9 @@ from .fused import (
 from .memory import empty, set_pool_limit
 from .modules import LayerNorm, LayerNorm2d, RMSNorm
 from .threads import get_num_threads, num_threads, set_num_threads
+
+if TYPE_CHECKING:
+    from . import reference
 
 threads.configure()
 
@@ -65,7 +69,11 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def __getattr__(name: str) -> Any:
     # The reference is for tests and readers: not every import pays for it.
     if name == "reference":
         return importlib.import_module(".reference", __name__)

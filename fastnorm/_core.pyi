@@ -1,7 +1,7 @@
 """Types of _core.pyx."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, SupportsIndex, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,8 +11,8 @@ _Array: TypeAlias = NDArray[Any]
 _Input: TypeAlias = Any
 # An ndarray, a tensor where the input is one, or a tuple of them as the arguments ask for it.
 _Result: TypeAlias = Any
-_Shape: TypeAlias = int | Sequence[int] | None
-_Axis: TypeAlias = int | Sequence[int] | None
+_Shape: TypeAlias = SupportsIndex | Sequence[SupportsIndex] | None
+_Axis: TypeAlias = SupportsIndex | Sequence[SupportsIndex] | None
 _Activation: TypeAlias = Literal["relu", "silu", "gelu", "gelu_tanh"] | None
 
 OPS: tuple[str, ...]

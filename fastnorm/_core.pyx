@@ -727,6 +727,9 @@ out=None, dtype=None, return_stats=False, activation=None, lengths=None, mask=No
     dtype : dtype, optional
         Type of the result; default: x's. ``numpy.int8`` asks for dynamic quantisation, symmetric
         and with a scale a row: ``scale = max(max|y| / 127, tiny)``, ``q = rint(y / scale)``.
+        ``"bfloat16"`` gives ml_dtypes' type, or uint16 where ml_dtypes is not installed; where x is
+        uint16, it says that x and all that goes with it in uint16 (parameters, outputs) hold the
+        bits of bfloat16, and the result is uint16.
     return_stats : bool
         Also return mean and ``rstd = 1 / sqrt(var + eps)``.
     activation : str, optional

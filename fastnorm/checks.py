@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import operator
-import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -151,8 +150,6 @@ def as_shape(name: str, value: Any) -> tuple[int, ...]:
     shape = _as_ints(name, value)
     if any(length < 0 for length in shape):
         raise ValueError(f"{name}: got {value!r}, wanted lengths of at least 0")
-    if any(length > sys.maxsize for length in shape):
-        raise ValueError(f"{name}: got {value!r}, wanted lengths of at most {sys.maxsize}")
     return shape
 
 

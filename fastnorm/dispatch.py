@@ -72,6 +72,12 @@ def stand_in(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return np.lib.stride_tricks.as_strided(np.empty((), dtype), shape, strides)
 
 
+def as_output(out: Any, dtype: np.dtype) -> Any:
+    """An array to write to, as bfloat16 where the result is of BITS."""
+    takes_bits = dtype == interop.BITS and isinstance(out, np.ndarray)
+    return interop.as_bits(out) if takes_bits else out
+
+
 class Call:
     """One call of an op, checked and laid out.
 
@@ -264,10 +270,10 @@ class NormCall(Call):
     ) -> None:
         adds = addends or {}
         if interop.asks_for_bits(x, dtype):
-            x, dtype, sum_out = interop.as_bits(x), None, interop.as_bits(sum_out)
+            x, dtype = interop.as_bits(x), None
             adds = {name: interop.as_bits(value) for name, value in adds.items()}
             pairs = [pair.as_bits() for pair in pairs]
-        residual = adds.get("residual")
+        residual, given_sum = adds.get("residual"), sum_out
         others = [] if residual is None else [checks.as_floating("residual", residual)]
         super().__init__(x, normalized_shape, axis, explained, others, per_sample=per_sample)
         self.y_type = self.dtype if dtype is None else checks.as_result_type(dtype)
@@ -285,12 +291,12 @@ class NormCall(Call):
         ]
         params = [(self.with_offset(w), b) for w, b in params]
         if residual is not None:
-            self.add_addends(adds, residual, sum_out, round_sum)
+            sum_out = self.add_addends(adds, residual, sum_out, round_sum)
         self.warm = True
         outputs = [self.output(pair, w, b) for pair, (w, b) in zip(pairs, params, strict=True)]
-        if sum_out is not None or any(pair.out is not None for pair in pairs):
+        if given_sum is not None or any(pair.out is not None for pair in pairs):
             inputs = {"x": x, **adds, "mask": mask, "lengths": lengths}
-            self.check_apart(inputs, pairs, outputs, sum_out)
+            self.check_apart(inputs, pairs, outputs, None if given_sum is None else sum_out)
         mean, rstd = self.statistics() if return_stats else (None, None)
         x_rows = self.rows("x", self.source)
         self.kernel = partial(
@@ -314,22 +320,23 @@ class NormCall(Call):
 
     def add_addends(
         self, adds: dict[str, Any], residual: Any, sum_out: Any, round_sum: Any
-    ) -> None:
-        """linear_bias, gate and residual, and where the sum goes."""
+    ) -> np.ndarray:
+        """linear_bias, gate and residual, and where the sum goes, which is returned."""
         array = self.like_x("residual", residual)
         for name in ("linear_bias", "gate"):
             self.options[name] = self.parameter(name, adds.get(name))
         kind = checks.wider(self.dtype, array.dtype)
-        if sum_out is None:
-            sum_out, _ = self.new_result(kind)
-        else:
-            checks.check_out("sum_out", sum_out, self.source.shape, kind)
-        self.total: np.ndarray | None = sum_out
+        self.total: np.ndarray = self.new_result(kind)[0] if sum_out is None else sum_out
+        total = self.total
+        if sum_out is not None:
+            total = as_output(sum_out, kind)
+            checks.check_out("sum_out", total, self.source.shape, kind)
         self.options |= {
             "residual": self.rows("residual", array),
-            "total": self.rows("sum_out", sum_out, is_output=True),
+            "total": self.rows("sum_out", total, is_output=True),
             "round_sum": bool(round_sum),
         }
+        return total
 
     def output(self, pair: Pair, weight: np.ndarray | None, bias: np.ndarray | None) -> Output:
         given = pair.out
@@ -337,8 +344,7 @@ class NormCall(Call):
             given, self.warm = self.new_result(self.y_type)
         y = given
         if pair.out is not None:
-            if self.y_type == interop.BITS:
-                y = interop.as_bits(y)
+            y = as_output(y, self.y_type)
             checks.check_out(pair.names[2], y, self.source.shape, self.y_type)
         return Output(weight, bias, y, self.scales(self.y_type), given)
 
@@ -581,7 +587,7 @@ class SegmentNormCall(SegmentsCall):
         return_stats: Any, activation: Any, *, rms: bool = False, offset: Any = 0.0,
         explained: bool = False,
     ) -> None:  # fmt: skip
-        y = out
+        given = out
         if interop.asks_for_bits(x, dtype):
             x, dtype = interop.as_bits(x), None
             weight, bias = interop.as_bits(weight), interop.as_bits(bias)
@@ -590,7 +596,7 @@ class SegmentNormCall(SegmentsCall):
         y_type = self.dtype if dtype is None else checks.as_result_type(dtype)
         machine = MACHINE_EPS[self.compute] if rms and eps is None else checks.as_eps(eps)
         if out is not None:
-            out = interop.as_bits(out) if y_type == interop.BITS else out
+            out = as_output(out, y_type)
             checks.check_out("out", out, self.source.shape, y_type)
             inputs = {"x": x, "weight": weight, "bias": bias, "offsets": offsets}
             checks.check_apart("out", out, inputs)
@@ -606,7 +612,7 @@ class SegmentNormCall(SegmentsCall):
             offset=checks.as_offset(offset), activation=checks.as_activation(activation),
             mean=None if rms else mean, rstd=rstd,
         )  # fmt: skip
-        parts = [self.out if y is None else y, scale, None if rms else mean, rstd]
+        parts = [self.out if given is None else given, scale, None if rms else mean, rstd]
         kept = [part for part in parts if part is not None]
         self.result = kept[0] if len(kept) == 1 else tuple(kept)
 

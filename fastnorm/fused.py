@@ -6,15 +6,18 @@ Shapes: D stands for the normalized (trailing) shape, B for the first axis of x.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from .dispatch import handlers
+
+Activation: TypeAlias = Literal["relu", "silu", "gelu", "gelu_tanh"] | None
 
 
 def adaptive_layer_norm(
     x: Any, scale: Any, shift: Any, normalized_shape: Any = None, eps: float = 1e-6, *,
     gate: Any = None, residual: Any = None, out: Any = None, sum_out: Any = None,
-    dtype: Any = None, round_sum: bool = True, return_stats: bool = False, activation: Any = None,
+    dtype: Any = None, round_sum: bool = True, return_stats: bool = False,
+    activation: Activation = None,
 ) -> Any:  # fmt: skip
     """Layer normalization with a scale and shift of each sample: ``y = xh * (1 + scale) + shift``.
 
@@ -101,7 +104,7 @@ def adaptive_layer_norm_backward(
 
 def parallel_layer_norm(
     x: Any, normalized_shape: Any, weights: Any, biases: Any = None, eps: float = 1e-5, *,
-    out: Any = None, dtype: Any = None, return_stats: bool = False, activation: Any = None,
+    out: Any = None, dtype: Any = None, return_stats: bool = False, activation: Activation = None,
 ) -> Any:  # fmt: skip
     """Several layer norms of one x, which is read, and its statistics formed, once.
 
@@ -179,7 +182,7 @@ def add_rms_norm_backward(
 
 def segment_layer_norm(
     x: Any, offsets: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *,
-    out: Any = None, dtype: Any = None, return_stats: bool = False, activation: Any = None,
+    out: Any = None, dtype: Any = None, return_stats: bool = False, activation: Activation = None,
 ) -> Any:  # fmt: skip
     """Layer normalization of packed rows: segment s is all of ``x[offsets[s]:offsets[s + 1]]``.
 
@@ -254,7 +257,7 @@ def segment_layer_norm_backward(
 
 def segment_rms_norm(
     x: Any, offsets: Any, weight: Any = None, eps: float | None = None, *, offset: float = 0.0,
-    out: Any = None, dtype: Any = None, return_stats: bool = False, activation: Any = None,
+    out: Any = None, dtype: Any = None, return_stats: bool = False, activation: Activation = None,
 ) -> Any:  # fmt: skip
     """Root mean square normalization of packed rows.
 

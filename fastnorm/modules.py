@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -152,7 +153,8 @@ class LayerNorm(_Norm):
     """Layer normalization over a trailing shape, with its parameters.
 
     Calls are stateless: nothing of a call stays on the object, and any number of threads may call
-    it at once. Its call is the shortest way to the kernel.
+    it at once. ``norm(x, out=None)`` is the shortest way to the kernel; `out` is an array for the
+    result, as fastnorm.layer_norm has it.
 
     Parameters
     ----------
@@ -240,7 +242,7 @@ class LayerNorm(_Norm):
         dx is of the input's type, the parameters' gradients are float32 (float64 for float64
         input).
         """
-        x, mean, rstd = saved
+        x, mean, rstd = _unpacked(saved, 3)
         weight, bias = self.weight, self.bias
         dx, dweight, dbias = _core.layer_norm_backward(
             dy, x, mean=mean, rstd=rstd, weight=weight, bias=bias,
@@ -254,7 +256,8 @@ class LayerNorm2d(LayerNorm):
     """Layer normalization over the channels of (N, C, H, W), at each pixel by itself.
 
     The array is read in place. Axes after the channels may be any number, so (N, C), (N, C, L) and
-    (N, C, D, H, W) are taken too. All else is as :class:`LayerNorm` has it.
+    (N, C, D, H, W) are taken too. ``norm(x, out=None)`` and all else is as :class:`LayerNorm` has
+    it.
 
     Parameters
     ----------
@@ -301,7 +304,9 @@ class LayerNorm2d(LayerNorm):
         dtype: Any = np.float32,
     ) -> None:
         channels = checks.as_count("num_channels", num_channels, 0, "an integer")
-        super().__init__(channels, eps, elementwise_affine, bias, dtype=dtype)
+        super().__init__(
+            _as_shape(channels, "num_channels"), eps, elementwise_affine, bias, dtype=dtype
+        )
 
     def __call__(self, x: Any, out: np.ndarray | None = None) -> np.ndarray:
         """Normalize x over its axis 1; see fastnorm.layer_norm."""
@@ -334,7 +339,7 @@ class LayerNorm2d(LayerNorm):
 class RMSNorm(_Norm):
     """Root mean square normalization over a trailing shape, with its weight.
 
-    Calls are stateless, as those of :class:`LayerNorm` are, and as direct.
+    Calls, ``norm(x, out=None)``, are stateless, as those of :class:`LayerNorm` are, and as direct.
 
     Parameters
     ----------
@@ -433,7 +438,7 @@ class RMSNorm(_Norm):
 
         dx is of the input's type, the weight's gradient is float32 (float64 for float64 input).
         """
-        x, rstd = saved
+        x, rstd = _unpacked(saved, 2)
         weight = self.weight
         dx, dweight = _core.rms_norm_backward(
             dy, x, self.normalized_shape, rstd, weight, offset=self.offset,
@@ -442,10 +447,12 @@ class RMSNorm(_Norm):
         return dx, _present({"weight": dweight})
 
 
-def _as_shape(normalized_shape: Any) -> tuple[int, ...]:
-    shape = checks.as_shape("normalized_shape", normalized_shape)
+def _as_shape(value: Any, name: str = "normalized_shape") -> tuple[int, ...]:
+    shape = checks.as_shape(name, value)
     if not shape:
-        raise ValueError("normalized_shape: got (), wanted at least one length")
+        raise ValueError(f"{name}: got (), wanted at least one length")
+    if max(shape) > sys.maxsize:
+        raise ValueError(f"{name}: got {value!r}, wanted lengths of at most {sys.maxsize}")
     return shape
 
 
@@ -460,6 +467,14 @@ def _as_dtype(dtype: Any) -> np.dtype:
     if dtype is None or kind in (checks.INT8, interop.BITS):
         raise TypeError(f"dtype: got {dtype!r}, {wanted}")
     return kind
+
+
+def _unpacked(saved: Any, count: int) -> tuple[Any, ...]:
+    """What forward returned as the second of its results."""
+    if not isinstance(saved, (tuple, list)) or len(saved) != count:
+        got = "None" if saved is None else type(saved).__name__
+        raise TypeError(f"saved: got {got}, wanted what forward returned, a tuple of {count}")
+    return tuple(saved)
 
 
 def _present(named: dict[str, Any]) -> dict[str, np.ndarray]:

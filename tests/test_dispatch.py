@@ -373,6 +373,19 @@ def test_packed_rows_are_one_run_of_memory(op, dtype):
     assert sorted(copies) == sorted(f"{name} is copied: it is not contiguous" for name in wide)
 
 
+def test_explain_takes_no_memory_for_results():
+    """Nor for statistics, scales and copies: x here is 8 TiB of one number."""
+    x = np.broadcast_to(np.float32(1), (2**30, 2**11))
+    swapped = np.broadcast_to(np.array(1, np.dtype(np.float32).newbyteorder("S")), x.shape)
+    assert fastnorm.explain("layer_norm", x, return_stats=True).rows == 2**30
+    assert fastnorm.explain("layer_norm", x, dtype=np.int8).rows == 2**30
+    assert fastnorm.explain("add_rms_norm", x, swapped).copies == (
+        "residual is copied: its bytes are swapped",
+    )
+    assert fastnorm.explain("segment_layer_norm", x, [0, 2**30]).rows == 1
+    assert fastnorm.explain("moments", x).rows == 2**30
+
+
 def test_explain_says_when_rows_lie_side_by_side(dtype):
     x = np.ones((2, 30, 40), dtype)
     assert fastnorm.explain("layer_norm", x, axis=1).regime == "columns"

@@ -79,7 +79,7 @@ BAD_X = {
     "dates": (X.astype("M8[s]"), TypeError, ["datetime64", STORED]),
     "record": (np.zeros((2, 3, 4), [("bfloat", "u2")]), TypeError, ["bfloat", STORED]),
     "masked": (np.ma.array(X, mask=X > 3), TypeError, ["masked", "ndarray"]),
-    "None": (None, TypeError, ["object", STORED]),
+    "None": (None, TypeError, ["None", "an array"]),
     "0 dimensions": (np.float32(3), ValueError, ["0 dimensions", "at least 1"]),
 }
 
@@ -719,3 +719,51 @@ def test_a_buffer_that_overlaps_out():
     with pytest.raises(ValueError, match="out: got an array that overlaps weight"):
         fastnorm.layer_norm(x, weight=memoryview(out[0]), out=out)
     np.testing.assert_array_equal(buffer, before)
+
+
+# ---- numbers that are too large, and arguments that were forgotten -------------------------------
+
+
+@pytest.mark.parametrize(("name", "call"), [
+    ("eps", lambda x: fastnorm.layer_norm(x, eps=10**400)),
+    ("eps", lambda x: fastnorm.RMSNorm(4, eps=10**400)),
+    ("offset", lambda x: fastnorm.rms_norm(x, offset=10**400)),
+    ("axis", lambda x: fastnorm.layer_norm(x, axis=10**40)),
+    ("axis", lambda x: fastnorm.moments(x, -(10**40))),
+    ("normalized_shape", lambda x: fastnorm.layer_norm(x, 10**40)),
+    ("normalized_shape", lambda x: fastnorm.LayerNorm(10**40)),
+    ("num_channels", lambda x: fastnorm.LayerNorm2d(10**40)),
+    ("x", lambda x: fastnorm.layer_norm([[1, 2], [3]])),
+    ("output_mask", lambda x: fastnorm.layer_norm_backward(
+        x, x, 4, x[:, 0], x[:, 0], output_mask=np.ones((3, 2)))),
+])  # fmt: skip
+def test_value_errors_name_the_argument(name, call):
+    with pytest.raises(ValueError, match=rf"^{name}: "):
+        call(np.ones((3, 4), np.float32))
+
+
+@pytest.mark.parametrize(("message", "call"), [
+    ("x: got None, wanted", lambda x: fastnorm.layer_norm(None)),
+    ("x: got None, wanted", lambda x: fastnorm.segment_layer_norm(None, [0])),
+    ("dy: got None, wanted", lambda x: fastnorm.layer_norm_backward(
+        None, x, 4, x[:, 0], x[:, 0])),
+    ("mean: got None, wanted", lambda x: fastnorm.layer_norm_backward(x, x, 4, None, x[:, 0])),
+    ("rstd: got None, wanted", lambda x: fastnorm.rms_norm_backward(x, x, 4, None)),
+    ("normalized_shape: got b'abc', wanted", lambda x: fastnorm.LayerNorm(b"abc")),
+    ("normalized_shape: got b.*, wanted", lambda x: fastnorm.layer_norm(x, b"\x04")),
+    ("saved: got None, wanted what forward returned", lambda x: fastnorm.LayerNorm(
+        4).backward(x, None)),
+    ("saved: got tuple, wanted what forward returned", lambda x: fastnorm.RMSNorm(
+        4).backward(x, (x,))),
+    (r"weight: .*pass weight\.filled", lambda x: fastnorm.layer_norm(
+        x, 4, np.ma.array(np.ones(4)))),
+    ("sum_out: .*the type of the sum$", lambda x: fastnorm.add_rms_norm(
+        x, x, sum_out=x.astype(np.float16))),
+])  # fmt: skip
+def test_type_errors_name_the_argument(message, call):
+    with pytest.raises(TypeError, match=f"^{message}"):
+        call(np.ones((3, 4), np.float32))
+
+
+def test_the_reference_is_listed_before_its_first_use():
+    assert "reference" in dir(fastnorm)

@@ -681,3 +681,87 @@ def test_results_asked_for_as_bfloat16_are_integers(bits):
     assert fastnorm.layer_norm(y, dtype="bfloat16", out=y) is y
     with pytest.raises(TypeError, match=r"^out: got dtype float32, wanted uint16"):
         fastnorm.layer_norm(x, dtype="bfloat16", out=np.empty_like(x))
+
+
+BITS_CALLS = {
+    "layer_norm": ("normalized_shape", "weight", "bias"),
+    "rms_norm": ("normalized_shape", "weight"),
+    "add_layer_norm": ("residual", "normalized_shape", "weight", "bias", "linear_bias"),
+    "add_rms_norm": ("residual", "normalized_shape", "weight", "linear_bias"),
+    "adaptive_layer_norm": ("scale", "shift", "gate", "residual"),
+    "parallel_layer_norm": ("normalized_shape", "weights", "biases"),
+    "segment_layer_norm": ("offsets", "weight", "bias"),
+    "segment_rms_norm": ("offsets", "weight"),
+}
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("op", BITS_CALLS)
+def test_all_that_is_uint16_beside_bits_is_bits(op, order, bfloat16, rng):
+    """Parameters, addends and outputs, in either byte order, with ml_dtypes and without."""
+
+    def made(*shape):
+        bits = interop.to_bits(rng.standard_normal(shape).astype(np.float32))
+        return bits.view(np.uint16).astype(f"{order}u2")
+
+    def wide(value):
+        if isinstance(value, list):
+            return list(map(wide, value))
+        if getattr(value, "dtype", np.int64) != np.dtype(f"{order}u2"):
+            return value
+        return interop.widened(value.astype(np.uint16).view(interop.BITS))
+
+    row = {"weight", "bias", "linear_bias"}
+    fixed = {"normalized_shape": 20, "offsets": [0, 2, 6]}
+    given = {"x": made(6, 20)}
+    for name in BITS_CALLS[op]:
+        if name in fixed:
+            given[name] = fixed[name]
+        elif name in ("weights", "biases"):
+            given[name] = [made(20), made(20)]
+        else:
+            given[name] = made(20) if name in row else made(6, 20)
+    summed = "residual" in given
+    if summed:  # else the statistics would see a sum of bfloat16, where that of float32 is exact
+        given["round_sum"] = False
+    call = getattr(fastnorm, op)
+    got = call(**given, dtype="bfloat16")
+    want = call(**{name: wide(value) for name, value in given.items()})
+
+    def check(a, b):
+        if isinstance(b, tuple):
+            for one, other in zip(a, b, strict=True):
+                check(one, other)
+        else:
+            assert a.dtype == np.uint16
+            assert_same_bits(a, interop.to_bits(b).view(np.uint16))
+
+    check(got, want)
+    assert fastnorm.explain(op, **given, dtype="bfloat16").dtype == "bfloat16"
+    if op == "parallel_layer_norm":
+        return
+    out = np.empty((6, 20), f"{order}u2")
+    outputs = {"out": out, "sum_out": given["x"]} if summed else {"out": out}
+    again = call(**given, **outputs, dtype="bfloat16")
+    first = again[0] if summed else again
+    assert first is out
+    assert np.array_equal(out, got[0] if summed else got)
+    if summed:
+        assert again[1] is given["x"]
+        assert np.array_equal(again[1], got[1])
+
+
+def test_bits_are_no_masked_array():
+    masked = np.ma.array(np.ones((2, 4), np.uint16), mask=np.eye(2, 4))
+    with pytest.raises(TypeError, match=r"^x: got a masked array"):
+        fastnorm.layer_norm(masked, dtype="bfloat16")
+
+
+def test_a_sum_of_both_kinds_of_bfloat16(rng):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    stored = rng.standard_normal((2, 3, 8)).astype(ml_dtypes.bfloat16)
+    bits = stored.view(np.uint16)
+    got = fastnorm.add_rms_norm(bits[0], stored[1], 8, dtype="bfloat16")
+    want = fastnorm.add_rms_norm(stored[0], stored[1], 8)
+    for a, b in zip(got, want, strict=True):
+        assert_same_bits(a, b.view(np.uint16))

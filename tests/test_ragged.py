@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import fastnorm
-from fastnorm import accuracy, reference
+from fastnorm import accuracy, checks, reference
 
 from .helpers.arrays import assert_same_bits, guarded
 from .helpers.storage import STORAGE, cast, compute_type, special_rows
@@ -579,3 +579,23 @@ def test_errors(rng):
         fastnorm.segment_layer_norm(x, [0.0, 4.0])
     with pytest.raises(ValueError, match="weight: got shape"):
         fastnorm.segment_layer_norm(x, [0, 4], np.ones((4, 9)))
+
+
+@pytest.mark.parametrize("shape", [(3,), (1,), ()])
+def test_what_the_kernels_trust_is_their_own(shape):
+    """Another thread may write to the caller's lengths once they have been checked."""
+    given = np.full(shape, 4, np.intp)
+    lengths = checks.as_lengths(given, (3,), 4)
+    assert not np.shares_memory(lengths, given)
+    assert lengths.flags.c_contiguous
+    assert lengths.dtype == np.intp
+    offsets = np.array([0, 3])
+    assert not np.shares_memory(checks.as_offsets(offsets, 3), offsets)
+
+
+def test_lengths_need_not_be_aligned():
+    given = np.ndarray(3, np.intp, bytearray(3 * np.intp().itemsize + 1), 1)
+    given[...] = [1, 2, 4]
+    lengths = checks.as_lengths(given, (3,), 4)
+    assert lengths.flags.aligned
+    assert lengths.tolist() == [1, 2, 4]
