@@ -36,7 +36,7 @@ def as_array(name: str, value: Any) -> np.ndarray:
     if is_masked(value):
         raise TypeError(
             f"{name}: got a masked array, wanted an ndarray: a mask would be ignored; "
-            f"pass {name}.filled(...)"
+            f"pass {name}.filled(...), or {name}.data with mask=~{name}.mask"
         )
     if hasattr(value, "__cuda_array_interface__"):
         raise TypeError(f"{name}: got an array on a CUDA device, wanted one in host memory")
@@ -173,7 +173,16 @@ def _as_ints(name: str, value: Any) -> tuple[int, ...]:
     try:
         return tuple(operator.index(item) for item in items)
     except TypeError:
-        raise TypeError(f"{name}: got {value!r}, wanted an int or a sequence of ints") from None
+        raise TypeError(
+            f"{name}: got {_in_short(value)}, wanted an int or a sequence of ints"
+        ) from None
+
+
+def _in_short(value: Any) -> str:
+    """An array by its type and shape: a weight in the place of a shape is a likely slip."""
+    if isinstance(value, np.ndarray):
+        return f"a {value.dtype} array of shape {value.shape}"
+    return repr(value)
 
 
 def normalized_axes(
