@@ -290,9 +290,9 @@ class NormCall(Call):
             for p in pairs
         ]
         params = [(self.with_offset(w), b) for w, b in params]
+        self.warm = True
         if residual is not None:
             sum_out = self.add_addends(adds, residual, sum_out, round_sum)
-        self.warm = True
         outputs = [self.output(pair, w, b) for pair, (w, b) in zip(pairs, params, strict=True)]
         if given_sum is not None or any(pair.out is not None for pair in pairs):
             inputs = {"x": x, **adds, "mask": mask, "lengths": lengths}
@@ -326,7 +326,7 @@ class NormCall(Call):
         for name in ("linear_bias", "gate"):
             self.options[name] = self.parameter(name, adds.get(name))
         kind = checks.wider(self.dtype, array.dtype)
-        self.total: np.ndarray = self.new_result(kind)[0] if sum_out is None else sum_out
+        self.total: np.ndarray = self.new_output(kind) if sum_out is None else sum_out
         total = self.total
         if sum_out is not None:
             total = as_output(sum_out, kind)
@@ -338,10 +338,14 @@ class NormCall(Call):
         }
         return total
 
+    def new_output(self, dtype: np.dtype) -> np.ndarray:
+        """An array for one of the results; the call is warm where all of them are."""
+        array, warm = self.new_result(dtype)
+        self.warm = self.warm and warm
+        return array
+
     def output(self, pair: Pair, weight: np.ndarray | None, bias: np.ndarray | None) -> Output:
-        given = pair.out
-        if given is None:
-            given, self.warm = self.new_result(self.y_type)
+        given = self.new_output(self.y_type) if pair.out is None else pair.out
         y = given
         if pair.out is not None:
             y = as_output(y, self.y_type)
