@@ -48,8 +48,8 @@ INLINE void affine_vector(const affine *a, const int rows, ptrdiff_t i, ptrdiff_
 INLINE void fetch_ahead(const affine *a, const int rows, ptrdiff_t i)
 {
     UNROLL for (int r = 0; r < rows; r++) {
-        __builtin_prefetch((const char *)(a->x[r] + i) + a->x_ahead, 0, 3);
-        __builtin_prefetch((const char *)(a->y[r] + i) + a->y_ahead, 1, 3);
+        __builtin_prefetch((const char *)(a->x[r] + i) + a->x_ahead, 0, 2);
+        __builtin_prefetch((const char *)(a->y[r] + i) + a->y_ahead, 1, 2);
     }
 }
 
@@ -95,6 +95,25 @@ OUTLINE void affine_strip(const element *x, element *y, const element *w, const 
                       .x_ahead = x_ahead,
                       .y_ahead = y_ahead};
     affine_pass(&a, 1, n);
+}
+
+/* The same, but +0 where a mask leaves out. */
+#define affine_kept FN_OF_T(affine_kept)
+OUTLINE void affine_kept(const element *x, element *y, const element *w, const element *b,
+                         const unsigned char *mask, ptrdiff_t n, const row_stats *stats)
+{
+    const vec pivot = v_set1(stats->pivot), rstd = v_set1(stats->rstd);
+    const vec shift = v_set1(stats->shift);
+    ptrdiff_t i = 0;
+    NO_UNROLL for (; i + VW <= n; i += VW)
+    {
+        /* A weight of 1 and a bias of -0 change no bit. */
+        const vec wv = w ? v_load(w + i) : v_set1(1), bv = b ? v_load(b + i) : v_set1((element)-0.0);
+        const vec h = normalise(v_load(x + i), pivot, rstd, shift);
+        v_store(y + i, v_keep(v_fma(h, wv, bv), mask + i));
+    }
+    affine_strip(x + i, y + i, w ? w + i : NULL, b ? b + i : NULL, n - i, stats, 0, 0);
+    keep_strip(y + i, mask + i, n - i);
 }
 
 /* ---- past the cache --------------------------------------------------------------------------- */

@@ -25,7 +25,10 @@ static fn_x86_cpu this_cpu(void)
     fn_x86_cpu cpu = {0};
     uint32_t a, b, c, d;
     if (__get_cpuid(1, &a, &b, &c, &d)) cpu.leaf1_ecx = c;
-    if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) cpu.leaf7_ebx = b;
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) {
+        cpu.leaf7_ebx = b;
+        if (a && __get_cpuid_count(7, 1, &a, &b, &c, &d)) cpu.leaf7_1_eax = a;
+    }
     /* XGETBV itself is illegal where the OS has not turned on XSAVE. */
     if (cpu.leaf1_ecx & FN_X86_OSXSAVE) cpu.xcr0 = enabled_registers();
     return cpu;
@@ -33,6 +36,9 @@ static fn_x86_cpu this_cpu(void)
 
 static int has_avx512(void) { return fn_x86_has_avx512(this_cpu()); }
 static int has_avx2(void) { return fn_x86_has_avx2(this_cpu()); }
+static int has_bf16_instructions(void) { return fn_x86_has_avx512_bf16(this_cpu()); }
+#else
+static int has_bf16_instructions(void) { return 0; }
 #endif
 
 static int always(void) { return 1; }
@@ -62,6 +68,7 @@ static const struct {
 enum { ISA_COUNT = sizeof registry / sizeof *registry };
 
 const fn_isa *fn_active_isa = &fn_isa_scalar;
+int fn_has_bf16_instructions;
 
 int fn_isa_count(void) { return ISA_COUNT; }
 
@@ -77,12 +84,19 @@ int fn_isa_supported(int index)
 
 const char *fn_isa_active(void) { return fn_active_isa->name; }
 
+int fn_use_bf16_instructions(int use)
+{
+    fn_has_bf16_instructions = use && has_bf16_instructions();
+    return fn_has_bf16_instructions;
+}
+
 int fn_isa_select(const char *name)
 {
     for (int i = 0; i < ISA_COUNT; i++) {
         if (name && strcmp(name, registry[i].isa->name) != 0) continue;
         if (registry[i].supported()) {
             fn_active_isa = registry[i].isa;
+            fn_use_bf16_instructions(1);
             return FN_OK;
         }
         if (name) return FN_UNSUPPORTED_ISA;

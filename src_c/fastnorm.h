@@ -167,7 +167,9 @@ int fn_openmp_limit(void);            /* omp_get_max_threads() of this thread; 1
 void fn_set_num_threads(int threads); /* 0: forget it */
 int fn_requested_threads(void);       /* what was set, or 0 */
 int fn_max_threads(void);             /* the least of all of these and OpenMP's own limit */
-void fn_force_partition(int parts);   /* for tests: split every call into so many parts; 0: off */
+/* For tests: whether AVX512_BF16 is used where the CPU has it (the default); returns whether it is. */
+int fn_use_bf16_instructions(int use);
+void fn_force_partition(int parts); /* for tests: split every call into so many parts; 0: off */
 
 /* ---- Memory for large results, kept for the next one (pool.c) ---------------------------------- */
 

@@ -27,6 +27,12 @@ typedef struct {
 
 extern const fn_isa *fn_active_isa;
 
+/* Whether kernels may use AVX512_BF16 as well, which is no set of its own: the bits are the same. */
+extern int fn_has_bf16_instructions;
+
+/* Whether and when a kernel asks for the rows to come (fn_layer_norm_args.fetch). */
+enum { FN_NO_FETCH, FN_FETCH_IN_PASSES, FN_FETCH_BETWEEN_PASSES };
+
 /* ---- scratch for steps ------------------------------------------------------------------------ */
 
 /* Rows of at most this many elements go in groups (a block, in row.h's words). */

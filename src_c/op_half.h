@@ -23,16 +23,17 @@ INLINE vec load_half(const uint16_t *p, const fn_dtype dtype)
     return dtype == FN_F16 ? v_load_f16(p) : v_load_bf16(p);
 }
 
-/* Past the end there is +0. */
-INLINE vec load_some_halves(const uint16_t *p, ptrdiff_t n, const fn_dtype dtype)
+/* Less than a round over the lanes, added to their sums. */
+OUTLINE void half_sum_rest(const uint16_t *x, float *room, ptrdiff_t n, vec sum[VECTORS],
+                           fn_dtype dtype)
 {
-    uint16_t room[VW] = {0};
-    if (n >= VW) return load_half(p, dtype);
-    NO_UNROLL for (ptrdiff_t k = 0; k < n; k++) room[k] = p[k];
-    return load_half(room, dtype);
+    load_strip(room, x, sizeof *x, dtype, n);
+    for (ptrdiff_t i = 0; i < n; i += VW)
+        sum[i / VW] = v_add(sum[i / VW], load_some(room + i, n - i));
 }
 
-/* block_sum of a block that goes into `room` as well. x_ahead and y_ahead are fetched meanwhile. */
+/* block_sum of a block that goes into `room` as well. Unless they are NULL, x_ahead and y_ahead are
+ * fetched meanwhile. */
 INLINE quarter half_sum_as(const uint16_t *x, float *room, ptrdiff_t n, const uint16_t *x_ahead,
                            const uint16_t *y_ahead, const fn_dtype dtype)
 {
@@ -46,17 +47,16 @@ INLINE quarter half_sum_as(const uint16_t *x, float *room, ptrdiff_t n, const ui
             v_store(room + i + k * VW, v);
             sum[k] = v_add(sum[k], v);
         }
-        UNROLL for (int k = 0; k < LANES; k += 32) {
-            __builtin_prefetch(x_ahead + i + k, 0, 3);
-            __builtin_prefetch(y_ahead + i + k, 1, 3);
+        if (x_ahead) UNROLL for (int k = 0; k < LANES; k += 32) {
+            __builtin_prefetch(x_ahead + i + k, 0, 2);
+            __builtin_prefetch(y_ahead + i + k, 1, 2);
         }
     }
-    UNROLL for (int k = 0; k < VECTORS; k++) {
-        const ptrdiff_t at = i + k * VW;
-        if (at >= n) break;
-        const vec v = load_some_halves(x + at, n - at, dtype);
-        v_store(room + at, v); /* a room has room for a vector more */
-        sum[k] = v_add(sum[k], v);
+    if (i < n) {
+        vec in_memory[VECTORS]; /* a copy, so that the sums themselves stay in registers */
+        UNROLL for (int k = 0; k < VECTORS; k++) in_memory[k] = sum[k];
+        half_sum_rest(x + i, room + i, n - i, in_memory, dtype);
+        return v_fold(in_memory, VECTORS);
     }
     return v_fold(sum, VECTORS);
 }
@@ -65,9 +65,9 @@ INLINE quarter half_sum_as(const uint16_t *x, float *room, ptrdiff_t n, const ui
 OUTLINE quarter half_sum(const fn_layer_norm_args *a, ptrdiff_t row, int rows, float *room)
 {
     const fn_rows *xs = &a->steps->x, *ys = &a->steps->outputs[0].y;
-    const uint16_t *x = row_at(&a->shape, xs, row), *x_ahead = x, *y_ahead = x;
+    const uint16_t *x = row_at(&a->shape, xs, row), *x_ahead = NULL, *y_ahead = NULL;
     const ptrdiff_t n = a->shape.cols;
-    if (a->fetch) {
+    if (a->fetch == FN_FETCH_IN_PASSES) {
         x_ahead = x + 2 * rows * (xs->stride / 2);
         y_ahead = (const uint16_t *)ys->data + (row + rows) * (ys->stride / 2);
     }
@@ -82,51 +82,64 @@ typedef struct {
     const float *w, *b;
 } half_pass;
 
-INLINE void store_halves(uint16_t *y, vec first, vec second, ptrdiff_t left, const fn_dtype dtype)
+#ifndef HAS_BF16_INSTRUCTIONS
+INLINE int v_store2_bf16_quick(uint16_t *p, vec a, vec b) { return (void)p, (void)a, (void)b, 0; }
+#endif
+
+typedef enum { TO_F16, TO_BF16, TO_BF16_QUICK } half_rounding;
+
+OUTLINE void store_bf16(uint16_t *y, vec first, vec second) { v_store2_bf16(y, first, second); }
+
+INLINE void store_halves(uint16_t *y, vec first, vec second, const half_rounding how)
 {
-    uint16_t room[2 * VW];
-    uint16_t *to = left >= 2 * VW ? y : room;
-    if (dtype == FN_F16)
-        v_store2_f16(to, first, second);
-    else
-        v_store2_bf16(to, first, second);
-    if (to == room)
-        NO_UNROLL for (ptrdiff_t k = 0; k < left; k++) y[k] = room[k];
+    if (how == TO_F16)
+        v_store2_f16(y, first, second);
+    else if (how == TO_BF16)
+        v_store2_bf16(y, first, second);
+    else if (__builtin_expect(!v_store2_bf16_quick(y, first, second), 0))
+        store_bf16(y, first, second); /* seldom, so not repeated where it is asked for */
 }
 
-/* Two vectors of each of two rows. A weight of 1 and a bias of -0 change no bit. Of parameters what
- * lies past the end is not read; of rows it is there, and comes to nothing. */
-INLINE void half_vectors(const half_pass *p, ptrdiff_t i, ptrdiff_t left, const fn_dtype dtype)
-{
-    vec w[2], b[2], out[2];
-    UNROLL for (int k = 0; k < 2; k++) {
-        const ptrdiff_t rest = left - k * VW > 0 ? left - k * VW : 0;
-        w[k] = p->w ? load_some(p->w + i + k * VW, rest) : v_set1(1);
-        b[k] = p->b ? load_some(p->b + i + k * VW, rest) : v_set1(-0.0F);
-    }
-    UNROLL for (int r = 0; r < 2; r++) {
-        UNROLL for (int k = 0; k < 2; k++) {
-            const vec x = v_load(p->x[r] + i + k * VW);
-            out[k] = v_fma(normalise(x, p->pivot[r], p->rstd[r], p->shift[r]), w[k], b[k]);
-        }
-        store_halves(p->y[r] + i, out[0], out[1], left, dtype);
-    }
-}
-
-INLINE void half_affine_as(const half_pass *all, ptrdiff_t n, const fn_dtype dtype)
+/* Two vectors of each of two rows. A weight of 1 and a bias of -0 change no bit. */
+INLINE void half_affine_as(const half_pass *all, ptrdiff_t n, const half_rounding how)
 {
     const half_pass p = *all;
-    ptrdiff_t i = 0;
-    for (; i + 2 * VW <= n; i += 2 * VW) half_vectors(&p, i, 2 * VW, dtype);
-    if (i < n) half_vectors(&p, i, n - i, dtype);
+    for (ptrdiff_t i = 0; i + 2 * VW <= n; i += 2 * VW) {
+        vec w[2], b[2], out[2];
+        UNROLL for (int k = 0; k < 2; k++) {
+            w[k] = p.w ? v_load(p.w + i + k * VW) : v_set1(1);
+            b[k] = p.b ? v_load(p.b + i + k * VW) : v_set1(-0.0F);
+        }
+        UNROLL for (int r = 0; r < 2; r++) {
+            UNROLL for (int k = 0; k < 2; k++) {
+                const vec x = v_load(p.x[r] + i + k * VW);
+                out[k] = v_fma(normalise(x, p.pivot[r], p.rstd[r], p.shift[r]), w[k], b[k]);
+            }
+            store_halves(p.y[r] + i, out[0], out[1], how);
+        }
+    }
 }
 
 OUTLINE void half_affine(const half_pass *p, ptrdiff_t n, fn_dtype dtype)
 {
     if (dtype == FN_F16)
-        half_affine_as(p, n, FN_F16);
+        half_affine_as(p, n, TO_F16);
+#ifdef HAS_BF16_INSTRUCTIONS
+    else if (fn_has_bf16_instructions)
+        half_affine_as(p, n, TO_BF16_QUICK);
+#endif
     else
-        half_affine_as(p, n, FN_BF16);
+        half_affine_as(p, n, TO_BF16);
+}
+
+/* What is left of a row past element i. */
+OUTLINE void half_rest(const half_pass *p, int r, const row_stats *stats, ptrdiff_t i, ptrdiff_t n,
+                       fn_dtype dtype)
+{
+    float rest[2 * VW];
+    affine_strip(p->x[r] + i, rest, p->w ? p->w + i : NULL, p->b ? p->b + i : NULL, n - i, stats, 0,
+                 0);
+    store_strip(p->y[r] + i, sizeof *p->y[r], dtype, rest, n - i);
 }
 
 #define half_group FN_OF_T(half_group)
@@ -135,6 +148,7 @@ OUTLINE void half_group(const fn_layer_norm_args *a, workspace *space, ptrdiff_t
 {
     const fn_steps *s = a->steps;
     const fn_output *o = &s->outputs[0];
+    const ptrdiff_t n = a->shape.cols, whole = n / (2 * VW) * (2 * VW);
     half_pass p = {.w = parameter(&a->shape, s, space, &o->weight, 0, s->offset, row),
                    .b = parameter(&a->shape, s, space, &o->bias, 1, 0, row)};
     for (int first = 0; first < rows; first += 2) {
@@ -145,7 +159,12 @@ OUTLINE void half_group(const fn_layer_norm_args *a, workspace *space, ptrdiff_t
             p.rstd[r] = v_set1(stats->rstd[first + r]);
             p.shift[r] = v_set1(stats->shift[first + r]);
         }
-        half_affine(&p, a->shape.cols, space->half);
+        half_affine(&p, n, space->half);
+        for (int r = 0; r < 2 && whole < n; r++) {
+            const row_stats row_of = stats_in_group(stats, first + r);
+            half_rest(&p, r, &row_of, whole, n, space->half);
+        }
+        fetch_share(space->ahead);
     }
 }
 #else

@@ -64,12 +64,6 @@ static COLD void careful_row(const fn_layer_norm_args *a, workspace *space, ptrd
         scaled_affine_row(a, row, &stats);
 }
 
-#define stats_in_group FN_OF_T(stats_in_group)
-INLINE row_stats stats_in_group(const group_stats *stats, int i)
-{
-    return (row_stats){.pivot = stats->pivot[i], .rstd = stats->rstd[i], .shift = stats->shift[i]};
-}
-
 /* Rows of a group that cannot go side by side: some need care, or there are steps. */
 #define finish_one_by_one FN_OF_T(finish_one_by_one)
 OUTLINE void finish_one_by_one(const fn_layer_norm_args *a, workspace *space, ptrdiff_t row,
@@ -287,27 +281,14 @@ INLINE void group_lengths(group_stats *stats, const int rows)
     KEEP_IN_MEMORY(stats);
 }
 
-/* What is read two groups later, and what is written after the next. */
-#define fetch_step_rows FN_OF_T(fetch_step_rows)
-static void fetch_step_rows(const fn_layer_norm_args *a, ptrdiff_t row, int rows)
-{
-    const fn_steps *s = a->steps;
-    fetch_row(&a->shape, s, &s->x, row, 2 * rows, 0);
-    fetch_row(&a->shape, s, &s->residual, row, 2 * rows, 0);
-    fetch_row(&a->shape, s, &s->mask, row, 2 * rows, 0);
-    if (a->stream) return;
-    fetch_row(&a->shape, s, &s->sum, row, rows, 1);
-    if (!a->stream_rooms) fetch_row(&a->shape, s, &s->outputs[0].y, row, rows, 1);
-}
-
 /* Whether the sums were formed as well. */
 #define group_prologue FN_OF_T(group_prologue)
-OUTLINE int group_prologue(const fn_layer_norm_args *a, const workspace *space, ptrdiff_t row,
+OUTLINE int group_prologue(const fn_layer_norm_args *a, workspace *space, ptrdiff_t row,
                            int rows, int now, group_stats *stats, quarter *sums)
 {
     const fn_steps *s = a->steps;
+    if (a->fetch == FN_FETCH_BETWEEN_PASSES) fetch_step_rows(space->ahead, a, row, rows);
     for (int i = 0; i < rows; i++) {
-        if (a->fetch && !space->half) fetch_step_rows(a, row + i, rows);
         stats->room[i] = space->rooms + (now * rows + i) * space->room_stride;
         if (space->half) {
             sums[i] = half_sum(a, row + i, rows, stats->room[i]);
@@ -315,14 +296,15 @@ OUTLINE int group_prologue(const fn_layer_norm_args *a, const workspace *space, 
         } else {
             stats->x[i] = prologue(&a->shape, s, row + i, 0, stats->room[i], &stats->n[i]);
         }
+        fetch_share(space->ahead);
     }
     if (s->lengths || s->starts || s->mask.data) group_lengths(stats, rows);
     return space->half != 0;
 }
 
 #define group_middle FN_OF_T(group_middle)
-INLINE void group_middle(const fn_layer_norm_args *a, ptrdiff_t row, const int rows,
-                         group_stats *stats)
+INLINE void group_middle(const fn_layer_norm_args *a, workspace *space, ptrdiff_t row,
+                         const int rows, group_stats *stats)
 {
     quarter sums[8], squares[8];
     if (a->rms) {
@@ -346,13 +328,15 @@ INLINE void group_middle(const fn_layer_norm_args *a, ptrdiff_t row, const int r
         group_rstds(deviations, quarter_hsum8(squares), vd8_load_f64(stats->per_n), a->eps, stats);
         stats->careful &= (1u << rows) - 1;
     }
-    if (a->steps)
+    if (a->steps) {
+        fetch_share(space->ahead);
         for (int i = 0; i < rows; i++) stats->careful |= (unsigned)!stats->n[i] << i;
+    }
     if (a->mean || a->rstd) store_group_stats(a, row, rows, stats);
 }
 
 #define group_start FN_OF_T(group_start)
-INLINE void group_start(const fn_layer_norm_args *a, const workspace *space, ptrdiff_t row,
+INLINE void group_start(const fn_layer_norm_args *a, workspace *space, ptrdiff_t row,
                         const int rows, int now, group_stats *stats)
 {
     quarter sums[8];
@@ -444,11 +428,14 @@ static void uneven_row(const fn_layer_norm_args *a, const group_pass *pass, ptrd
         affine_strip(x, to, NULL, NULL, m, &plain, 0, 0);
         x += m, to += m, n -= m;
     }
-    affine_strip(x, to, pass->w, pass->b, n, &plain, 0, 0);
-    if (!s->mask.data) return;
-    unsigned char mask_room[BLOCK];
-    keep_strip(to, mask_part(&a->shape, &s->mask, row_at(&a->shape, &s->mask, row), 0, n, mask_room),
-               n);
+    if (s->mask.data) {
+        unsigned char mask_room[BLOCK];
+        const unsigned char *mask = row_at(&a->shape, &s->mask, row);
+        mask = mask_part(&a->shape, &s->mask, mask, 0, n, mask_room);
+        affine_kept(x, to, pass->w, pass->b, mask, n, &plain);
+    } else {
+        affine_strip(x, to, pass->w, pass->b, n, &plain, 0, 0);
+    }
 }
 
 #define step_group FN_OF_T(step_group)
@@ -457,22 +444,34 @@ OUTLINE void step_group(const fn_layer_norm_args *a, workspace *space, ptrdiff_t
 {
     const fn_steps *s = a->steps;
     const fn_output *o = &s->outputs[0];
+    const int direct = is_direct(&o->y) && !space->stream;
+    const int uneven = s->lengths || s->starts || s->mask.data;
+    const int fetch = a->fetch == FN_FETCH_IN_PASSES && is_direct(&s->x) && !has_sum(s) && !uneven;
     const group_pass pass = {
         .w = parameter(&a->shape, s, space, &o->weight, 0, s->offset, row),
         .b = parameter(&a->shape, s, space, &o->bias, 1, 0, row),
+        .x_ahead = fetch ? s->x.stride * 2 * rows : 0,
+        .y_ahead = fetch && direct ? o->y.stride * rows : 0,
     };
-    const int direct = is_direct(&o->y) && !space->stream;
-    const int uneven = s->lengths || s->starts || s->mask.data;
     element *to[4];
     char *y[4];
     for (int i = 0; i < rows; i++) {
         y[i] = step_row_at(&a->shape, s, &o->y, row + i);
         to[i] = direct ? (element *)y[i] : stats->room[i];
-        if (uneven) uneven_row(a, &pass, row + i, stats, i, to[i]);
+        if (uneven) {
+            uneven_row(a, &pass, row + i, stats, i, to[i]);
+            fetch_share(space->ahead);
+        }
     }
-    if (!uneven) group_affine_of(&pass, stats, to, rows, a->shape.cols);
+    if (!uneven) {
+        group_affine_of(&pass, stats, to, rows, a->shape.cols);
+        fetch_share(space->ahead);
+    }
     if (direct && !s->activation && !s->lengths) return;
-    for (int i = 0; i < rows; i++) store_row(&a->shape, s, row + i, space->stream, y[i], to[i]);
+    for (int i = 0; i < rows; i++) {
+        store_row(&a->shape, s, row + i, space->stream, y[i], to[i]);
+        fetch_share(space->ahead);
+    }
 }
 
 #define group_finish FN_OF_T(group_finish)
@@ -505,7 +504,7 @@ INLINE ptrdiff_t layer_norm_group(const fn_layer_norm_args *a, workspace *space,
         if (more) group_start(a, space, row, rows, now, &stats[now]);
         if (row > first) group_finish(a, space, row - rows, rows, &stats[!now]);
         if (!more) return row;
-        group_middle(a, row, rows, &stats[now]);
+        group_middle(a, space, row, rows, &stats[now]);
     }
 }
 
@@ -527,12 +526,12 @@ typedef struct {
 } row_state;
 
 #define row_start FN_OF_T(row_start)
-INLINE element row_start(const fn_layer_norm_args *a, const workspace *space, ptrdiff_t row,
+INLINE element row_start(const fn_layer_norm_args *a, workspace *space, ptrdiff_t row,
                          int now, row_state *state)
 {
     state->n = a->shape.cols;
     if (a->steps) {
-        if (a->stream && a->fetch) fetch_step_rows(a, row, 1);
+        if (a->fetch == FN_FETCH_BETWEEN_PASSES) fetch_step_rows(space->ahead, a, row, 1);
         state->room = space->rooms + now * space->room_stride;
         state->x = prologue(&a->shape, a->steps, row, a->stream, state->room, &state->n);
     } else {
@@ -628,9 +627,12 @@ INLINE void layer_norm_rows(const fn_layer_norm_args *a, workspace *space, ptrdi
     carry c = {.line = NULL};
     for (int now = 0;; row++, now = overlap && !now) {
         const element pivot = row < end ? row_start(a, space, row, now, &state[now]) : 0;
+        if (a->steps) fetch_share(space->ahead);
         if (overlap && row > first) row_finish(a, space, row - 1, end, &state[!now], &c);
         if (row >= end) break;
+        if (a->steps) fetch_share(space->ahead);
         row_middle(a, row, pivot, &state[now]);
+        if (a->steps) fetch_share(space->ahead);
         if (!overlap) row_finish(a, space, row, end, &state[now], &c);
     }
     release_carry(&c);
@@ -669,9 +671,11 @@ static void layer_norm(const void *args, ptrdiff_t row0, ptrdiff_t row1, void *s
 {
     const fn_layer_norm_args *a = args;
     workspace space;
+    fetcher ahead = {.runs = 0};
     if (a->steps) {
         space = workspace_in(scratch, &a->shape, a->steps, 0);
         space.half = half_call(a);
+        space.ahead = &ahead;
         space.stream = a->stream_rooms;
     }
     if (!a->stream && row1 - row0 > 1) row0 = layer_norm_groups(a, &space, row0, row1);

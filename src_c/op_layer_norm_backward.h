@@ -192,10 +192,10 @@ INLINE void fetch_rows_ahead(const element *const *x, const element *const *dy, 
                              const int want_dx)
 {
     UNROLL for (int k = 0; k < rows; k++) {
-        __builtin_prefetch((const char *)(x[k] + i) + sums->x_ahead, 0, 3);
-        __builtin_prefetch((const char *)(dy[k] + i) + sums->dy_ahead, 0, 3);
+        __builtin_prefetch((const char *)(x[k] + i) + sums->x_ahead, 0, 2);
+        __builtin_prefetch((const char *)(dy[k] + i) + sums->dy_ahead, 0, 2);
         if (want_dx && !sums->stream)
-            __builtin_prefetch((const char *)(dx[k] + i) + sums->dx_ahead, 1, 3);
+            __builtin_prefetch((const char *)(dx[k] + i) + sums->dx_ahead, 1, 2);
     }
 }
 

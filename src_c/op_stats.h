@@ -188,3 +188,9 @@ INLINE void pair_rstds(const double sums[2], const quarter squares[2], double ep
         stats->careful |= (unsigned)!plain << i;
     }
 }
+
+#define stats_in_group FN_OF_T(stats_in_group)
+INLINE row_stats stats_in_group(const group_stats *stats, int i)
+{
+    return (row_stats){.pivot = stats->pivot[i], .rstd = stats->rstd[i], .shift = stats->shift[i]};
+}

@@ -160,8 +160,19 @@ static int forced_parts(ptrdiff_t units)
  * computed. */
 #define FETCH_BYTES ((ptrdiff_t)1 << 19)
 
+/* With steps there is more to do a row, and the CPU by itself fetches more of it from its last cache;
+ * from memory, what is asked for is best spread over all that is done. */
+#define STEP_FETCH_BYTES ((ptrdiff_t)4 << 20)
+#define SPREAD_FETCH_BYTES ((ptrdiff_t)32 << 20)
+
 /* Calls that move this much find little of x in any cache. */
 #define MEMORY_BYTES ((ptrdiff_t)64 << 20)
+
+static int fetch_of(int has_steps, ptrdiff_t bytes)
+{
+    if (has_steps && bytes >= SPREAD_FETCH_BYTES) return FN_FETCH_BETWEEN_PASSES;
+    return bytes >= (has_steps ? STEP_FETCH_BYTES : FETCH_BYTES) ? FN_FETCH_IN_PASSES : FN_NO_FETCH;
+}
 
 static int planned_threads(ptrdiff_t bytes, ptrdiff_t units, int threads)
 {
@@ -396,8 +407,8 @@ int fn_layer_norm(fn_layer_norm_args *args, fn_dtype dtype, int threads)
 {
     const fn_plan plan = fn_plan_layer_norm(args, dtype, threads);
     args->stream = plan.stream;
-    args->fetch = plan.bytes >= FETCH_BYTES && !args->shape.outer_ndim;
     args->from_memory = plan.bytes >= MEMORY_BYTES;
+    args->fetch = args->shape.outer_ndim ? FN_NO_FETCH : fetch_of(args->steps != NULL, plan.bytes);
     args->stream_rooms = !in_columns(args) && args->steps && streams_from_rooms(args, dtype);
     fn_row_kernel *kernel = in_columns(args) ? fn_active_isa->layer_norm_columns[dtype]
                                              : fn_active_isa->layer_norm[dtype];

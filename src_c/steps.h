@@ -13,6 +13,80 @@
  * the arithmetic between them is that of the plain case: it sees rows of T that lie in a room of
  * the thread's scratch, or where the caller has them, if that serves. */
 
+#ifndef FN_STEPS
+#define FN_STEPS
+
+/* What the arrays of a group to come hold, by cache lines, so far as it has not been asked for. */
+typedef struct {
+    struct {
+        const char *at;
+        ptrdiff_t lines, share;
+        int written;
+    } run[5];
+    int runs;
+} fetcher;
+
+/* A share of it, between one pass and the next. All at once would fill the buffers that the CPU has
+ * for lines on their way, and everybody would wait. */
+static COLD void fetch_shares(fetcher *f)
+{
+    for (int k = 0; k < f->runs; k++) {
+        const char *p = f->run[k].at;
+        ptrdiff_t n = f->run[k].lines < f->run[k].share ? f->run[k].lines : f->run[k].share;
+        f->run[k].lines -= n;
+        f->run[k].at = p + 64 * n;
+        if (f->run[k].written)
+            for (; n > 0; n--, p += 64) __builtin_prefetch(p, 1, 2);
+        else
+            for (; n > 0; n--, p += 64) __builtin_prefetch(p, 0, 2);
+    }
+}
+
+INLINE void fetch_share(fetcher *f)
+{
+    if (__builtin_expect(f->runs, 0)) fetch_shares(f);
+}
+
+/* How often fetch_share is called, at least, while a row, or a group of two, is on its way. */
+enum { ROW_SHARES = 3, GROUP_SHARES = 4 };
+
+/* n elements of each of the rows that come `later` rows after `row`, of an array that will be read
+ * or written then. */
+static void fetch_rows(fetcher *f, const fn_shape *shape, const fn_rows *array, ptrdiff_t row,
+                       ptrdiff_t later, int rows, ptrdiff_t n, int written)
+{
+    const ptrdiff_t bytes = n * fn_size_of(array->dtype), stride = array->stride;
+    if (!array->data || array->col_strides || (rows > 1 && (stride < bytes || stride > 2 * bytes)))
+        return;
+    if (row + later + rows > shape->rows) return;
+    const ptrdiff_t lines = ((rows - 1) * stride + bytes + 63) / 64;
+    f->run[f->runs].at = (const char *)array->data + (row + later) * stride;
+    f->run[f->runs].lines = lines;
+    f->run[f->runs].share = lines / (rows == 1 ? ROW_SHARES : GROUP_SHARES) + 1;
+    f->run[f->runs++].written = written;
+}
+
+/* What is read two groups later, and what is written after the next. */
+OUTLINE void fetch_step_rows(fetcher *f, const fn_layer_norm_args *a, ptrdiff_t row, int rows)
+{
+    const fn_steps *s = a->steps;
+    const ptrdiff_t n = a->shape.cols, next = 2 * rows;
+    f->runs = 0;
+    if (s->starts) return; /* the CPU sees by itself that packed rows follow one another */
+    if (s->lengths)
+        for (int i = 0; i < rows && row + next + i < a->shape.rows; i++)
+            fetch_rows(f, &a->shape, &s->x, row, next + i, 1, s->lengths[row + next + i], 0);
+    else
+        fetch_rows(f, &a->shape, &s->x, row, next, rows, n, 0);
+    fetch_rows(f, &a->shape, &s->residual, row, next, rows, n, 0);
+    fetch_rows(f, &a->shape, &s->mask, row, next, rows, n, 0);
+    if (a->stream) return;
+    fetch_rows(f, &a->shape, &s->sum, row, rows, rows, n, 1);
+    if (!a->stream_rooms) fetch_rows(f, &a->shape, &s->outputs[0].y, row, rows, rows, n, 1);
+}
+
+#endif
+
 /* One thread's scratch. */
 #define workspace FN_OF_T(workspace)
 typedef struct {
@@ -24,6 +98,7 @@ typedef struct {
     ptrdiff_t room_stride, param_stride, tile;
     fn_dtype half; /* of rows that go op_half.h's way; 0: none do */
     int stream;    /* rows of y go from a room past the cache */
+    fetcher *ahead;
 } workspace;
 
 #define workspace_in FN_OF_T(workspace_in)
@@ -177,14 +252,21 @@ INLINE addends addends_of(const fn_shape *shape, const fn_steps *s, ptrdiff_t ro
                      .sum = s->sum.data ? row_at(shape, &s->sum, row) : NULL};
 }
 
-/* Past the cache, where whole vectors lie so. */
+/* n elements, then zeros up to `end`; past the cache, where whole vectors lie so. */
 #define stream_part FN_OF_T(stream_part)
-static void stream_part(element *into, const element *from, ptrdiff_t n)
+static void stream_part(element *into, const element *from, ptrdiff_t n, ptrdiff_t end)
 {
     ptrdiff_t i = 0;
-    if ((uintptr_t)into % 64 == 0)
+    if ((uintptr_t)into % 64 == 0) {
         for (; i + VW <= n; i += VW) v_stream(into + i, v_load(from + i));
-    for (; i < n; i += VW) store_some(into + i, load_some(from + i, n - i), n - i);
+        for (; i + VW <= end; i += VW)
+            v_stream(into + i, i < n ? v_loadn(from + i, n - i) : v_zero());
+    }
+    if (i < n) {
+        memcpy(into + i, from + i, (size_t)(n - i) * sizeof(element));
+        i = n;
+    }
+    if (i < end) memset(into + i, 0, (size_t)(end - i) * sizeof(element));
 }
 
 /* One row's sum in T, into its own place where that serves, else into `room`. stream: the place is
@@ -210,7 +292,7 @@ static const element *sum_row(const fn_shape *shape, const fn_steps *s, ptrdiff_
                   m);
         if (!a.sum || in_place) continue;
         if (own) {
-            stream_part((element *)a.sum + i, into + i, m);
+            stream_part((element *)a.sum + i, into + i, m, m);
             continue;
         }
         store_part(shape, &s->sum, a.sum, i, into + i, m);
@@ -251,22 +333,6 @@ OUTLINE const element *prologue(const fn_shape *shape, const fn_steps *s, ptrdif
     if (is_direct(&s->x)) return (const element *)x;
     load_part(room, shape, &s->x, x, 0, *length);
     return room;
-}
-
-/* A row that comes `rows` rows later, of an array that will be read or written then. */
-#define fetch_row FN_OF_T(fetch_row)
-OUTLINE void fetch_row(const fn_shape *shape, const fn_steps *s, const fn_rows *array,
-                       ptrdiff_t row, ptrdiff_t rows, int written)
-{
-    if (!array->data || array->col_strides || !array->stride) return;
-    const ptrdiff_t next = row + rows < shape->rows ? row + rows : row;
-    const char *p = (const char *)array->data + next * array->stride;
-    const ptrdiff_t bytes = step_length(shape, s, next) * fn_size_of(array->dtype);
-    for (ptrdiff_t i = 0; i < bytes; i += 64)
-        if (written)
-            __builtin_prefetch(p + i, 1, 3);
-        else
-            __builtin_prefetch(p + i, 0, 3);
 }
 
 /* ---- parameters ------------------------------------------------------------------------------- */
@@ -369,8 +435,7 @@ OUTLINE void store_row(const fn_shape *shape, const fn_steps *s, ptrdiff_t row, 
     const ptrdiff_t n = step_length(shape, s, row);
     if (s->activation) activate_strip(from, n, s->activation);
     if (stream) {
-        memset(from + n, 0, (size_t)(shape->cols - n) * sizeof(element));
-        stream_part((element *)y, from, shape->cols);
+        stream_part((element *)y, from, n, shape->cols);
         return;
     }
     if (o->y.dtype == FN_I8)

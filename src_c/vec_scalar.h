@@ -17,6 +17,8 @@
  *   HAS_HALF_LOADS whether there are v_load_f16 and v_load_bf16, a vector of float from halves, and
  *                  v_store2_f16 and v_store2_bf16, two vectors rounded as below; without them
  *                  f32_from_f16 and its like
+ *   HAS_BF16_INSTRUCTIONS  v_store2_bf16_quick, which returns 0 where it may be wrong; only for
+ *                  CPUs of which fn_has_bf16_instructions is true
  *   CONVERT_STEP   how many elements f32_from_f16 and its like convert at a time, in memory; to bf16
  *                  and f16 they round to nearest even, NaN stays quiet NaN; vd8_store_f32_odd cuts
  *                  off, and sets the last bit of what is not exact

@@ -120,9 +120,11 @@ def test_an_instruction_set_that_the_cpu_lacks_is_refused(checksums):
 FMA, OSXSAVE, AVX, F16C = 1 << 12, 1 << 27, 1 << 28, 1 << 29
 AVX2, BMI2, F, DQ, BW, VL = 1 << 5, 1 << 8, 1 << 16, 1 << 17, 1 << 30, 1 << 31
 SSE_STATE, AVX_STATE, ZMM_STATE = 0x2, 0x4, 0xE0
-HASWELL = (FMA | OSXSAVE | AVX | F16C, AVX2 | BMI2, SSE_STATE | AVX_STATE)
+BF16 = 1 << 5
+HASWELL = (FMA | OSXSAVE | AVX | F16C, AVX2 | BMI2, SSE_STATE | AVX_STATE, 0)
 LEAF7_OF_SKYLAKE = AVX2 | BMI2 | F | DQ | BW | VL
-SKYLAKE = (FMA | OSXSAVE | AVX | F16C, LEAF7_OF_SKYLAKE, SSE_STATE | AVX_STATE | ZMM_STATE)
+SKYLAKE = (FMA | OSXSAVE | AVX | F16C, LEAF7_OF_SKYLAKE, SSE_STATE | AVX_STATE | ZMM_STATE, 0)
+COOPER_LAKE = (*SKYLAKE[:3], BF16)
 
 
 def but(cpu, register, bits):
@@ -133,8 +135,13 @@ def but(cpu, register, bits):
 CPUS = {
     "everything": (SKYLAKE, ["avx512", "avx2"]),
     "Haswell": (HASWELL, ["avx2"]),
-    "nothing": ((0, 0, 0), []),
-    "all bits set": ((2**32 - 1, 2**32 - 1, 2**64 - 1), ["avx512", "avx2"]),
+    "nothing": ((0, 0, 0, 0), []),
+    "Cooper Lake": (COOPER_LAKE, ["avx512_bf16", "avx512", "avx2"]),
+    "AVX512_BF16 and no ZMM registers": (but(COOPER_LAKE, 2, ZMM_STATE), ["avx2"]),
+    "all bits set": (
+        (2**32 - 1, 2**32 - 1, 2**64 - 1, 2**32 - 1),
+        ["avx512_bf16", "avx512", "avx2"],
+    ),
     "the system saves no ZMM registers": (but(SKYLAKE, 2, ZMM_STATE), ["avx2"]),
     "the system saves some of the ZMM state": (but(SKYLAKE, 2, 0x80), ["avx2"]),
     "the system saves no YMM registers": (but(SKYLAKE, 2, AVX_STATE), []),
