@@ -63,7 +63,8 @@ def test_readme_names_every_op(op):
 def test_the_map_of_files_is_complete():
     [listed] = re.findall(r"## Files\n.*?```text\n(.*?)```", CONTRIBUTING.read_text(), re.DOTALL)
     named = set(re.findall(r"[\w/]+\.\w+", listed))
-    for folder, kinds in {"src_c": ("*.c", "*.h"), "fastnorm": ("*.py", "*.pyx", "*.pyi")}.items():
+    kinds_in = {"src_c": ("*.c", "*.h"), "fastnorm": ("*.py", "*.py[xi]", "*.px[di]")}
+    for folder, kinds in kinds_in.items():
         files = {path.name for kind in kinds for path in (ROOT / folder).glob(kind)}
         assert files - {"__init__.py", "_version.py"} <= named
 
