@@ -175,10 +175,6 @@ cdef inline bint is_any_parameter(object w, ndarray x, int axes) noexcept:
     )
 
 
-cdef inline bint is_of_type(object w, int typenum) noexcept:
-    return w is None or cnp.PyArray_TYPE(<ndarray>w) == typenum
-
-
 cdef inline int wider(int a, int b) noexcept:
     """What NumPy promotes two storage types to."""
     if a == b:

@@ -46,13 +46,38 @@ cdef int raise_no_memory(Py_ssize_t cols) except -1:
     )
 
 
-cdef inline bint is_plain_rows(fn_rows *rows, fn_dtype dtype) noexcept:
-    return rows.dtype == dtype and rows.col_strides is NULL
+cdef inline bint is_plain_call(const fn_rows *x, const fn_rows *y, const fn_rows *weight,
+                               const fn_rows *bias, double offset, const fn_steps *steps,
+                               fn_dtype dtype) noexcept:
+    """Whether the kernels need no steps: rows as they are computed, parameters that all of them
+    share, and nothing else asked. No `bias`: it is not read; no `steps`: nothing else there is."""
+    return (
+        is_plain_rows(x, dtype) and is_plain_rows(y, dtype)
+        and is_plain_parameter(weight, dtype) and (offset == 0 or weight.data is NULL)
+        and (bias is NULL or is_plain_parameter(bias, dtype))
+        and (steps is NULL or not asks_more(steps))
+    )
 
 
-cdef inline bint is_plain_parameter(fn_rows *rows, fn_dtype dtype) noexcept:
+cdef inline bint is_plain_rows(const fn_rows *rows, fn_dtype dtype) noexcept:
+    """Absent, or contiguous rows of the type that is computed in."""
+    return rows.data is NULL or (rows.dtype == dtype and rows.col_strides is NULL)
+
+
+cdef inline bint is_plain_parameter(const fn_rows *rows, fn_dtype dtype) noexcept:
+    """Absent, or a plain row that all rows share."""
     return rows.data is NULL or (
         is_plain_rows(rows, dtype) and rows.stride == 0 and rows.outer_strides is NULL
+    )
+
+
+cdef inline bint asks_more(const fn_steps *steps) noexcept:
+    """Whether there is a step that is not about how the rows and their parameters lie."""
+    return (
+        steps.gate.data is not NULL or steps.linear_bias.data is not NULL
+        or steps.residual.data is not NULL or steps.sum.data is not NULL
+        or steps.output_count > 1 or steps.activation != FN_NO_ACTIVATION or steps.from_output
+        or steps.lengths is not NULL or steps.starts is not NULL or steps.mask.data is not NULL
     )
 
 

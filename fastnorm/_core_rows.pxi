@@ -172,15 +172,8 @@ def norm_rows(int lead, object compute, object x, list outputs, double eps, *, b
         args.y = made[0].y
         args.weight = made[0].weight.data
         args.bias = made[0].bias.data
-        if not (
-            count == 1 and is_plain_rows(&args.x, dtype) and is_plain_rows(&args.y, dtype)
-            and is_plain_parameter(&made[0].weight, dtype)
-            and is_plain_parameter(&made[0].bias, dtype)
-            and steps.gate.data is NULL and steps.linear_bias.data is NULL
-            and steps.residual.data is NULL and steps.sum.data is NULL and steps.mask.data is NULL
-            and steps.lengths is NULL and (offset == 0 or args.weight is NULL)
-            and activation == 0
-        ):
+        if not is_plain_call(&args.x, &args.y, &made[0].weight, &made[0].bias, offset, &steps,
+                             dtype):
             args.steps = &steps
         if plan:
             return plan_dict(fn_plan_layer_norm(&args, dtype, 0), args.shape)
@@ -217,10 +210,8 @@ def norm_backward_rows(int lead, object compute, object dy, object x, object dx,
     args.weight = output.weight.data
     backward_results(&args, mean, rstd, dweight, dbias, rms, warm)
     if not (
-        is_plain_rows(&args.x, dtype) and is_plain_rows(&args.dy, dtype)
-        and (dx is None or is_plain_rows(&args.dx, dtype))
-        and is_plain_parameter(&output.weight, dtype) and (offset == 0 or args.weight is NULL)
-        and not from_output and steps.lengths is NULL and steps.mask.data is NULL
+        is_plain_rows(&args.dy, dtype)
+        and is_plain_call(&args.x, &args.dx, &output.weight, NULL, offset, &steps, dtype)
     ):
         args.steps = &steps
     if plan:

@@ -71,6 +71,24 @@ cdef object converted(object w, object dtype, double offset):
         return w + dtype.type(offset) if offset else w
 
 
+cdef inline void direct_steps(fn_steps *steps, fn_layer_norm_args *args, fn_output *output,
+                              options *opt, object residual, object linear_bias,
+                              object total) noexcept:
+    """What one output asks for, of C-contiguous arrays."""
+    memset(steps, 0, sizeof(steps[0]))
+    steps.x = args.x
+    steps.outputs = output
+    steps.output_count = 1
+    steps.offset = opt.offset
+    steps.round_before_weight = opt.round_before_weight
+    steps.round_sum = opt.round_sum
+    if opt.adds:
+        steps.linear_bias = rows_at(linear_bias, 0)
+        steps.residual = rows_at(
+            residual, args.shape.cols * cnp.PyArray_ITEMSIZE(<ndarray>residual))
+        steps.sum = rows_at(total, args.shape.cols * cnp.PyArray_ITEMSIZE(<ndarray>total))
+
+
 cdef object direct_norm(
     options *opt, object x_object, object normalized_shape, object weight, object bias, object eps,
     object out, object residual, object linear_bias, object sum_out,
@@ -83,7 +101,7 @@ cdef object direct_norm(
     cdef object total = None, mean = None, rstd = None
     cdef int typenum, compute, sum_type, axes, ndim, warm
     cdef Py_ssize_t stride
-    cdef bint converts
+    cdef bint plain
     if not cnp.PyArray_CheckExact(x_object):
         return None
     x = <ndarray>x_object
@@ -110,10 +128,6 @@ cdef object direct_norm(
     stride = plain_rows(x, axes, &args.shape)
     if args.shape.rows == 0:
         return None
-    converts = not (
-        is_of_type(weight, compute) and is_of_type(bias, compute)
-        and (weight is None or opt.offset == 0)
-    )
     if out is None:
         y = new_array(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), typenum, &args.y_is_warm)
     else:
@@ -140,34 +154,27 @@ cdef object direct_norm(
         if not opt.rms:
             mean = cnp.PyArray_EMPTY(ndim, cnp.PyArray_DIMS(x), compute, 0)
             args.mean = cnp.PyArray_DATA(<ndarray>mean)
-    if (converts and not opt.adds and typenum == compute
-            and cnp.PyArray_NBYTES(x) >= <npy_intp>CONVERT_BYTES):
-        converts = False
-        weight = converted(weight, x.dtype, opt.offset)
-        bias = converted(bias, x.dtype, 0)
     args.rms = opt.rms
     args.x = rows_at(x, stride)
     args.y = rows_at(y, stride)
-    args.weight = parameter_data(weight)
-    args.bias = parameter_data(bias)
-    args.steps = NULL
-    if converts or opt.adds or typenum != compute:
-        memset(&steps, 0, sizeof(steps))
-        memset(&output, 0, sizeof(output))
-        output.y = args.y
+    output.weight = rows_at(weight, 0)
+    output.bias = rows_at(bias, 0)
+    plain = not opt.adds and is_plain_call(&args.x, &args.y, &output.weight, &output.bias,
+                                           opt.offset, NULL, dtype_of(compute))
+    if (not plain and not opt.adds and typenum == compute
+            and cnp.PyArray_NBYTES(x) >= <npy_intp>CONVERT_BYTES):
+        weight = converted(weight, x.dtype, opt.offset)
+        bias = converted(bias, x.dtype, 0)
         output.weight = rows_at(weight, 0)
         output.bias = rows_at(bias, 0)
-        steps.x = args.x
-        steps.outputs = &output
-        steps.output_count = 1
-        steps.offset = opt.offset
-        steps.round_before_weight = opt.round_before_weight
-        steps.round_sum = opt.round_sum
-        if opt.adds:
-            steps.linear_bias = rows_at(linear_bias, 0)
-            steps.residual = rows_at(
-                residual, args.shape.cols * cnp.PyArray_ITEMSIZE(<ndarray>residual))
-            steps.sum = rows_at(total, args.shape.cols * cnp.PyArray_ITEMSIZE(<ndarray>total))
+        plain = True
+    args.weight = output.weight.data
+    args.bias = output.bias.data
+    args.steps = NULL
+    if not plain:
+        output.y = args.y
+        output.scales = NULL
+        direct_steps(&steps, &args, &output, opt, residual, linear_bias, total)
         args.steps = &steps
     call_layer_norm(&args, dtype_of(compute))
     if opt.adds:
