@@ -39,10 +39,11 @@ class NormBackwardCall(Call):
         super().__init__(x, normalized_shape, axis, explained, name=names[0], per_sample=per_sample)
         grad = self.like_x("dy", dy)
         w, b = self.parameter(names[1], weight), self.parameter("bias", bias)
-        self.options: dict[str, Any] = {
+        self.options = {
             "rms": rms, "offset": checks.as_offset(offset), "from_output": bool(from_output),
             **self.valid(lengths, mask),
         }  # fmt: skip
+        w = self.with_offset(w)
         no_mean = rms or from_output
         m = None if no_mean else self.statistic("mean", mean)
         r = self.statistic("rstd", rstd)

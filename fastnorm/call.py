@@ -77,11 +77,13 @@ class Call:
     """One call of an op, checked and laid out.
 
     An op's own constructor sets `kernel`, the function of _core with its arguments, `result`, what
-    the caller gets, and `outputs`, the rows to be written back. A call that is only `explained`
+    the caller gets, and `outputs`, the rows to be written back; a norm's, `options`, the keywords of
+    its kernel. A call that is only `explained`
     copies nothing and takes no kept memory.
     """
 
     kernel: Callable[..., Any]
+    options: dict[str, Any]
     result: Any
 
     def __init__(
@@ -161,6 +163,14 @@ class Call:
             return f"{self.normalized}"
         sample = f"{self.lead[:1] + self.normalized}, one a sample, or " if self.per_sample else ""
         return f"{sample}{self.normalized}, or axes before it that broadcast to {self.lead}"
+
+    def with_offset(self, weight: np.ndarray | None) -> np.ndarray | None:
+        """A weight for all rows gets its offset here, once, so that such calls can be plain."""
+        if weight is None or weight.ndim > len(self.normalized) or not self.options["offset"]:
+            return weight
+        offset, self.options["offset"] = self.options["offset"], 0.0
+        with np.errstate(all="ignore"):
+            return weight + self.compute.type(offset)
 
     def spread(self, array: np.ndarray | None) -> np.ndarray | None:
         """A parameter as if there were one for each row; no copy."""

@@ -74,7 +74,7 @@ class NormCall(Call):
         others = [] if residual is None else [checks.as_floating("residual", residual)]
         super().__init__(x, normalized_shape, axis, explained, others, per_sample=per_sample)
         self.y_type = self.dtype if dtype is None else checks.as_result_type(dtype)
-        self.options: dict[str, Any] = {
+        self.options = {
             "rms": rms,
             "offset": checks.as_offset(offset),
             "round_before_weight": bool(round_before_weight),
@@ -106,14 +106,6 @@ class NormCall(Call):
         if eps is None and self.options["rms"]:
             return MACHINE_EPS[self.compute]
         return checks.as_eps(eps)
-
-    def with_offset(self, weight: np.ndarray | None) -> np.ndarray | None:
-        """A weight for all rows gets its offset here, once, so that such calls can be plain."""
-        if weight is None or weight.ndim > len(self.normalized) or not self.options["offset"]:
-            return weight
-        offset, self.options["offset"] = self.options["offset"], 0.0
-        with np.errstate(all="ignore"):
-            return weight + self.compute.type(offset)
 
     def add_addends(
         self, adds: dict[str, Any], residual: Any, sum_out: Any, round_sum: Any
