@@ -48,7 +48,8 @@ out=None, dtype=None, return_stats=False, activation=None, lengths=None, mask=No
         Of the leading shape, or what broadcasts to it: how many elements of each row count, from
         its first on. The others have no influence and their results are 0.
     mask : array_like of bool, optional
-        What broadcasts to x's shape: the elements that count. The others' results are 0.
+        What broadcasts to x's shape: the elements that count. The others' results are 0. Arrow's
+        booleans, which are packed into bits, are copied.
 
     Returns
     -------

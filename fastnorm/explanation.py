@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from . import _core, interop
+from . import _core, interop, modules
 from .call import Call
 from .dispatch import CALLS
 
@@ -55,8 +55,9 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
 
     Parameters
     ----------
-    op : function or str
-        One of fastnorm's ops, or its name: ``fastnorm.explain("layer_norm", x)``.
+    op : function, str or module
+        One of fastnorm's ops, or its name: ``fastnorm.explain("layer_norm", x)``; or a LayerNorm,
+        LayerNorm2d or RMSNorm, whose call ``norm(x, out=None)`` it then is.
     *args, **kwargs
         The arguments of the call.
 
@@ -69,9 +70,20 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
     Raises
     ------
     ValueError
-        If `op` is none of fastnorm's ops. Else what the call itself would raise.
+        If `op` is none of fastnorm's ops or modules. Else what the call itself would raise.
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm
+    >>> plan = fastnorm.explain(fastnorm.LayerNorm2d(3), np.ones((2, 3, 8, 8), np.float32))
+    >>> plan.op, plan.rows, plan.cols, plan.regime, plan.copies
+    ('layer_norm', 128, 3, 'columns', ())
     """
-    name = _name_of(op)
+    if isinstance(op, modules._Norm):
+        name, kwargs = op._as_op(*args, **kwargs)
+        args = ()
+    else:
+        name = _name_of(op)
     call = _checked(name, args, kwargs)
     plan = call.plan()
     return Explanation(
@@ -106,7 +118,10 @@ def _checked(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     bound = inspect.signature(_public(name)).bind(*args, **kwargs)
     bound.apply_defaults()
     converted = {key: interop.convert(key, value) for key, value in bound.arguments.items()}
-    return CALLS[name](**converted, explained=True)
+    call = CALLS[name](**converted, explained=True)
+    if interop.is_packed("mask", bound.arguments.get("mask")):
+        call.copies.append("mask is copied: Arrow packs booleans into bits")
+    return call
 
 
 def _reasons(plan: dict[str, Any]) -> Iterator[str]:

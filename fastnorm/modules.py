@@ -109,6 +109,12 @@ class _Norm(_core.BoundNorm):
             self._set(name, array)
         return keys
 
+    # ---- the call, in words ---------------------------------------------------------------------
+
+    def _as_op(self, x: Any, out: Any = None) -> tuple[str, dict[str, Any]]:
+        """The op that a call of the module is, and its arguments."""
+        raise NotImplementedError
+
     # ---- copying and comparing ------------------------------------------------------------------
 
     def _settings(self) -> tuple[Any, ...]:
@@ -226,6 +232,10 @@ class LayerNorm(_Norm):
         """What the ops are told of the axes to normalize over."""
         return {"normalized_shape": self.normalized_shape}
 
+    def _as_op(self, x: Any, out: Any = None) -> tuple[str, dict[str, Any]]:
+        parameters = {"weight": self.weight, "bias": self.bias}
+        return "layer_norm", {"x": x, **parameters, "eps": self.eps, "out": out, **self._where()}
+
     def forward(self, x: Any) -> tuple[np.ndarray, tuple[Any, ...]]:
         """y, and what `backward` needs to go back from it.
 
@@ -314,6 +324,10 @@ class LayerNorm2d(LayerNorm):
         return _core.layer_norm(
             x, weight=self.weight, bias=self.bias, eps=self.eps, axis=1, out=out
         )
+
+    def _as_op(self, x: Any, out: Any = None) -> tuple[str, dict[str, Any]]:
+        self._check_channels(x)
+        return super()._as_op(x, out)
 
     def forward(self, x: Any) -> tuple[np.ndarray, tuple[Any, ...]]:
         """y, and what `backward` needs to go back from it.
@@ -421,6 +435,13 @@ class RMSNorm(_Norm):
     def round_before_weight(self) -> bool:
         """Whether the normalised value is rounded before it meets the weight."""
         return self._get("round_before_weight")
+
+    def _as_op(self, x: Any, out: Any = None) -> tuple[str, dict[str, Any]]:
+        flags = {name: self._get(name) for name in self._flags}
+        return "rms_norm", {
+            "x": x, "normalized_shape": self.normalized_shape, "weight": self.weight,
+            "eps": self.eps, "out": out, **flags,
+        }  # fmt: skip
 
     def forward(self, x: Any) -> tuple[np.ndarray, tuple[Any, ...]]:
         """y, and what `backward` needs to go back from it.
