@@ -18,8 +18,8 @@ axis=None, output_mask=(True, True, True), from_output=False, lengths=None, mask
     ----------
     dy, x : array_like
         Gradient of the output, and the input, of one shape, of any type and layout.
-    normalized_shape : int, sequence of int or None
-        As for the forward call (None: the last axis, or what `axis` names).
+    normalized_shape, axis, lengths, mask
+        The forward call's (`normalized_shape` None: the last axis, or what `axis` names).
     mean, rstd : array_like
         What ``layer_norm(x, ..., return_stats=True)`` returned for this x, with or without torch's
         trailing axes of length 1. `mean` is a pivot only: what rounding it lost is formed again.
@@ -27,16 +27,12 @@ axis=None, output_mask=(True, True, True), from_output=False, lengths=None, mask
         The forward call's; None counts as ones.
     bias : array_like, optional
         Checked for its shape, otherwise unused (as torch's `native_layer_norm_backward`).
-    axis : int or tuple of int, optional
-        In place of `normalized_shape`.
     output_mask : three bools
         Which of dx, dweight, dbias to compute; the others come back as None.
     from_output : bool
         `x` is what the forward call returned (without an activation), so that its input need not
         be kept: ``xh = (x - bias) / weight``, which asks for a weight without zeros. `mean` is not
         read, and may be None.
-    lengths, mask : array_like, optional
-        The forward call's.
 
     Returns
     -------
@@ -44,9 +40,8 @@ axis=None, output_mask=(True, True, True), from_output=False, lengths=None, mask
         Of x's shape and type.
     dweight, dbias : ndarray or None
         Of the weight's shape, or the normalized one, in float32 (float64 for float64 input); zeros
-        where there are no rows. Rows are summed in an
-        order that depends on their number alone, so the result is the same for every number of
-        threads.
+        where there are no rows. Rows are summed in an order that depends on their number alone, so
+        the result is the same for every number of threads.
 
     Raises
     ------

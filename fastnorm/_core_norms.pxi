@@ -132,16 +132,12 @@ lengths=None, mask=None)
         For half types: round ``x * rstd`` to the result's type before it is multiplied by the
         weight, as Llama and ONNX do, instead of once at the end, as torch and Gemma do.
     return_stats : bool
-        Also return ``rstd = 1 / sqrt(mean(x^2) + eps)``.
+        Also return ``rstd = 1 / sqrt(mean(x^2) + eps)``, which ``rms_norm_backward`` takes.
 
     Returns
     -------
-    y : ndarray
-        Of x's shape and type, or `dtype` (`out` where given).
-    scale : ndarray
-        After y where `dtype` is int8: float32 of the leading shape.
-    rstd : ndarray
-        With `return_stats`, of the leading shape, float32 (float64 for float64 input).
+    y, scale, rstd : ndarray
+        As :func:`layer_norm`, which has a mean besides.
 
     Raises
     ------
@@ -193,31 +189,25 @@ return_stats=False, activation=None)
     ----------
     x, residual : array_like
         Of one shape, of any types.
-    normalized_shape, weight, bias, eps, axis, activation
-        As for :func:`layer_norm`.
+    normalized_shape, weight, bias, eps, axis, dtype, return_stats, activation
+        As for :func:`layer_norm`; `dtype` is y's, int8 included.
     out, sum_out : ndarray, optional
         Arrays for y and for the sum, of x's shape. `out` may be x, and `sum_out` x or residual
         itself; they may not overlap each other or an input in another way.
-    dtype : dtype, optional
-        Type of y; default: x's. As for :func:`layer_norm`, int8 included.
     linear_bias : array_like, optional
         Of the normalized shape: the bias of the linear layer that x comes from.
     round_sum : bool
         Where the sum is of a half type, whether the statistics see it as it is returned (Hugging
         Face, Liger: y is then what ``layer_norm(sum)`` gives, to the bit) or before it was rounded
         (ONNX Runtime, flash-attn).
-    return_stats : bool
-        Also return mean and rstd.
 
     Returns
     -------
-    y : ndarray
-        Of x's shape and type, or `dtype`; followed by its scale where that is int8.
+    y, scale, mean, rstd : ndarray
+        As :func:`layer_norm`, with the sum after y and its scale.
     sum : ndarray
         Of x's shape and the wider of x's and residual's types. Each addition is rounded in
         float32 (float64 where either is float64), and the sum once more.
-    mean, rstd : ndarray
-        With `return_stats`, of the leading shape.
 
     Raises
     ------
@@ -262,8 +252,8 @@ round_sum=True, return_stats=False, activation=None)
 
     Returns
     -------
-    y, sum, rstd
-        As :func:`add_layer_norm`, without a mean.
+    y, scale, sum, rstd : ndarray
+        As :func:`add_layer_norm`, which has a mean besides.
 
     Raises
     ------

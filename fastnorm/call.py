@@ -77,9 +77,8 @@ class Call:
     """One call of an op, checked and laid out.
 
     An op's own constructor sets `kernel`, the function of _core with its arguments, `result`, what
-    the caller gets, and `outputs`, the rows to be written back; a norm's, `options`, the keywords of
-    its kernel. A call that is only `explained`
-    copies nothing and takes no kept memory.
+    the caller gets, and `outputs`, the rows to be written back; a norm's also `options`, keywords
+    of its kernel. A call that is only `explained` copies nothing and takes no kept memory.
     """
 
     kernel: Callable[..., Any]

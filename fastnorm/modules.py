@@ -273,19 +273,13 @@ class LayerNorm2d(LayerNorm):
     ----------
     num_channels : int
         C, the length of the input's axis 1.
-    eps : float
-        Added to the variance; not negative.
-    elementwise_affine : bool
-        Whether there is a weight, at first of ones, and with `bias` a bias, at first of zeros.
-    bias : bool
-        Whether there is a bias; without a weight there is none.
-    dtype : float16, bfloat16, float32 or float64
-        Type of the parameters. Inputs may be of any of them.
+    eps, elementwise_affine, bias, dtype
+        As for :class:`LayerNorm`; eps is 1e-6 where it is left out, as in ConvNeXt.
 
     Attributes
     ----------
     weight, bias : ndarray or None
-        Of shape (C,), as LayerNorm has them.
+        Of shape (C,), else as :class:`LayerNorm` has them.
 
     Raises
     ------
@@ -360,24 +354,21 @@ class RMSNorm(_Norm):
     normalized_shape : int or sequence of int
         Trailing shape of the input to normalize over.
     eps : float, optional
-        Added to the mean square; not negative. None: the machine epsilon of the type that is
-        computed in (float32's for the half types), as in torch.
+        As for :func:`fastnorm.rms_norm`: None is the machine epsilon.
     elementwise_affine : bool
         Whether there is a weight. It begins as ``1 - offset``, so that the factor is 1.
     offset : float
         Added to the weight where it is used. 1 takes Gemma's checkpoints, which hold the factor
         less 1; the weight then begins as zeros.
     round_before_weight : bool
-        For half types: round the normalised value before it is multiplied by the weight, as Llama
-        does; see fastnorm.rms_norm.
+        As for :func:`fastnorm.rms_norm`.
     dtype : float16, bfloat16, float32 or float64
-        Type of the weight, as for LayerNorm. Inputs may be of any of them.
+        Type of the weight, as for :class:`LayerNorm`.
 
     Attributes
     ----------
     weight : ndarray or None
-        Of shape `normalized_shape`, `dtype`, 64-byte aligned. It may be assigned to (what is
-        assigned is converted) and changed in place: both take effect at the next call.
+        As :class:`LayerNorm` has it.
 
     Raises
     ------
