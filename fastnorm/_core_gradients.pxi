@@ -54,6 +54,15 @@ axis=None, output_mask=(True, True, True), from_output=False, lengths=None, mask
     References
     ----------
     Ba, Kiros, Hinton: Layer Normalization, arXiv 1607.06450 (2016).
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm
+    >>> x, dy = np.float32([[[1, 3, 5], [2, 2, 8]], [[1, 0, 0], [0, 1, 0]]])
+    >>> y, mean, rstd = fastnorm.layer_norm(x, return_stats=True)
+    >>> dx, dweight, dbias = fastnorm.layer_norm_backward(dy, x, 3, mean, rstd)
+    >>> dbias
+    array([1., 1., 0.], dtype=float32)
     """
     if (is_last(axis, normalized_shape) and from_output is False and lengths is None
             and mask is None):
@@ -101,6 +110,14 @@ output_mask=(True, True), from_output=False, lengths=None, mask=None)
     References
     ----------
     Zhang, Sennrich: Root Mean Square Layer Normalization, arXiv 1910.07467 (2019).
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm
+    >>> x, dy = np.float32([[1, 7]]), np.float32([[5, 0]])
+    >>> y, rstd = fastnorm.rms_norm(x, return_stats=True)
+    >>> fastnorm.rms_norm_backward(dy, x, 2, rstd)
+    (array([[ 0.98, -0.14]], dtype=float32), array([1., 0.], dtype=float32))
     """
     if (is_last(axis, normalized_shape) and from_output is False and lengths is None
             and mask is None and plain_offset(offset) == 0):

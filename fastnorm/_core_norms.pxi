@@ -217,6 +217,13 @@ return_stats=False, activation=None)
     References
     ----------
     ONNX Runtime's SkipLayerNormalization (whose eps is 1e-12).
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm
+    >>> x, residual = np.float32([[1, 3]]), np.float32([[0, 5]])
+    >>> fastnorm.add_layer_norm(x, residual, eps=0.0)
+    (array([[-1.,  1.]], dtype=float32), array([[1., 8.]], dtype=float32))
     """
     cdef options opt
     if (is_last(axis, normalized_shape) and dtype is None and activation is None
@@ -263,6 +270,12 @@ round_sum=True, return_stats=False, activation=None)
     References
     ----------
     ONNX Runtime's SkipSimplifiedLayerNormalization.
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm
+    >>> fastnorm.add_rms_norm(np.float32([[1, 3]]), np.float32([[0, 4]]))
+    (array([[0.2, 1.4]], dtype=float32), array([[1., 7.]], dtype=float32))
     """
     cdef options opt
     if (is_last(axis, normalized_shape) and dtype is None and activation is None
@@ -305,5 +318,11 @@ def moments(x, axis=None):
     ------
     TypeError, ValueError
         As :func:`layer_norm`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm
+    >>> fastnorm.moments(np.float32([[1, 3], [2, 8]]))
+    (array([2., 5.], dtype=float32), array([1., 9.], dtype=float32))
     """
     return handlers["moments"](x, axis)
