@@ -22,6 +22,8 @@ class IncompatibleKeys(NamedTuple):
 class _Norm(_core.BoundNorm):
     """What all modules share: a shape, eps and parameters, their copies and comparison."""
 
+    #: The op that a call is.
+    _op: ClassVar[str]
     #: The parameters there may be; _core holds them.
     _names: ClassVar[tuple[str, ...]] = ("weight",)
     #: What else a constructor sets, by the name that _core has for it.
@@ -113,7 +115,12 @@ class _Norm(_core.BoundNorm):
 
     def _as_op(self, x: Any, out: Any = None) -> tuple[str, dict[str, Any]]:
         """The op that a call of the module is, and its arguments."""
-        raise NotImplementedError
+        named = {name: self._get(name) for name in (*self._names, "eps", *self._flags)}
+        return self._op, {"x": x, **self._where(), **named, "out": out}
+
+    def _where(self) -> dict[str, Any]:
+        """What the ops are told of the axes to normalize over."""
+        return {"normalized_shape": self.normalized_shape}
 
     # ---- copying and comparing ------------------------------------------------------------------
 
@@ -202,6 +209,7 @@ class LayerNorm(_Norm):
            [0., 0., 0., 0.]], dtype=float32)
     """
 
+    _op = "layer_norm"
     _names = ("weight", "bias")
 
     def __init__(
@@ -227,14 +235,6 @@ class LayerNorm(_Norm):
     @bias.setter
     def bias(self, value: Any) -> None:
         self._set("bias", self._parameter("bias", value))
-
-    def _where(self) -> dict[str, Any]:
-        """What the ops are told of the axes to normalize over."""
-        return {"normalized_shape": self.normalized_shape}
-
-    def _as_op(self, x: Any, out: Any = None) -> tuple[str, dict[str, Any]]:
-        parameters = {"weight": self.weight, "bias": self.bias}
-        return "layer_norm", {"x": x, **parameters, "eps": self.eps, "out": out, **self._where()}
 
     def forward(self, x: Any) -> tuple[np.ndarray, tuple[Any, ...]]:
         """y, and what `backward` needs to go back from it.
@@ -388,6 +388,7 @@ class RMSNorm(_Norm):
     array([[0.2, 1.4]], dtype=float32)
     """
 
+    _op = "rms_norm"
     _flags = ("offset", "round_before_weight")
 
     def __init__(
@@ -426,13 +427,6 @@ class RMSNorm(_Norm):
     def round_before_weight(self) -> bool:
         """Whether the normalised value is rounded before it meets the weight."""
         return self._get("round_before_weight")
-
-    def _as_op(self, x: Any, out: Any = None) -> tuple[str, dict[str, Any]]:
-        flags = {name: self._get(name) for name in self._flags}
-        return "rms_norm", {
-            "x": x, "normalized_shape": self.normalized_shape, "weight": self.weight,
-            "eps": self.eps, "out": out, **flags,
-        }  # fmt: skip
 
     def forward(self, x: Any) -> tuple[np.ndarray, tuple[Any, ...]]:
         """y, and what `backward` needs to go back from it.
