@@ -216,7 +216,8 @@ cdef inline int wanted(object output_mask, int count) noexcept:
 
 
 cdef object direct_backward(object dy_object, object x_object, object normalized_shape, object mean,
-                            object rstd, object weight, object bias, int mask, bint rms):
+                            object rstd, object weight, object bias, double offset, int mask,
+                            bint rms):
     """The straight path; None where it does not apply. With `rms` there is no mean."""
     cdef fn_layer_norm_backward_args args
     cdef ndarray x
@@ -243,6 +244,8 @@ cdef object direct_backward(object dy_object, object x_object, object normalized
     stride = plain_rows(x, axes, &args.shape)
     if args.shape.rows == 0:
         return None
+    if offset != 0:
+        weight = converted(weight, x.dtype, offset)
     first = cnp.PyArray_NDIM(x) - axes
     args.rms = rms
     args.dx_is_warm = 0

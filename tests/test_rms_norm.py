@@ -338,8 +338,9 @@ def test_gradients_with_an_offset_are_those_of_the_sum(isa, kind, rng):
         summed = cast(w, computed) + computed.type(1)
         rstd = fastnorm.rms_norm(x, n, w, offset=1.0, return_stats=True)[1]
         want = fastnorm.rms_norm_backward(dy, x, n, rstd, summed)
-        for some_x, some_w in ((x, w), (np.repeat(x, 2, axis=1)[:, ::2], w), (x, w[None])):
-            got = fastnorm.rms_norm_backward(dy, some_x, n, rstd, some_w, offset=1.0)
+        wide = np.repeat(x, 2, axis=1)[:, ::2]
+        for some_x, some_w, one in ((x, w, 1.0), (x, w, 1), (wide, w, 1.0), (x, w[None], 1.0)):
+            got = fastnorm.rms_norm_backward(dy, some_x, n, rstd, some_w, offset=one)
             for a, b in zip(got, want, strict=True):
                 assert_same_bits(a.reshape(b.shape), b)
         plan = fastnorm.explain("rms_norm_backward", dy, x, n, rstd, w, offset=1.0)
