@@ -17,7 +17,7 @@ endif
 # What one wheel differs in from another: stamps carry it, so that no other wheel is taken for it.
 BUILD := $(ABI)-$(FASTNORM_BUILD_OPENMP)-$(FASTNORM_BUILD_WERROR)-$(FASTNORM_BUILD_SANITIZE)-$(FASTNORM_BUILD_COVERAGE)
 SOURCES := $(wildcard pyproject.toml setup.py README.md LICENSE \
-	fastnorm/*.py fastnorm/*.pyi fastnorm/*.pyx fastnorm/*.pxd fastnorm/py.typed src_c/*.[ch])
+	fastnorm/*.py fastnorm/*.pyi fastnorm/*.pyx fastnorm/*.px[di] fastnorm/py.typed src_c/*.[ch])
 
 .PHONY: help demo test bench readme check format wheel sanitize clean
 .PRECIOUS: .venv-%/.python-$(ABI)

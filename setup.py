@@ -1,4 +1,4 @@
-"""Builds fastnorm._core: one Cython file and the C kernels, each instruction set with its flags.
+"""Builds fastnorm._core: one Cython module and the C kernels, each instruction set with its flags.
 
 All else about the project is in pyproject.toml. Switches, read from the environment:
 
@@ -65,6 +65,9 @@ def kernel_sources():
     return common | {f"src_c/isa_{isa}.c": flags for isa, flags in isas.items()}
 
 
+# What fastnorm/_core.pyx includes, and its C declarations.
+CYTHON_ROOMS = sorted([*glob("fastnorm/*.pxd"), *glob("fastnorm/*.pxi")])
+
 OPENMP = ["-fopenmp"] if switch("FASTNORM_BUILD_OPENMP", "1") else []
 WERROR = ["-Werror"] if switch("FASTNORM_BUILD_WERROR", "0") else []
 COVERAGE = ["--coverage"] if switch("FASTNORM_BUILD_COVERAGE", "0") else []
@@ -119,7 +122,7 @@ class BuildKernels(build_ext):
 
     def kernel_object(self, source, flags, depends):
         [path] = self.compiler.object_filenames([source], output_dir=self.build_temp)
-        headers = [name for name in depends if not name.endswith(".c")]
+        headers = [name for name in depends if not name.endswith((".c", ".pxd", ".pxi"))]
         if self.force or newer_group([source, *headers], path):
             self.compiler.compile(
                 [source],
@@ -135,7 +138,7 @@ setup(
         Extension(
             "fastnorm._core",
             sources=["fastnorm/_core.pyx"],
-            depends=["setup.py", *glob("src_c/*.h"), *kernel_sources()],
+            depends=["setup.py", *CYTHON_ROOMS, *glob("src_c/*.h"), *kernel_sources()],
             include_dirs=["src_c", np.get_include()],
             define_macros=[
                 ("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"),

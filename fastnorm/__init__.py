@@ -15,7 +15,7 @@ from ._core import (
 )
 from ._version import __version__
 from .config import show_config
-from .dispatch import Explanation, explain
+from .explanation import Explanation, explain
 from .fused import (
     adaptive_layer_norm,
     adaptive_layer_norm_backward,

@@ -32,10 +32,8 @@ def adaptive_layer_norm(
         Of shape (B, *D), broadcast over what lies between, or of as many axes as x with full
         normalized ones. ``1 + scale`` is rounded in float32 (float64 for float64 input). `shift`
         may be None.
-    normalized_shape : int or sequence of int, optional
-        Trailing shape D. Default: the last axis.
-    eps : float
-        Added to the variance; not negative.
+    normalized_shape, eps
+        As for :func:`fastnorm.layer_norm`; eps is 1e-6 where it is left out, as in DiT.
     gate : array_like, optional
         As `scale`; only with `residual`. Product and sum are each rounded in float32.
     residual : array_like, optional
@@ -45,12 +43,8 @@ def adaptive_layer_norm(
 
     Returns
     -------
-    y : ndarray
-        Of x's shape and type, or `dtype`; followed by its scale where that is int8.
-    sum : ndarray
-        With `residual`.
-    mean, rstd : ndarray
-        With `return_stats`, of the leading shape.
+    y, scale, sum, mean, rstd : ndarray
+        As :func:`fastnorm.add_layer_norm`; the sum only with `residual`.
 
     Raises
     ------
@@ -61,6 +55,18 @@ def adaptive_layer_norm(
     ----------
     Peebles, Xie: Scalable Diffusion Models with Transformers (adaLN), arXiv 2212.09748 (2022).
     Perez et al.: FiLM, arXiv 1709.07871 (2017).
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm
+    >>> x = np.float32([[[1, 3], [2, 8]]])  # one sample of two tokens
+    >>> fastnorm.adaptive_layer_norm(x, np.float32([[1, 0]]), np.float32([[0, 5]]), eps=0.0)
+    array([[[-2.,  6.],
+            [-2.,  6.]]], dtype=float32)
+    >>> y, s = fastnorm.adaptive_layer_norm(x, x, None, gate=np.float32([[2, 2]]), residual=x)
+    >>> s
+    array([[[ 3.,  9.],
+            [ 6., 24.]]], dtype=float32)
     """
     return handlers["adaptive_layer_norm"](
         x, scale, shift, normalized_shape, eps, gate, residual, out, sum_out, dtype, round_sum,
@@ -96,6 +102,15 @@ def adaptive_layer_norm_backward(
     ------
     TypeError, ValueError, MemoryError
         As :func:`fastnorm.layer_norm_backward`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm
+    >>> x, scale = np.float32([[[1, 3], [2, 8]]]), np.float32([[1, 0]])
+    >>> y, mean, rstd = fastnorm.adaptive_layer_norm(x, scale, None, eps=0.0, return_stats=True)
+    >>> dx, dscale, dshift = fastnorm.adaptive_layer_norm_backward(x, x, scale, 2, mean, rstd)
+    >>> dscale, dshift
+    (array([[-3., 11.]], dtype=float32), array([[ 3., 11.]], dtype=float32))
     """
     return handlers["adaptive_layer_norm_backward"](
         dy, x, scale, normalized_shape, mean, rstd, output_mask
@@ -120,14 +135,23 @@ def parallel_layer_norm(
     Returns
     -------
     ys : tuple of ndarray
-        With int8, followed by a tuple of their scales.
+        Each as :func:`fastnorm.layer_norm` gives it; with int8, followed by a tuple of scales.
     mean, rstd : ndarray
-        With `return_stats`.
+        With `return_stats`, once for all.
 
     Raises
     ------
     TypeError, ValueError
         As :func:`fastnorm.layer_norm`; ValueError for sequences of different lengths.
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm
+    >>> x = np.float32([[1, 3], [2, 8]])
+    >>> fastnorm.parallel_layer_norm(x, 2, [None, np.float32([2, 5])], eps=0.0)
+    (array([[-1.,  1.],
+           [-1.,  1.]], dtype=float32), array([[-2.,  5.],
+           [-2.,  5.]], dtype=float32))
     """
     return handlers["parallel_layer_norm"](
         x, normalized_shape, weights, biases, eps, out, dtype, return_stats, activation
@@ -160,6 +184,16 @@ def add_layer_norm_backward(
     ------
     TypeError, ValueError, MemoryError
         As :func:`fastnorm.layer_norm_backward`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm
+    >>> x, residual, dy = np.float32([[[1, 3]], [[0, 5]], [[4, 0]]])
+    >>> y, s, mean, rstd = fastnorm.add_layer_norm(x, residual, eps=0.0, return_stats=True)
+    >>> dsum = np.ones_like(s)
+    >>> dx, dweight, dbias = fastnorm.add_layer_norm_backward(dy, dsum, s, 2, mean, rstd)
+    >>> dx, dweight
+    (array([[1., 1.]], dtype=float32), array([-4.,  0.], dtype=float32))
     """
     return handlers["add_layer_norm_backward"](
         dy, dsum, sum, normalized_shape, mean, rstd, weight, bias, axis, output_mask
@@ -174,6 +208,14 @@ def add_rms_norm_backward(
 
     Parameters, results and errors are those of :func:`fastnorm.add_layer_norm_backward` and
     :func:`fastnorm.rms_norm_backward`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm
+    >>> x, residual, dy = np.float32([[[1, 3]], [[0, 4]], [[5, 0]]])
+    >>> y, s, rstd = fastnorm.add_rms_norm(x, residual, return_stats=True)
+    >>> fastnorm.add_rms_norm_backward(dy, None, s, 2, rstd)
+    (array([[ 0.98, -0.14]], dtype=float32), array([1., 0.], dtype=float32))
     """
     return handlers["add_rms_norm_backward"](
         dy, dsum, sum, normalized_shape, rstd, weight, axis, offset, output_mask
@@ -215,6 +257,13 @@ def segment_layer_norm(
     References
     ----------
     PyTorch Geometric's LayerNorm(mode="graph"), whose batch vector says what `offsets` say here.
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm
+    >>> x = np.float32([[1], [3], [2], [4], [2], [4]])
+    >>> fastnorm.segment_layer_norm(x, [0, 2, 6], eps=0.0).ravel()
+    array([-1.,  1., -1.,  1., -1.,  1.], dtype=float32)
     """
     return handlers["segment_layer_norm"](
         x, offsets, weight, bias, eps, out, dtype, return_stats, activation
@@ -229,14 +278,10 @@ def segment_layer_norm_backward(
 
     Parameters
     ----------
-    dy, x : array_like
-        Gradient of the output, and the input, of one shape.
-    offsets, weight, bias
+    dy, x, mean, rstd, weight, bias, output_mask
+        As for :func:`fastnorm.layer_norm_backward`, of the shapes that the forward call has.
+    offsets : array_like of int
         The forward call's.
-    mean, rstd : array_like
-        What the forward call returned with ``return_stats=True``.
-    output_mask : three bools
-        Which of dx, dweight, dbias to compute; the others come back as None.
 
     Returns
     -------
@@ -249,6 +294,15 @@ def segment_layer_norm_backward(
     ------
     TypeError, ValueError, MemoryError
         As :func:`fastnorm.layer_norm_backward`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm
+    >>> x, dy = np.float32([[1, 3, 2, 4], [1, 2, 3, 7]])
+    >>> y, mean, rstd = fastnorm.segment_layer_norm(x, [0, 2, 4], return_stats=True)
+    >>> dx, dweight, dbias = fastnorm.segment_layer_norm_backward(dy, x, [0, 2, 4], mean, rstd)
+    >>> dbias
+    array(13., dtype=float32)
     """
     return handlers["segment_layer_norm_backward"](
         dy, x, offsets, mean, rstd, weight, bias, output_mask
@@ -263,6 +317,12 @@ def segment_rms_norm(
 
     Parameters, results and errors are those of :func:`segment_layer_norm` and
     :func:`fastnorm.rms_norm`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm
+    >>> fastnorm.segment_rms_norm(np.float32([[1], [7], [3], [3], [3]]), [0, 2, 5]).ravel()
+    array([0.2, 1.4, 1. , 1. , 1. ], dtype=float32)
     """
     return handlers["segment_rms_norm"](
         x, offsets, weight, eps, offset, out, dtype, return_stats, activation
@@ -277,5 +337,14 @@ def segment_rms_norm_backward(
 
     Parameters, results and errors are those of :func:`segment_layer_norm_backward` and
     :func:`fastnorm.rms_norm_backward`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm
+    >>> x, dy = np.float32([[1, 7, 3, 3], [5, 0, 2, 1]])
+    >>> y, rstd = fastnorm.segment_rms_norm(x, [0, 2, 4], return_stats=True)
+    >>> dx, dweight = fastnorm.segment_rms_norm_backward(dy, x, [0, 2, 4], rstd)
+    >>> dweight
+    array(4., dtype=float32)
     """
     return handlers["segment_rms_norm_backward"](dy, x, offsets, rstd, weight, offset, output_mask)

@@ -1,7 +1,8 @@
 """Inputs that are not ndarrays: torch tensors, DLPack, Arrow.
 
 They are read and written where they lie: what is no view of host memory is refused, with the call
-that would make it one. None of these libraries is imported before a caller hands over its objects.
+that would make it one. Only a mask's Arrow booleans are copied, as they are packed into bits. None
+of these libraries is imported before a caller hands over its objects.
 Buffers (memoryview, array.array) need nothing from here: NumPy takes them as they are.
 """
 
@@ -55,7 +56,7 @@ def is_foreign(value: Any) -> bool:
 
 
 def to_ndarray(name: str, value: Any) -> np.ndarray:
-    """The memory of `value` as an ndarray; nothing is copied.
+    """The memory of `value` as an ndarray; nothing is copied but what is_packed.
 
     bfloat16 has ml_dtypes' type, or BITS without ml_dtypes. The result is read-only where the
     owner of the memory says so.
@@ -328,6 +329,11 @@ def _is_arrow(value: Any) -> bool:
     return exports and not hasattr(kind, "__array__")
 
 
+def is_packed(name: str, value: Any) -> bool:
+    """Whether `value` is booleans in Arrow's bits, which only a mask may be."""
+    return name == "mask" and _is_arrow(value)
+
+
 def _from_arrow(name: str, value: Any) -> np.ndarray:
     array = _one_chunk(name, _as_pyarrow(name, value))
     if array.null_count:
@@ -339,8 +345,12 @@ def _from_arrow(name: str, value: Any) -> np.ndarray:
     if types.is_fixed_size_list(array.type):
         items = _from_arrow(name, array.flatten())
         return items.reshape(len(array), array.type.list_size, *items.shape[1:])
+    if name == "mask" and types.is_boolean(array.type):
+        return array.to_numpy(zero_copy_only=False)
     if hasattr(array, "to_numpy_ndarray"):  # fixed-shape tensors, whose storage is a list
-        _from_arrow(name, array.storage)
+        stored = _from_arrow(name, array.storage)
+        if stored.dtype == np.bool_:
+            raise TypeError(f"{name}: got an Arrow tensor of bool, wanted {name}.storage")
         return array.to_numpy_ndarray()
     if not (types.is_floating(array.type) or types.is_integer(array.type)):
         raise TypeError(

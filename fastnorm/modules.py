@@ -22,6 +22,8 @@ class IncompatibleKeys(NamedTuple):
 class _Norm(_core.BoundNorm):
     """What all modules share: a shape, eps and parameters, their copies and comparison."""
 
+    #: The op that a call is.
+    _op: ClassVar[str]
     #: The parameters there may be; _core holds them.
     _names: ClassVar[tuple[str, ...]] = ("weight",)
     #: What else a constructor sets, by the name that _core has for it.
@@ -108,6 +110,17 @@ class _Norm(_core.BoundNorm):
         for name, array in loaded.items():
             self._set(name, array)
         return keys
+
+    # ---- the call, in words ---------------------------------------------------------------------
+
+    def _as_op(self, x: Any, out: Any = None) -> tuple[str, dict[str, Any]]:
+        """The op that a call of the module is, and its arguments."""
+        named = {name: self._get(name) for name in (*self._names, "eps", *self._flags)}
+        return self._op, {"x": x, **self._where(), **named, "out": out}
+
+    def _where(self) -> dict[str, Any]:
+        """What the ops are told of the axes to normalize over."""
+        return {"normalized_shape": self.normalized_shape}
 
     # ---- copying and comparing ------------------------------------------------------------------
 
@@ -196,6 +209,7 @@ class LayerNorm(_Norm):
            [0., 0., 0., 0.]], dtype=float32)
     """
 
+    _op = "layer_norm"
     _names = ("weight", "bias")
 
     def __init__(
@@ -221,10 +235,6 @@ class LayerNorm(_Norm):
     @bias.setter
     def bias(self, value: Any) -> None:
         self._set("bias", self._parameter("bias", value))
-
-    def _where(self) -> dict[str, Any]:
-        """What the ops are told of the axes to normalize over."""
-        return {"normalized_shape": self.normalized_shape}
 
     def forward(self, x: Any) -> tuple[np.ndarray, tuple[Any, ...]]:
         """y, and what `backward` needs to go back from it.
@@ -263,19 +273,13 @@ class LayerNorm2d(LayerNorm):
     ----------
     num_channels : int
         C, the length of the input's axis 1.
-    eps : float
-        Added to the variance; not negative.
-    elementwise_affine : bool
-        Whether there is a weight, at first of ones, and with `bias` a bias, at first of zeros.
-    bias : bool
-        Whether there is a bias; without a weight there is none.
-    dtype : float16, bfloat16, float32 or float64
-        Type of the parameters. Inputs may be of any of them.
+    eps, elementwise_affine, bias, dtype
+        As for :class:`LayerNorm`; eps is 1e-6 where it is left out, as in ConvNeXt.
 
     Attributes
     ----------
     weight, bias : ndarray or None
-        Of shape (C,), as LayerNorm has them.
+        Of shape (C,), else as :class:`LayerNorm` has them.
 
     Raises
     ------
@@ -315,6 +319,10 @@ class LayerNorm2d(LayerNorm):
             x, weight=self.weight, bias=self.bias, eps=self.eps, axis=1, out=out
         )
 
+    def _as_op(self, x: Any, out: Any = None) -> tuple[str, dict[str, Any]]:
+        self._check_channels(x)
+        return super()._as_op(x, out)
+
     def forward(self, x: Any) -> tuple[np.ndarray, tuple[Any, ...]]:
         """y, and what `backward` needs to go back from it.
 
@@ -346,24 +354,21 @@ class RMSNorm(_Norm):
     normalized_shape : int or sequence of int
         Trailing shape of the input to normalize over.
     eps : float, optional
-        Added to the mean square; not negative. None: the machine epsilon of the type that is
-        computed in (float32's for the half types), as in torch.
+        As for :func:`fastnorm.rms_norm`: None is the machine epsilon.
     elementwise_affine : bool
         Whether there is a weight. It begins as ``1 - offset``, so that the factor is 1.
     offset : float
         Added to the weight where it is used. 1 takes Gemma's checkpoints, which hold the factor
         less 1; the weight then begins as zeros.
     round_before_weight : bool
-        For half types: round the normalised value before it is multiplied by the weight, as Llama
-        does; see fastnorm.rms_norm.
+        As for :func:`fastnorm.rms_norm`.
     dtype : float16, bfloat16, float32 or float64
-        Type of the weight, as for LayerNorm. Inputs may be of any of them.
+        Type of the weight, as for :class:`LayerNorm`.
 
     Attributes
     ----------
     weight : ndarray or None
-        Of shape `normalized_shape`, `dtype`, 64-byte aligned. It may be assigned to (what is
-        assigned is converted) and changed in place: both take effect at the next call.
+        As :class:`LayerNorm` has it.
 
     Raises
     ------
@@ -383,6 +388,7 @@ class RMSNorm(_Norm):
     array([[0.2, 1.4]], dtype=float32)
     """
 
+    _op = "rms_norm"
     _flags = ("offset", "round_before_weight")
 
     def __init__(

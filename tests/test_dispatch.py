@@ -284,6 +284,32 @@ def test_explain_knows_every_op():
             assert name in str(caught.value)
 
 
+@pytest.mark.parametrize("storage", STORAGE, ids=str)
+def test_explain_takes_modules(storage):
+    x = np.ones((2, 6, 8, 8), np.float32).astype(storage)
+    out = np.empty_like(x)
+    layer, rms = fastnorm.LayerNorm((6, 8, 8)), fastnorm.RMSNorm(8, offset=1.0)
+    channels = fastnorm.LayerNorm2d(6, dtype="float64")
+    op = fastnorm.explain
+    w, b = layer.weight, layer.bias
+    assert op(layer, x) == op("layer_norm", x, (6, 8, 8), w, b)
+    assert op(layer, x, out=x) == op(layer, x, x) == op("layer_norm", x, (6, 8, 8), w, b, out=x)
+    assert op(rms, x, out) == op("rms_norm", x, 8, rms.weight, offset=1.0, out=out)
+    assert op(channels, x) == op("layer_norm", x, None, channels.weight, channels.bias, axis=1)
+    assert op(channels, x).regime == "columns"
+
+
+def test_explain_of_modules_raises_what_the_call_would():
+    norm, x = fastnorm.LayerNorm2d(3), np.ones((2, 4, 5), np.float32)
+    with pytest.raises(ValueError, match=r"^x: got shape \(2, 4, 5\), wanted \(N, 3, "):
+        fastnorm.explain(norm, x)
+    with pytest.raises(ValueError, match=r"^normalized_shape"):
+        fastnorm.explain(fastnorm.RMSNorm(3), x)
+    for wrong in ((), (x, None, None)):
+        with pytest.raises(TypeError):
+            fastnorm.explain(norm, *wrong)
+
+
 def test_explain_raises_what_the_call_would():
     x = np.ones((3, 4), np.float32)
     with pytest.raises(ValueError, match=r"^eps"):

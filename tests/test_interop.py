@@ -585,6 +585,42 @@ def test_arrow_that_is_refused(pyarrow):
     assert address(interop.to_ndarray("weight", lists[1:])) == flat.buffers()[1].address + 16
 
 
+def test_arrow_masks(pyarrow):
+    """They are copied, as Arrow packs booleans into bits; other arguments are never booleans."""
+    mask = (np.arange(ROWS.size) % 3 > 0).reshape(ROWS.shape)
+    flat = pyarrow.array(mask.ravel())
+    rows = pyarrow.FixedSizeListArray.from_arrays(flat, ROWS.shape[1])
+    for given, wanted in (
+        (rows, mask),
+        (rows[1:2], mask[1:2]),
+        (flat[3 : 3 + ROWS.shape[1]], mask.ravel()[3 : 3 + ROWS.shape[1]]),
+        (pyarrow.chunked_array([flat[: ROWS.shape[1]]]), mask[0]),
+        (ArrowExporter(rows), mask),
+    ):
+        got = fastnorm.layer_norm(ROWS, mask=given)
+        assert_same_bits(got, fastnorm.layer_norm(ROWS, mask=wanted))
+        plan = fastnorm.explain("layer_norm", ROWS, mask=given)
+        assert plan.copies == ("mask is copied: Arrow packs booleans into bits",)
+    assert fastnorm.explain("layer_norm", ROWS, mask=mask).copies == ()
+
+
+def test_arrow_masks_that_are_refused(pyarrow):
+    holed = pyarrow.array([True, None] * (ROWS.shape[1] // 2))
+    numbers = pyarrow.array(ROWS[0])
+    for given, kind, words in (
+        (holed, ValueError, "an Arrow array with 6 nulls"),
+        (numbers, TypeError, "dtype float32, wanted bool"),
+    ):
+        with pytest.raises(kind, match=f"^mask: got {words}"):
+            fastnorm.layer_norm(ROWS, mask=given)
+    if hasattr(pyarrow, "FixedShapeTensorArray"):
+        storage = pyarrow.array([[True, False]], pyarrow.list_(pyarrow.bool_(), 2))
+        kind = pyarrow.fixed_shape_tensor(pyarrow.bool_(), (2,))
+        tensors = pyarrow.ExtensionArray.from_storage(kind, storage)
+        with pytest.raises(TypeError, match=r"^mask: got an Arrow tensor .*mask\.storage"):
+            fastnorm.layer_norm(ROWS, mask=tensors)
+
+
 class ArrowExporter:
     """An array of another Arrow library."""
 

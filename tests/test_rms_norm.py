@@ -328,6 +328,25 @@ def test_output_mask(isa, kind, mask, rng):
             assert got is None
 
 
+@storage
+def test_gradients_with_an_offset_are_those_of_the_sum(isa, kind, rng):
+    """To the bit, in any layout; and the call is as plain as with a weight that has it already."""
+    for n in (5, 64, 1030):
+        x, dy = cast(rng.standard_normal((2, 9, n)), kind)
+        w = cast(rng.standard_normal(n) / 100, kind)
+        computed = compute_type(kind)
+        summed = cast(w, computed) + computed.type(1)
+        rstd = fastnorm.rms_norm(x, n, w, offset=1.0, return_stats=True)[1]
+        want = fastnorm.rms_norm_backward(dy, x, n, rstd, summed)
+        wide = np.repeat(x, 2, axis=1)[:, ::2]
+        for some_x, some_w, one in ((x, w, 1.0), (x, w, 1), (wide, w, 1.0), (x, w[None], 1.0)):
+            got = fastnorm.rms_norm_backward(dy, some_x, n, rstd, some_w, offset=one)
+            for a, b in zip(got, want, strict=True):
+                assert_same_bits(a.reshape(b.shape), b)
+        plan = fastnorm.explain("rms_norm_backward", dy, x, n, rstd, w, offset=1.0)
+        assert plan == fastnorm.explain("rms_norm_backward", dy, x, n, rstd, summed)
+
+
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize("n", [1, 5, 64, 257, 1025, 2049])
 def test_from_output(isa, dtype, n, offset, rng):

@@ -1,0 +1,130 @@
+# What _core takes from C: the kernels of src_c, and what NumPy's own .pxd lacks.
+
+cdef extern from "fastnorm.h" nogil:
+    ctypedef enum fn_dtype:
+        FN_F32
+        FN_F64
+        FN_F16
+        FN_BF16
+        FN_I8
+
+    ctypedef enum fn_activation:
+        FN_NO_ACTIVATION
+        FN_RELU
+        FN_SILU
+        FN_GELU
+        FN_GELU_TANH
+
+    enum: FN_OK, FN_NO_MEMORY, FN_UNKNOWN_ISA, FN_UNSUPPORTED_ISA
+
+    ctypedef struct fn_shape:
+        Py_ssize_t rows, cols, inner, outer_ndim
+        const Py_ssize_t *outer_shape
+        Py_ssize_t col_ndim
+        const Py_ssize_t *col_shape
+
+    ctypedef struct fn_rows:
+        void *data
+        Py_ssize_t stride
+        const Py_ssize_t *outer_strides
+        const Py_ssize_t *col_strides
+        fn_dtype dtype
+
+    ctypedef struct fn_output:
+        fn_rows weight, bias, y
+        float *scales
+
+    ctypedef struct fn_steps:
+        fn_rows x, gate, linear_bias, residual, sum
+        int round_sum
+        const fn_output *outputs
+        Py_ssize_t output_count, param_cols
+        double offset
+        int round_before_weight, from_output
+        fn_activation activation
+        const Py_ssize_t *lengths
+        const Py_ssize_t *starts
+        fn_rows mask
+
+    ctypedef struct fn_layer_norm_args:
+        fn_shape shape
+        fn_rows x, y
+        const void *weight
+        const void *bias
+        void *mean
+        void *rstd
+        double eps
+        int rms, y_is_warm
+        const fn_steps *steps
+
+    ctypedef struct fn_layer_norm_backward_args:
+        fn_shape shape
+        fn_rows dy, x, dx
+        const void *weight
+        const void *mean
+        const void *rstd
+        void *dweight
+        void *dbias
+        int rms, dx_is_warm
+        const fn_steps *steps
+
+    ctypedef struct fn_moments_args:
+        fn_shape shape
+        fn_rows x
+        void *mean
+        void *variance
+        const fn_steps *steps
+
+    ctypedef struct fn_plan:
+        int threads, stream
+        const char *regime
+        Py_ssize_t bytes
+
+    int fn_layer_norm(fn_layer_norm_args *, fn_dtype, int)
+    int fn_layer_norm_backward(fn_layer_norm_backward_args *, fn_dtype, int)
+    int fn_moments(fn_moments_args *, fn_dtype, int)
+    fn_plan fn_plan_layer_norm(const fn_layer_norm_args *, fn_dtype, int)
+    fn_plan fn_plan_layer_norm_backward(const fn_layer_norm_backward_args *, fn_dtype, int)
+    fn_plan fn_plan_moments(const fn_moments_args *, fn_dtype, int)
+
+    const size_t FN_POOL_LEAST
+    void *fn_pool_alloc(size_t)
+    void *fn_pool_realloc(void *, size_t)
+    void fn_pool_free(void *)
+    int fn_pool_last_was_warm()
+    int fn_pool_has(size_t)
+    void fn_pool_set_limit(size_t)
+    size_t fn_pool_limit()
+    size_t fn_pool_kept()
+
+    int fn_isa_count()
+    const char *fn_isa_name(int)
+    int fn_isa_supported(int)
+    const char *fn_isa_active()
+    int fn_isa_select(const char *)
+
+    int fn_openmp()
+    void fn_set_cpu_quota(int)
+    int fn_cpu_quota()
+    int fn_cpu_affinity()
+    int fn_openmp_limit()
+    void fn_set_num_threads(int)
+    int fn_requested_threads()
+    int fn_max_threads()
+    void fn_force_partition(int)
+
+
+cdef extern from "numpy/arrayobject.h":
+    ctypedef struct PyDataMemAllocator:
+        void *ctx
+        void *(*malloc)(void *, size_t) noexcept
+        void *(*calloc)(void *, size_t, size_t) noexcept
+        void *(*realloc)(void *, void *, size_t) noexcept
+        void (*free)(void *, void *, size_t) noexcept
+
+    ctypedef struct PyDataMem_Handler:
+        char name[127]
+        unsigned char version
+        PyDataMemAllocator allocator
+
+    object PyDataMem_SetHandler(object)

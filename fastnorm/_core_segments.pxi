@@ -1,0 +1,69 @@
+# Packed rows, which differ in length.
+
+def norm_segments(object compute, ndarray x, ndarray starts, Py_ssize_t longest, weight, bias,
+                  ndarray y, scale, double eps, *, bint rms=False, double offset=0.0,
+                  int activation=0, mean=None, rstd=None, bint plan=False):
+    """The forward kernel on packed rows: x and y contiguous, row r from element starts[r] (intp) to
+    starts[r + 1], `longest` the most that one has; weight and bias of one length, which divides
+    every row's."""
+    cdef fn_layer_norm_args args
+    cdef fn_steps steps
+    cdef fn_output output
+    cdef fn_dtype dtype = dtype_of(compute.num)
+    memset(&args, 0, sizeof(args))
+    memset(&output, 0, sizeof(output))
+    packed_steps(&steps, &args.shape, x, starts, longest, weight, bias, offset, &output)
+    output.y = rows_at(y, 0)
+    output.scales = <float *>parameter_data(scale)
+    steps.activation = <fn_activation>activation
+    args.mean = <void *>parameter_data(mean)
+    args.rstd = <void *>parameter_data(rstd)
+    args.eps = eps
+    args.rms = rms
+    args.steps = &steps
+    if plan:
+        return plan_dict(fn_plan_layer_norm(&args, dtype, 0), args.shape)
+    call_layer_norm(&args, dtype)
+
+
+cdef void packed_steps(fn_steps *steps, fn_shape *shape, ndarray x, ndarray starts,
+                       Py_ssize_t longest, weight, bias, double offset, fn_output *output):
+    memset(steps, 0, sizeof(steps[0]))
+    shape.rows = cnp.PyArray_SIZE(starts) - 1
+    shape.cols = longest
+    shape.outer_ndim = shape.col_ndim = 0
+    output.weight = rows_at(weight, 0)
+    output.bias = rows_at(bias, 0)
+    steps.x = rows_at(x, 0)
+    steps.outputs = output
+    steps.output_count = 1
+    steps.offset = offset
+    steps.starts = <const Py_ssize_t *>cnp.PyArray_DATA(starts)
+    if weight is not None:
+        steps.param_cols = cnp.PyArray_SIZE(<ndarray>weight)
+    elif bias is not None:
+        steps.param_cols = cnp.PyArray_SIZE(<ndarray>bias)
+
+
+def norm_segments_backward(object compute, ndarray dy, ndarray x, dx, ndarray starts,
+                           Py_ssize_t longest, weight, mean, rstd, dweight, dbias,
+                           Py_ssize_t param_cols, *, bint rms=False, double offset=0.0,
+                           bint plan=False):
+    """The backward kernel on packed rows, as norm_segments has them."""
+    cdef fn_layer_norm_backward_args args
+    cdef fn_steps steps
+    cdef fn_output output
+    cdef fn_dtype dtype = dtype_of(compute.num)
+    memset(&args, 0, sizeof(args))
+    memset(&output, 0, sizeof(output))
+    packed_steps(&steps, &args.shape, x, starts, longest, weight, None, offset, &output)
+    steps.param_cols = param_cols
+    args.x = steps.x
+    args.dy = rows_at(dy, 0)
+    args.dx = rows_at(dx, 0)
+    backward_results(&args, mean, rstd, dweight, dbias, rms, False)
+    args.steps = &steps
+    if plan:
+        return plan_dict(fn_plan_layer_norm_backward(&args, dtype, 0), args.shape)
+    if call_backward(&args, dtype) != FN_OK:
+        raise_no_memory(args.shape.cols)

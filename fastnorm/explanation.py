@@ -1,0 +1,140 @@
+"""What a call would do, and why: explain."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from . import _core, interop, modules
+from .call import Call
+from .dispatch import CALLS
+
+
+class Explanation(NamedTuple):
+    """What a call would do, and why; ``str()`` of it is meant to be read."""
+
+    op: str
+    backend: str
+    isa: str
+    threads: int
+    regime: str
+    stream: bool
+    dtype: str
+    rows: int
+    cols: int
+    copies: tuple[str, ...]
+    reasons: tuple[str, ...]
+
+    def asdict(self) -> dict[str, Any]:
+        """The fields as a dict."""
+        return self._asdict()
+
+    def __str__(self) -> str:
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        head = (
+            f"{self.op}: {self.rows} rows of {self.cols} {self.dtype} on {self.backend}, "
+            f"{self.isa}, {threads}, regime {self.regime}"
+        )
+        return "\n".join([head, *(f"  - {line}" for line in (*self.copies, *self.reasons))])
+
+
+# As parallel.c names them and op_layer_norm.h and op_layer_norm_backward.h have them.
+_REGIMES = {
+    "narrow": "narrow: rows of at most four vectors go eight at a time, in registers",
+    "group": "group: rows go two or four at a time and share what is loaded of the parameters",
+    "row": "row: rows go one at a time",
+    "columns": "columns: rows lie side by side, and go as many at a time as a vector holds",
+    "stream": "stream: the output is large and its pages exist, so it is written past the cache",
+}
+
+
+def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
+    """What ``op(*args, **kwargs)`` would do on this machine; nothing is computed.
+
+    Parameters
+    ----------
+    op : function, str or module
+        One of fastnorm's ops, or its name: ``fastnorm.explain("layer_norm", x)``; or a LayerNorm,
+        LayerNorm2d or RMSNorm, whose call ``norm(x, out=None)`` it then is.
+    *args, **kwargs
+        The arguments of the call.
+
+    Returns
+    -------
+    Explanation
+        Backend, instruction set, threads, regime, each copy of an array of x's size that would be
+        made, and the reasons. What is small is converted without a word.
+
+    Raises
+    ------
+    ValueError
+        If `op` is none of fastnorm's ops or modules. Else what the call itself would raise.
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm
+    >>> plan = fastnorm.explain(fastnorm.LayerNorm2d(3), np.ones((2, 3, 8, 8), np.float32))
+    >>> plan.op, plan.rows, plan.cols, plan.regime, plan.copies
+    ('layer_norm', 128, 3, 'columns', ())
+    """
+    if isinstance(op, modules._Norm):
+        name, kwargs = op._as_op(*args, **kwargs)
+        args = ()
+    else:
+        name = _name_of(op)
+    call = _checked(name, args, kwargs)
+    plan = call.plan()
+    return Explanation(
+        op=name,
+        backend="cpu",
+        isa=_core.isa_active(),
+        threads=plan["threads"],
+        regime=plan["regime"],
+        stream=plan["stream"],
+        dtype="bfloat16" if interop.is_bfloat16(call.dtype) else call.dtype.name,
+        rows=plan["rows"] * plan.get("parts", 1),
+        cols=plan["cols"],
+        copies=tuple(call.copies),
+        reasons=tuple(_reasons(plan)),
+    )
+
+
+def _name_of(op: Any) -> str:
+    name = op if isinstance(op, str) else getattr(op, "__name__", None)
+    if name in CALLS and (op == name or op is _public(name)):
+        return name
+    raise ValueError(f"op: got {op!r}, wanted one of: {', '.join(CALLS)}")
+
+
+def _public(name: str) -> Any:
+    """The function that users call."""
+    return getattr(importlib.import_module(__package__), name)
+
+
+def _checked(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """The call that the op would make of these arguments, explained."""
+    bound = inspect.signature(_public(name)).bind(*args, **kwargs)
+    bound.apply_defaults()
+    converted = {key: interop.convert(key, value) for key, value in bound.arguments.items()}
+    call = CALLS[name](**converted, explained=True)
+    if interop.is_packed("mask", bound.arguments.get("mask")):
+        call.copies.append("mask is copied: Arrow packs booleans into bits")
+    return call
+
+
+def _reasons(plan: dict[str, Any]) -> Iterator[str]:
+    parts = plan.get("parts", 1)
+    if parts > 1:
+        yield f"{parts} parts of {plan['rows']} rows: one after another, as their parameters differ"
+    yield _REGIMES[plan["regime"]]
+    yield _why_threads(plan)
+
+
+def _why_threads(plan: dict[str, Any]) -> str:
+    if plan["threads"] > 1:
+        return f"{plan['threads']} threads: the call moves {plan['bytes']:,} bytes"
+    if _core.threads()["max"] == 1:
+        return "1 thread: no more are allowed here (see fastnorm.show_config())"
+    return f"1 thread: {plan['bytes']:,} bytes or {plan['rows']} rows do not pay for a second"
