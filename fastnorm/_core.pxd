@@ -112,6 +112,7 @@ cdef extern from "fastnorm.h" nogil:
     int fn_requested_threads()
     int fn_max_threads()
     void fn_force_partition(int)
+    int fn_use_bf16_instructions(int)
 
 
 cdef extern from "numpy/arrayobject.h":

@@ -66,4 +66,9 @@ def force_partition(int parts):
     fn_force_partition(parts)
 
 
+def use_bf16_instructions(bint use):
+    """For tests: whether AVX512_BF16 is used where the CPU has it, as it is; returns whether it is."""
+    return bool(fn_use_bf16_instructions(use))
+
+
 select_isa(os.environ.get("FASTNORM_ISA") or None)

@@ -97,10 +97,12 @@ OUTLINE void affine_strip(const element *x, element *y, const element *w, const 
     affine_pass(&a, 1, n);
 }
 
-/* The same, but +0 where a mask leaves out. */
+/* The same of n elements, but +0 where a mask, if there is one, leaves out, and +0 from n to `end`.
+ * stream: past the cache; y begins with a line then. */
 #define affine_kept FN_OF_T(affine_kept)
 OUTLINE void affine_kept(const element *x, element *y, const element *w, const element *b,
-                         const unsigned char *mask, ptrdiff_t n, const row_stats *stats)
+                         const unsigned char *mask, ptrdiff_t n, ptrdiff_t end,
+                         const row_stats *stats, int stream)
 {
     const vec pivot = v_set1(stats->pivot), rstd = v_set1(stats->rstd);
     const vec shift = v_set1(stats->shift);
@@ -109,11 +111,21 @@ OUTLINE void affine_kept(const element *x, element *y, const element *w, const e
     {
         /* A weight of 1 and a bias of -0 change no bit. */
         const vec wv = w ? v_load(w + i) : v_set1(1), bv = b ? v_load(b + i) : v_set1((element)-0.0);
-        const vec h = normalise(v_load(x + i), pivot, rstd, shift);
-        v_store(y + i, v_keep(v_fma(h, wv, bv), mask + i));
+        vec v = v_fma(normalise(v_load(x + i), pivot, rstd, shift), wv, bv);
+        if (mask) v = v_keep(v, mask + i);
+        if (stream)
+            v_stream(y + i, v);
+        else
+            v_store(y + i, v);
     }
-    affine_strip(x + i, y + i, w ? w + i : NULL, b ? b + i : NULL, n - i, stats, 0, 0);
-    keep_strip(y + i, mask + i, n - i);
+    ALIGNED element rest[VW] = {0};
+    affine_strip(x + i, rest, w ? w + i : NULL, b ? b + i : NULL, n - i, stats, 0, 0);
+    if (mask) keep_strip(rest, mask + i, n - i);
+    for (vec v = v_load(rest); i < end; i += VW, v = v_zero())
+        if (stream && i + VW <= end)
+            v_stream(y + i, v);
+        else
+            store_some(y + i, v, end - i);
 }
 
 /* ---- past the cache --------------------------------------------------------------------------- */

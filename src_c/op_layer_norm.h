@@ -412,7 +412,7 @@ INLINE void plain_group(const fn_layer_norm_args *a, ptrdiff_t row, int rows,
 /* One row of those that differ in length. What a mask packed is read again, with what it left out. */
 #define uneven_row FN_OF_T(uneven_row)
 static void uneven_row(const fn_layer_norm_args *a, const group_pass *pass, ptrdiff_t row,
-                       const group_stats *stats, int i, element *to)
+                       const group_stats *stats, int i, element *to, int stream)
 {
     const fn_steps *s = a->steps;
     const row_stats plain = stats_in_group(stats, i);
@@ -428,11 +428,12 @@ static void uneven_row(const fn_layer_norm_args *a, const group_pass *pass, ptrd
         affine_strip(x, to, NULL, NULL, m, &plain, 0, 0);
         x += m, to += m, n -= m;
     }
-    if (s->mask.data) {
+    if (s->mask.data || stream) {
         unsigned char mask_room[BLOCK];
-        const unsigned char *mask = row_at(&a->shape, &s->mask, row);
-        mask = mask_part(&a->shape, &s->mask, mask, 0, n, mask_room);
-        affine_kept(x, to, pass->w, pass->b, mask, n, &plain);
+        const unsigned char *mask = s->mask.data ? row_at(&a->shape, &s->mask, row) : NULL;
+        if (mask) mask = mask_part(&a->shape, &s->mask, mask, 0, n, mask_room);
+        const ptrdiff_t end = stream ? a->shape.cols : n;
+        affine_kept(x, to, pass->w, pass->b, mask, n, end, &plain, stream);
     } else {
         affine_strip(x, to, pass->w, pass->b, n, &plain, 0, 0);
     }
@@ -444,8 +445,9 @@ OUTLINE void step_group(const fn_layer_norm_args *a, workspace *space, ptrdiff_t
 {
     const fn_steps *s = a->steps;
     const fn_output *o = &s->outputs[0];
-    const int direct = is_direct(&o->y) && !space->stream;
     const int uneven = s->lengths || s->starts || s->mask.data;
+    const int past = space->stream && uneven && !s->activation; /* straight past the cache */
+    const int direct = is_direct(&o->y) && (past || !space->stream);
     const int fetch = a->fetch == FN_FETCH_IN_PASSES && is_direct(&s->x) && !has_sum(s) && !uneven;
     const group_pass pass = {
         .w = parameter(&a->shape, s, space, &o->weight, 0, s->offset, row),
@@ -459,7 +461,7 @@ OUTLINE void step_group(const fn_layer_norm_args *a, workspace *space, ptrdiff_t
         y[i] = step_row_at(&a->shape, s, &o->y, row + i);
         to[i] = direct ? (element *)y[i] : stats->room[i];
         if (uneven) {
-            uneven_row(a, &pass, row + i, stats, i, to[i]);
+            uneven_row(a, &pass, row + i, stats, i, to[i], past);
             fetch_share(space->ahead);
         }
     }
@@ -467,7 +469,7 @@ OUTLINE void step_group(const fn_layer_norm_args *a, workspace *space, ptrdiff_t
         group_affine_of(&pass, stats, to, rows, a->shape.cols);
         fetch_share(space->ahead);
     }
-    if (direct && !s->activation && !s->lengths) return;
+    if (past || (direct && !s->activation && !s->lengths)) return;
     for (int i = 0; i < rows; i++) {
         store_row(&a->shape, s, row + i, space->stream, y[i], to[i]);
         fetch_share(space->ahead);

@@ -16,6 +16,57 @@
 #ifndef FN_STEPS
 #define FN_STEPS
 
+/* ---- one for both types ---------------------------------------------------------------------- */
+
+/* Zeros from element i on. */
+OUTLINE void zero_rest(const fn_shape *shape, const fn_rows *rows, char *row, ptrdiff_t i)
+{
+    const ptrdiff_t size = fn_size_of(rows->dtype);
+    if (!rows->col_strides) {
+        memset(row + i * size, 0, (size_t)((shape->cols - i) * size));
+        return;
+    }
+    for (ptrdiff_t left; i < shape->cols; i++)
+        memset(row + run_at(shape, rows->col_strides, i, &left), 0, (size_t)size);
+}
+
+/* Where a row of x, y or another array that lies as they do begins. */
+INLINE char *step_row_at(const fn_shape *shape, const fn_steps *steps, const fn_rows *rows,
+                         ptrdiff_t row)
+{
+    if (steps->starts) return (char *)rows->data + steps->starts[row] * fn_size_of(rows->dtype);
+    return row_at(shape, rows, row);
+}
+
+/* How many elements from the row's first on are to be read, and written as other than 0. */
+INLINE ptrdiff_t step_length(const fn_shape *shape, const fn_steps *steps, ptrdiff_t row)
+{
+    if (steps->lengths) return steps->lengths[row];
+    return steps->starts ? steps->starts[row + 1] - steps->starts[row] : shape->cols;
+}
+
+/* The mask of elements i .. i + n - 1, in place or gathered into `room`. */
+OUTLINE const unsigned char *mask_part(const fn_shape *shape, const fn_rows *mask,
+                                      const unsigned char *row, ptrdiff_t i, ptrdiff_t n,
+                                      unsigned char *room)
+{
+    if (!mask->col_strides) return row + i;
+    for (ptrdiff_t k = 0, left; k < n; k++) room[k] = row[run_at(shape, mask->col_strides, i + k, &left)];
+    return room;
+}
+
+/* Whether the rows of a group have one output and the same parameters, from their first on. */
+OUTLINE int share_parameters(const fn_shape *shape, const fn_steps *s, ptrdiff_t row, int rows)
+{
+    const fn_rows *w = &s->outputs[0].weight, *b = &s->outputs[0].bias;
+    if (s->output_count != 1 || s->param_cols || s->round_before_weight || w->stride || b->stride)
+        return 0;
+    if (!w->outer_strides && !b->outer_strides) return 1;
+    return !shape->outer_ndim || row % shape->inner + rows <= shape->inner;
+}
+
+/* ---- what is to come ---- */
+
 /* What the arrays of a group to come hold, by cache lines, so far as it has not been asked for. */
 typedef struct {
     struct {
@@ -162,47 +213,6 @@ INLINE const element *part(const fn_shape *shape, const fn_rows *rows, const cha
 {
     if (is_direct(rows)) return (const element *)from + i;
     load_part(room, shape, rows, from, i, n);
-    return room;
-}
-
-/* Zeros from element i on. */
-#define zero_rest FN_OF_T(zero_rest)
-static void zero_rest(const fn_shape *shape, const fn_rows *rows, char *row, ptrdiff_t i)
-{
-    const ptrdiff_t size = fn_size_of(rows->dtype);
-    if (!rows->col_strides) {
-        memset(row + i * size, 0, (size_t)((shape->cols - i) * size));
-        return;
-    }
-    for (ptrdiff_t left; i < shape->cols; i++)
-        memset(row + run_at(shape, rows->col_strides, i, &left), 0, (size_t)size);
-}
-
-/* Where a row of x, y or another array that lies as they do begins. */
-#define step_row_at FN_OF_T(step_row_at)
-INLINE char *step_row_at(const fn_shape *shape, const fn_steps *steps, const fn_rows *rows,
-                         ptrdiff_t row)
-{
-    if (steps->starts) return (char *)rows->data + steps->starts[row] * fn_size_of(rows->dtype);
-    return row_at(shape, rows, row);
-}
-
-/* How many elements from the row's first on are to be read, and written as other than 0. */
-#define step_length FN_OF_T(step_length)
-INLINE ptrdiff_t step_length(const fn_shape *shape, const fn_steps *steps, ptrdiff_t row)
-{
-    if (steps->lengths) return steps->lengths[row];
-    return steps->starts ? steps->starts[row + 1] - steps->starts[row] : shape->cols;
-}
-
-/* The mask of elements i .. i + n - 1, in place or gathered into `room`. */
-#define mask_part FN_OF_T(mask_part)
-static const unsigned char *mask_part(const fn_shape *shape, const fn_rows *mask,
-                                      const unsigned char *row, ptrdiff_t i, ptrdiff_t n,
-                                      unsigned char *room)
-{
-    if (!mask->col_strides) return row + i;
-    for (ptrdiff_t k = 0, left; k < n; k++) room[k] = row[run_at(shape, mask->col_strides, i + k, &left)];
     return room;
 }
 
@@ -443,17 +453,6 @@ OUTLINE void store_row(const fn_shape *shape, const fn_steps *s, ptrdiff_t row, 
     else if (!is_direct(&o->y))
         store_part(shape, &o->y, y, 0, from, n);
     if (s->lengths && n < shape->cols) zero_rest(shape, &o->y, y, n);
-}
-
-/* Whether the rows of a group have one output and the same parameters, from their first on. */
-#define share_parameters FN_OF_T(share_parameters)
-static int share_parameters(const fn_shape *shape, const fn_steps *s, ptrdiff_t row, int rows)
-{
-    const fn_rows *w = &s->outputs[0].weight, *b = &s->outputs[0].bias;
-    if (s->output_count != 1 || s->param_cols || s->round_before_weight || w->stride || b->stride)
-        return 0;
-    if (!w->outer_strides && !b->outer_strides) return 1;
-    return !shape->outer_ndim || row % shape->inner + rows <= shape->inner;
 }
 
 /* One row of one output. x: the row as the prologue left it, or, where a mask packed it, NULL. */

@@ -86,6 +86,27 @@ def test_stores_round_once_to_nearest_even(isa, half, wide, rng):
     assert not sparse[:, 1::2].any(), "written between the elements"
 
 
+@pytest.fixture(params=[True, False], ids=["bf16 instructions", "without"])
+def bf16_instructions(request):
+    """With the CPU's own rounding to bfloat16, where it has one, and without."""
+    used = _core.use_bf16_instructions(request.param)
+    if request.param and not used:
+        pytest.skip("this CPU lacks AVX512_BF16")
+    yield
+    _core.use_bf16_instructions(True)
+
+
+@halves
+def test_rows_in_groups_round_once_to_nearest_even(isa, half, rng, bf16_instructions):
+    """op_half.h's own stores: numbers below the normal ones, zeros, infinities and NaNs too."""
+    values = hard_to_round(rng, FLOAT32, half)
+    values[values == 0] = 0  # y is 0 + bias, which is never -0
+    x = np.ones((2, values.shape[1]), half)
+    for bias, want in zip(values, rounded(values, half), strict=True):
+        got = fastnorm.layer_norm(x, values.shape[1], None, bias)
+        assert_same_bits(got, np.broadcast_to(want, x.shape))
+
+
 def test_float64_is_rounded_to_float32_once(isa, rng):
     numbers = rng.integers(0, 1 << 32, 3000, np.uint32).view(FLOAT32)
     numbers = cast(numbers[np.isfinite(numbers)][:2700], FLOAT64)
