@@ -67,7 +67,7 @@ def force_partition(int parts):
 
 
 def use_bf16_instructions(bint use):
-    """For tests: whether AVX512_BF16 is used where the CPU has it, as it is; returns whether it is."""
+    """For tests: whether AVX512_BF16 is used where the CPU has it; returns whether it is."""
     return bool(fn_use_bf16_instructions(use))
 
 
