@@ -1,0 +1,75 @@
+"""fastnorm's ops on arrays in CUDA memory. Imported when the first such array arrives.
+
+Nothing here loads the driver or a compiler before a call needs it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+from typing import Any
+
+from .. import _cuda
+from . import compiler, ops
+
+__all__ = ["is_available", "why_not"]
+
+
+def why_not() -> str:
+    """Why calls on CUDA arrays cannot run here, in a sentence; empty where they can."""
+    try:
+        _cuda.load()
+    except _cuda.DriverError as error:
+        return str(error)
+    if not _cuda.devices():
+        return "the CUDA driver finds no device"
+    return compiler.available()
+
+
+def is_available() -> bool:
+    """Whether there are a CUDA driver, a device, and a compiler for its kernels."""
+    return not why_not()
+
+
+@functools.cache
+def op(name: str) -> Any:
+    """What takes the calls of op `name` whose main array lies on a device.
+
+    Raises
+    ------
+    TypeError
+        For an op that there is in host memory alone.
+    RuntimeError
+        If there is no driver, or it does not work.
+    """
+    names = ops.NAMES.get(name)
+    if names is None:
+        raise TypeError(
+            f"{name}: got an array on a CUDA device, wanted arrays in host memory; the ops on CUDA "
+            f"devices are {', '.join(ops.NAMES)}"
+        )
+    _cuda.load()
+    return _cuda.Op(
+        name,
+        names,
+        functools.partial(ops.build, name),
+        main=names.index("x" if "x" in names else "sum"),
+        written=[i for i, argument in enumerate(names) if argument in ("out", "sum_out")],
+    )
+
+
+def config() -> dict[str, Any]:
+    """What fastnorm.show_config says of CUDA."""
+    found: dict[str, Any] = {"available": is_available(), "why_not": why_not() or None}
+    driver = _cuda.driver_version() if _cuda.is_loaded() else None
+    found["driver"] = None if driver is None else f"{driver // 1000}.{driver % 1000 // 10}"
+    found["devices"] = [
+        f"{ordinal}: {name}, sm_{major}{minor}, {count} multiprocessors"
+        for ordinal, name, (major, minor), count in (_cuda.devices() if driver else [])
+    ]
+    for package in ("numba", "numba-cuda"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
