@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+from collections.abc import Mapping
 from typing import Any
 
 from .. import _cuda
@@ -56,6 +57,32 @@ def op(name: str) -> Any:
         main=names.index("x" if "x" in names else "sum"),
         written=[i for i, argument in enumerate(names) if argument in ("out", "sum_out")],
     )
+
+
+def explain(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of fastnorm.Explanation for a call on CUDA arrays; nothing is compiled."""
+    op(name)  # which says where this cannot be
+    described = [
+        _cuda.describe(key, arguments[key])
+        if _cuda.is_device_array(arguments[key])
+        else arguments[key]
+        for key in ops.NAMES[name]
+    ]
+    call = ops.checked(name, described)
+    capability = next(cc for ordinal, _, cc, _ in _cuda.devices() if ordinal == call.device)
+    return {
+        "op": name,
+        "backend": f"cuda:{call.device}",
+        "isa": "sm_{}{}".format(*capability),
+        "threads": max([step.block for step in call.plan.steps], default=0),
+        "regime": call.plan.kernel,
+        "stream": False,
+        "dtype": call.type,
+        "rows": call.rows,
+        "cols": call.cols,
+        "copies": (),
+        "reasons": tuple(ops.reasons(call)),
+    }
 
 
 def config() -> dict[str, Any]:

@@ -456,6 +456,19 @@ def checked(op: str, args: Sequence[Any]) -> Forward | Backward:
     return Forward(op, args) if op in FORWARD else Backward(op, args)
 
 
+def reasons(call: Call) -> Iterator[str]:
+    """What explain says of a call."""
+    if not call.plan.steps:
+        yield "nothing to compute: there are no elements"
+        return
+    yield f"{call.plan.kernel}: {call.plan.reason}"
+    yield f"elements are moved {call.plan.vector_bytes} bytes at a time, as far as they are aligned"
+    for step in call.plan.steps:
+        yield f"{step.spec.kernel}: {step.grid} blocks of {step.block} threads"
+    for name, count, kind in call.plan.workspace:
+        yield f"{name}: {count * _SIZES[kind]:,} bytes, for the time of the call"
+
+
 # ---- layout -------------------------------------------------------------------------------------
 
 
