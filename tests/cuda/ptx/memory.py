@@ -1,0 +1,290 @@
+"""The spaces of memory: arrays of the device, shared and local memory, the module's constants."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from .faults import Misaligned, OutOfBounds, Uninitialised, Unsupported
+from .formats import UNSIGNED
+from .frame import GLOBAL_WINDOW, LOCAL_WINDOW, MODULE_WINDOW, SHARED_WINDOW
+from .hazards import Shadow
+
+GAP = 256
+
+
+class Buffer:
+    """Bytes, seen as numbers of every size."""
+
+    def __init__(self, size):
+        self.bytes = np.zeros(-(-size // 16) * 16, np.uint8)
+        self.views = {size: self.bytes.view(dtype) for size, dtype in UNSIGNED.items()}
+
+    def load(self, offsets, size, count):
+        """`count` neighbours of `size` bytes at each offset, as a list of arrays."""
+        view, first = self.views[size], offsets // size
+        return [view.take(first + place) for place in range(count)]
+
+    def store(self, offsets, size, values):
+        view, first = self.views[size], offsets // size
+        for place, value in enumerate(values):
+            view[first + place] = value
+
+
+class Pointer(NamedTuple):
+    """An array as a kernel is given it."""
+
+    address: int
+    size: int
+    itemsize: int
+
+    def words(self):
+        """The seven parameters of Numba's array of one dimension."""
+        return (0, 0, self.size, self.itemsize, self.address, self.size, self.itemsize)
+
+
+class Memory:
+    """Arrays on the device, each between gaps that nothing may touch.
+
+    `arrays` is a dict, or a list whose names are "0", "1" ... An array begins at a multiple of 256
+    bytes and `misalign` more; a dict gives each name its own. What `unwritten` names may not be
+    read before it is written. `back` copies the results into the arrays.
+    """
+
+    def __init__(self, arrays, misalign=0, unwritten=()):
+        if not isinstance(arrays, dict):
+            arrays = {str(number): array for number, array in enumerate(arrays)}
+        self.arrays = {name: np.asarray(array) for name, array in arrays.items()}
+        self.unwritten = frozenset(unwritten)
+        self.starts, self.ends = {}, {}
+        end = GAP
+        for name, array in self.arrays.items():
+            shift = misalign.get(name, 0) if isinstance(misalign, dict) else misalign
+            self.starts[name] = end + shift
+            self.ends[name] = end + shift + array.nbytes
+            end = -(-self.ends[name] // GAP) * GAP + GAP
+        self.buffer = Buffer(end)
+        self.buffer.bytes[:] = 0xA5
+        self.refill()
+
+    def refill(self):
+        """Copy the arrays to the device."""
+        for name, array in self.arrays.items():
+            if name not in self.unwritten:
+                flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+                self.buffer.bytes[self.starts[name] : self.ends[name]] = flat
+
+    def __getitem__(self, name):
+        """The array of this name, or of this place in the list, as an argument of a launch."""
+        return self.pointer(name)
+
+    def pointer(self, name, itemsize=None, offset=0):
+        """An array as an argument, its elements `itemsize` bytes wide, from a byte `offset` on."""
+        name = str(name)
+        itemsize = itemsize or self.arrays[name].itemsize
+        size = (self.arrays[name].nbytes - offset) // itemsize
+        return Pointer(GLOBAL_WINDOW + self.starts[name] + offset, size, itemsize)
+
+    def read(self, name):
+        """A copy of what an array holds on the device."""
+        array = self.arrays[name]
+        held = self.buffer.bytes[self.starts[name] : self.ends[name]]
+        return held.copy().view(array.dtype).reshape(array.shape)
+
+    def back(self):
+        """Copy everything from the device into the arrays."""
+        for name, array in self.arrays.items():
+            array[...] = self.read(name)
+
+    def find(self, offsets, width):
+        """The name of the array that holds every access, or None if there are several."""
+        low, high = offsets.min(), offsets.max() + width
+        for name, start in self.starts.items():
+            if start <= low and high <= self.ends[name]:
+                return name
+        return None
+
+    def names(self, offsets, width):
+        """Groups of accesses by array: pairs of a name and flags."""
+        left = np.ones(len(offsets), bool)
+        for name, start in self.starts.items():
+            inside = (offsets >= start) & (offsets + width <= self.ends[name])
+            if inside.any():
+                left &= ~inside
+                yield name, inside
+        if left.any():
+            raise OutOfBounds(f"address {offsets[left][0]:#x}, {width} bytes: in no array")
+
+
+class Spaces:
+    """All memory that a frame's threads see, and the checks of their accesses."""
+
+    def __init__(self, frame, memory, module, shared_size, tracker):
+        self.frame, self.memory, self.tracker = frame, memory, tracker
+        self.shared_size = shared_size
+        self.stride = -(-shared_size // 16) * 16
+        self.shared = Buffer(self.stride * frame.blocks)
+        size = module.spaces["local"].size
+        self.local_size = size
+        self.local_stride = -(-size // 16) * 16
+        self.local = Buffer(self.local_stride * frame.size)
+        self.local_written = np.zeros(len(self.local.bytes), bool)
+        self.module = tracker.module
+
+    def load(self, space, addresses, lanes, size, count):
+        """What threads find at their addresses: a list of `count` arrays."""
+        return self._access(space, addresses, lanes, size, count, None)
+
+    def store(self, space, addresses, lanes, size, values):
+        self._access(space, addresses, lanes, size, len(values), values)
+
+    def _access(self, space, addresses, lanes, size, count, values):
+        width = size * count
+        addresses = self.frame.spread(addresses, lanes).astype(np.int64)
+        self._check_alignment(addresses, width, lanes)
+        if space == "generic":
+            space, addresses = self._resolve(addresses)
+        buffer, offsets = getattr(self, f"_{space}")(addresses, lanes, width, values is not None)
+        if values is None:
+            return buffer.load(offsets, size, count)
+        buffer.store(offsets, size, values)
+        return None
+
+    def _check_alignment(self, addresses, width, lanes):
+        if np.bitwise_or.reduce(addresses) & (width - 1):
+            first = np.flatnonzero(addresses & (width - 1))[0]
+            raise Misaligned(
+                f"{self._thread(first, lanes)}: address {addresses[first]:#x} of {width} bytes"
+            )
+
+    def _thread(self, place, lanes):
+        """A thread in words, by its place among `lanes`."""
+        number = int(self.frame.unique[self.frame.each(lanes)[place]])
+        return f"thread {number % self.frame.threads} of block {number // self.frame.threads}"
+
+    def _resolve(self, addresses):
+        """The space that generic addresses are in, and the addresses there."""
+        low = addresses.min()
+        for space, start in (
+            ("global", GLOBAL_WINDOW),
+            ("module", MODULE_WINDOW),
+            ("local", LOCAL_WINDOW),
+            ("shared", SHARED_WINDOW),
+        ):
+            if low >= start:
+                if space in ("global", "module"):
+                    return space, addresses
+                return space, addresses - start
+        raise OutOfBounds(f"generic address {low:#x}")
+
+    def _inside(self, addresses, width, size, lanes, space):
+        wrong = (addresses < 0) | (addresses + width > size)
+        if wrong.any():
+            first = np.flatnonzero(wrong)[0]
+            raise OutOfBounds(
+                f"{self._thread(first, lanes)}: {space} address {addresses[first]:#x} of {width}"
+                f" bytes, in {size}"
+            )
+
+    def _shared(self, addresses, lanes, width, writes):
+        self._inside(addresses, width, self.shared_size, lanes, "shared")
+        each = self.frame.each(lanes)
+        offsets = addresses + self.frame.block_of[each] * self.stride
+        self.tracker.shared(self, offsets, each, width, writes)
+        return self.shared, offsets
+
+    def _local(self, addresses, lanes, width, writes):
+        self._inside(addresses, width, self.local_size, lanes, "local")
+        offsets = addresses + self.frame.each(lanes) * self.local_stride
+        spread = (offsets[:, None] + np.arange(width)).ravel()
+        if writes:
+            self.local_written[spread] = True
+        elif not self.local_written[spread].all():
+            raise Uninitialised("local memory is read before it is written")
+        self.tracker.local(offsets, self.frame.each(lanes), width, writes)
+        return self.local, offsets
+
+    def _param(self, addresses, lanes, width, writes):
+        """Parameters of functions lie in local memory."""
+        return self._local(addresses, lanes, width, writes)
+
+    def _module(self, addresses, lanes, width, writes):
+        if writes:
+            raise Unsupported("a store to a variable of the module")
+        offsets = addresses - MODULE_WINDOW
+        self._inside(offsets, width, len(self.module.bytes), lanes, "constant")
+        return self.module, offsets
+
+    _const = _module
+
+    def _global(self, addresses, lanes, width, writes):
+        if addresses[0] < GLOBAL_WINDOW and addresses[0] >= MODULE_WINDOW:
+            return self._module(addresses, lanes, width, writes)
+        offsets = addresses - GLOBAL_WINDOW
+        self.tracker.arrays(self.frame, offsets, self.frame.each(lanes), width, writes)
+        return self.memory.buffer, offsets
+
+
+class Tracker:
+    """Traffic and hazards of a whole launch."""
+
+    def __init__(self, memory, stats, threads, module, races):
+        self.memory, self.stats, self.threads, self.races = memory, stats, threads, races
+        self.shadows = {}
+        self.module = _constants(module)
+
+    def start(self, blocks, stride):
+        """New shared memory, for other blocks."""
+        end = stride * blocks
+        self.shared_shadow = Shadow(0, end, self.threads, between_blocks=False, written=False)
+
+    def shared(self, spaces, offsets, lanes, width, writes):
+        frame = spaces.frame
+        self.stats["shared"].note(writes, width, offsets, frame.warp_of[lanes])
+        if self.races:
+            _note(self.shared_shadow, frame, offsets, lanes, width, writes)
+
+    def local(self, offsets, lanes, width, writes):
+        self.stats["local"].note(writes, width, offsets, lanes)
+
+    def arrays(self, frame, offsets, lanes, width, writes):
+        """Accesses to arrays; each must lie in one."""
+        name = self.memory.find(offsets, width)
+        if name is not None:
+            self._array(name, frame, offsets, lanes, width, writes)
+            return
+        for name, inside in list(self.memory.names(offsets, width)):
+            self._array(name, frame, offsets[inside], lanes[inside], width, writes)
+
+    def _array(self, name, frame, offsets, lanes, width, writes):
+        self.stats[name].note(writes, width, offsets, frame.warp_of[lanes])
+        if self.races:
+            _note(self._shadow(name), frame, offsets, lanes, width, writes)
+
+    def _shadow(self, name):
+        if name not in self.shadows:
+            memory = self.memory
+            self.shadows[name] = Shadow(
+                memory.starts[name],
+                memory.ends[name],
+                self.threads,
+                between_blocks=True,
+                written=name not in memory.unwritten,
+            )
+        return self.shadows[name]
+
+
+def _note(shadow, frame, offsets, lanes, width, writes):
+    threads, met, heard = frame.unique[lanes], frame.met[lanes], frame.heard[lanes]
+    if writes:
+        shadow.write(offsets, width, threads, met, heard)
+    else:
+        shadow.read(offsets, width, threads, met, heard)
+
+
+def _constants(module):
+    """The module's variables, with their first values."""
+    buffer = Buffer(module.spaces["module"].size)
+    for offset, known, values in module.data:
+        data = np.array([v % (1 << 8 * known.size) for v in values], UNSIGNED[known.size])
+        buffer.bytes[offset : offset + data.nbytes] = data.view(np.uint8)
+    return buffer
