@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .. import _cuda
-from . import compiler, ops
+from . import compiler, launch, ops
 
 __all__ = ["is_available", "why_not"]
 
@@ -19,11 +19,9 @@ __all__ = ["is_available", "why_not"]
 def why_not() -> str:
     """Why calls on CUDA arrays cannot run here, in a sentence; empty where they can."""
     try:
-        _cuda.load()
-    except _cuda.DriverError as error:
+        launch.start()
+    except RuntimeError as error:
         return str(error)
-    if not _cuda.devices():
-        return "the CUDA driver finds no device"
     return compiler.available()
 
 
@@ -49,7 +47,7 @@ def op(name: str) -> Any:
             f"{name}: got an array on a CUDA device, wanted arrays in host memory; the ops on CUDA "
             f"devices are {', '.join(ops.NAMES)}"
         )
-    _cuda.load()
+    launch.start()
     return _cuda.Op(
         name,
         names,
@@ -69,11 +67,11 @@ def explain(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         for key in ops.NAMES[name]
     ]
     call = ops.checked(name, described)
-    capability = next(cc for ordinal, _, cc, _ in _cuda.devices() if ordinal == call.device)
+    device = launch.devices()[call.device]
     return {
         "op": name,
         "backend": f"cuda:{call.device}",
-        "isa": "sm_{}{}".format(*capability),
+        "isa": "sm_{}{}".format(*device.capability),
         "threads": max([step.block for step in call.plan.steps], default=0),
         "regime": call.plan.kernel,
         "stream": False,
@@ -87,16 +85,24 @@ def explain(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def config() -> dict[str, Any]:
     """What fastnorm.show_config says of CUDA."""
-    found: dict[str, Any] = {"available": is_available(), "why_not": why_not() or None}
-    driver = _cuda.driver_version() if _cuda.is_loaded() else None
-    found["driver"] = None if driver is None else f"{driver // 1000}.{driver % 1000 // 10}"
-    found["devices"] = [
-        f"{ordinal}: {name}, sm_{major}{minor}, {count} multiprocessors"
-        for ordinal, name, (major, minor), count in (_cuda.devices() if driver else [])
-    ]
-    for package in ("numba", "numba-cuda"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+    why = why_not()
+    found: dict[str, Any] = {"available": not why, "why_not": why or None}
+    try:
+        version = _cuda.driver_version()
+        found["driver"] = f"{version // 1000}.{version % 1000 // 10}"
+        found["devices"] = [
+            "{}: {}, sm_{}{}, {} multiprocessors".format(
+                device.ordinal, device.name, *device.capability, device.multiprocessors
+            )
+            for device in launch.devices()
+        ]
+    except _cuda.DriverError:
+        found |= {"driver": None, "devices": []}
+    return found | {name: _version(name) for name in ("numba", "numba-cuda")}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -261,10 +261,11 @@ class Call:
     def check_apart(self, name: str, out: _cuda.Array, allowed: Sequence[str]) -> None:
         """`out` may be the very elements of what is `allowed`, but share no memory otherwise."""
         for other, value in self.given.items():
-            if other == name or not isinstance(value, _cuda.Array):
+            # sum_out is checked first; out is checked against it.
+            if other in (name, "out") or not isinstance(value, _cuda.Array):
                 continue
             how = _cuda.overlap(out, value)
-            if how == "apart":
+            if how == "apart" or (how == "overlap" and not shares_memory(out, value)):
                 continue
             if how == "overlap" or other not in allowed:
                 raise ValueError(
@@ -495,6 +496,26 @@ def row_stride(array: Any, first: int) -> int | None:
             found = stride if found is None else found
             step = stride * length
     return cols if found is None else found
+
+
+class _Place:
+    """What NumPy takes for an array at an address."""
+
+    def __init__(self, array: _cuda.Array) -> None:
+        size, strides = array.itemsize, array.strides
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": f"|V{size}",
+            "shape": array.shape,
+            "strides": None if strides is None else tuple([stride * size for stride in strides]),
+            "data": (array.address, True),
+        }
+
+
+def shares_memory(a: _cuda.Array, b: _cuda.Array) -> bool:
+    """Whether an element of one lies in one of the other: slices of a row may lie interleaved."""
+    # NumPy looks at addresses alone; it never reads what is not its own.
+    return checks.shares_memory(np.asarray(_Place(a)), np.asarray(_Place(b)))
 
 
 def _contiguous(name: str, array: Any) -> str:
