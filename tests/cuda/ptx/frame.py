@@ -15,10 +15,17 @@ from .formats import FORMATS, UNSIGNED
 from .parse import Label, Register, Variable, split
 
 WARP = 32
+WARP_SHIFT, BLOCK_SHIFT = 5, 10  # of a thread's number in the launch, which leaves gaps
 SHARED_WINDOW, LOCAL_WINDOW, MODULE_WINDOW = 0x20_0000_0000, 0x30_0000_0000, 0x40_0000_0000
 GLOBAL_WINDOW = 0x7F00_0000_0000
 WINDOWS = {"shared": SHARED_WINDOW, "local": LOCAL_WINDOW}
 INTEGER = re.compile(r"-?(0[xX][0-9a-fA-F]+|0[bB][01]+|\d+)U?")
+
+
+def thread_name(number):
+    """A thread in words, by its number in the launch."""
+    number = int(number)
+    return f"thread {number % (1 << BLOCK_SHIFT)} of block {number >> BLOCK_SHIFT}"
 
 
 class Frame:
@@ -39,7 +46,7 @@ class Frame:
         self.warp_of = self.block_of * self.warps_per_block + within // WARP
         self.slots = self.warp_of * WARP + self.lane_in_warp
         self.whole_warps = self.threads % WARP == 0
-        self.unique = self.lanes + first_block * self.threads
+        self.unique = (self.block_of + first_block << BLOCK_SHIFT) + within
         self.clock = 0
         # When each thread last met others: at a barrier of the block (upper half of the number) or
         # of the warp; `met` is for memory, `heard` counts shuffles too, which order no memory.

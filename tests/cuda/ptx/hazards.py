@@ -3,7 +3,7 @@
 import numpy as np
 
 from .faults import BlockDependence, Race, SharedWrite, Uninitialised
-from .frame import WARP
+from .frame import BLOCK_SHIFT, WARP_SHIFT, thread_name
 
 NOBODY = -1
 MANY = np.iinfo(np.int64).min  # readers of several warps; of one warp: -2 - its number
@@ -14,14 +14,14 @@ class Shadow:
     """The accesses to one stretch of memory, by pieces as small as the narrowest access so far.
 
     `between_blocks` is set for global memory, which no barrier orders between blocks, and where a
-    second writer is a fault even if a barrier stands between the two.
+    second writer is a fault even if a barrier stands between the two. `known` says which bytes of
+    the 16-byte pieces may be read although no thread has written them: None for all.
     """
 
-    def __init__(self, start, end, threads, between_blocks, written):
+    def __init__(self, start, end, between_blocks, known=None):
         self.start, self.piece = start // 16 * 16, 16
-        self.threads = threads
         self.between_blocks = between_blocks
-        self.needs_writing = not written
+        self.known, self.known_pieces = known, None
         pieces = -(-(end - self.start) // 16)
         self.writer = np.full(pieces, NOBODY)
         self.written_at = np.zeros(pieces, np.int64)
@@ -45,12 +45,9 @@ class Shadow:
 
     def _halve(self):
         self.piece //= 2
+        self.known_pieces = None
         for name in ("writer", "written_at", "reader", "read_at", "reading_block"):
             setattr(self, name, np.repeat(getattr(self, name), 2))
-
-    def warp(self, thread):
-        """A number for the warp of a thread."""
-        return thread // self.threads * WARP + thread % self.threads // WARP
 
     def _ordered(self, then, now, same_warp):
         """Whether a barrier stands between: of the warp (lower half), or of the block."""
@@ -58,7 +55,7 @@ class Shadow:
 
     def read(self, addresses, width, thread, met, heard):
         """Threads read; `met` and `heard` say when each last passed a barrier."""
-        if self.is_written or self.needs_writing:
+        if self.is_written or self.known is not None:
             self._check_read(addresses, width, thread, met)
         if self.is_written:
             self._note_read(addresses, width, thread, heard)
@@ -77,34 +74,45 @@ class Shadow:
     def _check_read(self, addresses, width, thread, met):
         piece, thread, met = self._pieces(addresses, width, thread, met)
         writer = self.writer[piece]
-        if self.needs_writing and (writer == NOBODY).any():
-            raise Uninitialised(f"{_who(thread, writer == NOBODY, self)} reads what nobody wrote")
+        if self.known is not None:
+            self._check_known(piece, thread, writer)
         other = np.flatnonzero((writer != NOBODY) & (writer != thread))
         if not len(other):
             return
         piece, thread, writer, met = piece[other], thread[other], writer[other], met[other]
-        elsewhere = writer // self.threads != thread // self.threads
+        elsewhere = writer >> BLOCK_SHIFT != thread >> BLOCK_SHIFT
         if elsewhere.any():
             raise BlockDependence(
-                f"{_who(thread, elsewhere, self)} reads what {_who(writer, elsewhere, self)} wrote"
+                f"{_who(thread, elsewhere)} reads what {_who(writer, elsewhere)} wrote"
             )
-        same_warp = self.warp(writer) == self.warp(thread)
+        same_warp = (writer >> WARP_SHIFT) == (thread >> WARP_SHIFT)
         loose = ~self._ordered(self.written_at[piece], met, same_warp)
         if loose.any():
-            raise Race(f"{_who(thread, loose, self)} reads what {_who(writer, loose, self)} wrote")
+            raise Race(f"{_who(thread, loose)} reads what {_who(writer, loose)} wrote")
+
+    def _check_known(self, piece, thread, writer):
+        if self.known_pieces is None:
+            self.known_pieces = self.known.reshape(-1, self.piece).all(1)
+        unknown = (writer == NOBODY) & ~self.known_pieces[piece]
+        if unknown.any():
+            raise Uninitialised(f"{_who(thread, unknown)} reads what nobody wrote")
+
+    def known_after(self):
+        """Which bytes may be read after this launch."""
+        return self.known | np.repeat(self.writer != NOBODY, self.piece)
 
     def _note_read(self, addresses, width, thread, heard):
         piece, thread, heard = self._pieces(addresses, width, thread, heard)
-        reader, warp = self.reader[piece], self.warp(thread)
+        reader, warp = self.reader[piece], (thread >> WARP_SHIFT)
         alone = (reader == NOBODY) | (reader == thread)
         alone |= (self.read_at[piece] >> 32) < (heard >> 32)
         group = -2 - warp
-        same_warp = np.where(reader >= 0, self.warp(reader) == warp, reader == group)
+        same_warp = np.where(reader >= 0, (reader >> WARP_SHIFT) == warp, reader == group)
         code = np.where(alone, thread, np.where(same_warp, group, MANY))
         self._mark_readers(piece, thread, code, group)
         self.read_at[piece] = np.maximum(self.read_at[piece], heard)
         if self.between_blocks:
-            self._mark_blocks(piece, thread // self.threads)
+            self._mark_blocks(piece, thread >> BLOCK_SHIFT)
 
     def _mark_readers(self, piece, thread, code, group):
         """Write the codes; threads that read the same piece at once become a group, or many."""
@@ -113,7 +121,7 @@ class Shadow:
         lost = winner != code
         if lost.any():
             same_warp = np.where(
-                winner >= 0, self.warp(winner) == self.warp(thread), winner == group
+                winner >= 0, (winner >> WARP_SHIFT) == (thread >> WARP_SHIFT), winner == group
             )
             self.reader[piece[lost]] = group[lost]
             self.reader[piece[lost & ~same_warp]] = MANY
@@ -136,7 +144,7 @@ class Shadow:
         twice = self.writer[piece] != thread
         if twice.any():
             fault = SharedWrite if self.between_blocks else Race
-            raise fault(f"{_who(thread, twice, self)} and another thread write the same place")
+            raise fault(f"{_who(thread, twice)} and another thread write the same place")
 
     def _check_writers(self, piece, thread, met):
         writer = self.writer[piece]
@@ -144,33 +152,28 @@ class Shadow:
         if not other.any():
             return
         if self.between_blocks:
-            raise SharedWrite(
-                f"{_who(thread, other, self)} writes where {_who(writer, other, self)} did"
-            )
-        same_warp = self.warp(writer) == self.warp(thread)
+            raise SharedWrite(f"{_who(thread, other)} writes where {_who(writer, other)} did")
+        same_warp = (writer >> WARP_SHIFT) == (thread >> WARP_SHIFT)
         loose = other & ~self._ordered(self.written_at[piece], met, same_warp)
         if loose.any():
-            raise Race(f"{_who(thread, loose, self)} writes where {_who(writer, loose, self)} did")
+            raise Race(f"{_who(thread, loose)} writes where {_who(writer, loose)} did")
 
     def _check_readers(self, piece, thread, heard):
         reader = self.reader[piece]
-        block = thread // self.threads
+        block = thread >> BLOCK_SHIFT
         if self.between_blocks:
             reading = self.reading_block[piece]
             elsewhere = (reading != NOBODY) & (reading != block)
             if elsewhere.any():
-                raise BlockDependence(
-                    f"{_who(thread, elsewhere, self)} writes what another block reads"
-                )
+                raise BlockDependence(f"{_who(thread, elsewhere)} writes what another block reads")
         other = (reader != NOBODY) & (reader != thread)
-        warp = self.warp(thread)
-        same_warp = np.where(reader >= 0, self.warp(reader) == warp, reader == -2 - warp)
+        warp = thread >> WARP_SHIFT
+        same_warp = np.where(reader >= 0, (reader >> WARP_SHIFT) == warp, reader == -2 - warp)
         loose = other & ~self._ordered(self.read_at[piece], heard, same_warp)
         if loose.any():
-            raise Race(f"{_who(thread, loose, self)} writes what another thread has just read")
+            raise Race(f"{_who(thread, loose)} writes what another thread has just read")
 
 
-def _who(thread, flags, shadow):
+def _who(thread, flags):
     """The first thread flagged, in words."""
-    first = int(thread[np.flatnonzero(flags)[0]])
-    return f"thread {first % shadow.threads} of block {first // shadow.threads}"
+    return thread_name(thread[np.flatnonzero(flags)[0]])

@@ -9,13 +9,14 @@ from .alu import BUILDERS
 from .approximate import Approximation
 from .faults import Fault, Unsupported
 from .formats import FORMATS
-from .frame import Frame, reader, target, writer
+from .frame import Frame, reader, target, thread_name, writer
 from .machine import Machine
 from .memory import Memory, Pointer, Spaces, Tracker
 from .parse import Code, Module
 from .stats import Stats
 from .warp import mask_reader
 
+MOST_SHARED = 227 * 1024
 LANES = 1 << 14  # threads that run together: enough for NumPy, few enough for the cache
 
 
@@ -80,7 +81,7 @@ def _build(instruction):
 
 
 def _trap(frame, lanes):
-    raise Fault(f"thread {int(frame.unique[frame.each(lanes)[0]])} of the launch traps")
+    raise Fault(f"{thread_name(frame.unique[frame.each(lanes)[0]])} traps")
 
 
 def _under(guard, execute):
@@ -177,31 +178,31 @@ def launch(
     conflicting accesses, and `lanes` is how many threads at most run together.
     """
     grid, block = _three(grid), _three(block)
-    threads = int(np.prod(block))
-    if not 0 < threads <= min(kernel.code.most_threads, 1024) or min(grid) < 1:
-        raise Fault(
-            f"grid {grid}, block {block}: at most {kernel.code.most_threads} threads a block"
-        )
+    _check_size(kernel, grid, block, shared)
     parameters = _pack(kernel.parameters, numba_args(args, memory))
     stats = Stats(memory.starts) if stats is None else stats
-    tracker = Tracker(memory, stats, threads, kernel.module, races)
+    tracker = Tracker(memory, stats, kernel.module, races)
     approximation = Approximation(ulps, seed)
-    blocks, batch = int(np.prod(grid)), max(1, lanes // threads)
+    sizes = (kernel.shared_size, shared)
+    blocks, batch = int(np.prod(grid)), max(1, lanes // int(np.prod(block)))
     with np.errstate(all="ignore"):
         for first in range(0, blocks, batch):
-            frame = _frame(kernel, first, min(batch, blocks - first), block, grid, shared)
+            count = min(batch, blocks - first)
+            frame = Frame(len(kernel.code.registers), first, count, block, grid, sizes)
             frame.parameters, frame.approximation = parameters, approximation
-            frame.spaces = Spaces(
-                frame, memory, kernel.module, kernel.shared_size + shared, tracker
-            )
-            tracker.start(frame.blocks, frame.spaces.stride)
+            frame.spaces = Spaces(frame, memory, kernel.module, sum(sizes), tracker)
             Machine(kernel.steps, frame, stats).run()
+    tracker.finish()
     return stats
 
 
-def _frame(kernel, first, blocks, block, grid, shared):
-    registers, sizes = len(kernel.code.registers), (kernel.shared_size, shared)
-    return Frame(registers, first, blocks, block, grid, sizes)
+def _check_size(kernel, grid, block, shared):
+    """What a device would refuse to launch."""
+    most = min(kernel.code.most_threads, 1024)
+    if not 0 < int(np.prod(block)) <= most or min(grid) < 1:
+        raise Fault(f"grid {grid}, block {block}: at most {most} threads a block")
+    if kernel.shared_size + shared > MOST_SHARED:
+        raise Fault(f"{kernel.shared_size + shared} bytes of shared memory: at most {MOST_SHARED}")
 
 
 def _three(size):

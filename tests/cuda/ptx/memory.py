@@ -6,7 +6,7 @@ import numpy as np
 
 from .faults import Misaligned, OutOfBounds, Uninitialised, Unsupported
 from .formats import UNSIGNED
-from .frame import GLOBAL_WINDOW, LOCAL_WINDOW, MODULE_WINDOW, SHARED_WINDOW
+from .frame import GLOBAL_WINDOW, LOCAL_WINDOW, MODULE_WINDOW, SHARED_WINDOW, thread_name
 from .hazards import Shadow
 
 GAP = 256
@@ -54,7 +54,6 @@ class Memory:
         if not isinstance(arrays, dict):
             arrays = {str(number): array for number, array in enumerate(arrays)}
         self.arrays = {name: np.asarray(array) for name, array in arrays.items()}
-        self.unwritten = frozenset(unwritten)
         self.starts, self.ends = {}, {}
         end = GAP
         for name, array in self.arrays.items():
@@ -64,12 +63,17 @@ class Memory:
             end = -(-self.ends[name] // GAP) * GAP + GAP
         self.buffer = Buffer(end)
         self.buffer.bytes[:] = 0xA5
+        self.known = {name: np.zeros(self._span(name), bool) for name in unwritten}
         self.refill()
 
+    def _span(self, name):
+        """The bytes of the 16-byte pieces that an array touches."""
+        return -(-self.ends[name] // 16) * 16 - self.starts[name] // 16 * 16
+
     def refill(self):
-        """Copy the arrays to the device."""
+        """Copy the arrays to the device, but for those that kernels have yet to write."""
         for name, array in self.arrays.items():
-            if name not in self.unwritten:
+            if name not in self.known:
                 flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
                 self.buffer.bytes[self.starts[name] : self.ends[name]] = flat
 
@@ -104,7 +108,7 @@ class Memory:
         return None
 
     def names(self, offsets, width):
-        """Groups of accesses by array: pairs of a name and flags."""
+        """Groups of accesses by array: pairs of a name and flags; None for those in none."""
         left = np.ones(len(offsets), bool)
         for name, start in self.starts.items():
             inside = (offsets >= start) & (offsets + width <= self.ends[name])
@@ -112,7 +116,16 @@ class Memory:
                 left &= ~inside
                 yield name, inside
         if left.any():
-            raise OutOfBounds(f"address {offsets[left][0]:#x}, {width} bytes: in no array")
+            yield None, left
+
+    def edges(self, offset):
+        """Where an offset lies, in words."""
+        name, start = max(
+            ((name, start) for name, start in self.starts.items() if start <= offset),
+            key=lambda known: known[1],
+            default=("no array", 0),
+        )
+        return f"{offset - start} bytes after the start of {name}"
 
 
 class Spaces:
@@ -129,6 +142,7 @@ class Spaces:
         self.local = Buffer(self.local_stride * frame.size)
         self.local_written = np.zeros(len(self.local.bytes), bool)
         self.module = tracker.module
+        tracker.start(len(self.shared.bytes))
 
     def load(self, space, addresses, lanes, size, count):
         """What threads find at their addresses: a list of `count` arrays."""
@@ -158,8 +172,7 @@ class Spaces:
 
     def _thread(self, place, lanes):
         """A thread in words, by its place among `lanes`."""
-        number = int(self.frame.unique[self.frame.each(lanes)[place]])
-        return f"thread {number % self.frame.threads} of block {number // self.frame.threads}"
+        return thread_name(self.frame.unique[self.frame.each(lanes)[place]])
 
     def _resolve(self, addresses):
         """The space that generic addresses are in, and the addresses there."""
@@ -200,7 +213,8 @@ class Spaces:
             self.local_written[spread] = True
         elif not self.local_written[spread].all():
             raise Uninitialised("local memory is read before it is written")
-        self.tracker.local(offsets, self.frame.each(lanes), width, writes)
+        each = self.frame.each(lanes)
+        self.tracker.stats["local"].note(writes, width, offsets, self.frame.warp_of[each])
         return self.local, offsets
 
     def _param(self, addresses, lanes, width, writes):
@@ -227,15 +241,21 @@ class Spaces:
 class Tracker:
     """Traffic and hazards of a whole launch."""
 
-    def __init__(self, memory, stats, threads, module, races):
-        self.memory, self.stats, self.threads, self.races = memory, stats, threads, races
+    def __init__(self, memory, stats, module, races):
+        self.memory, self.stats, self.races = memory, stats, races
         self.shadows = {}
         self.module = _constants(module)
 
-    def start(self, blocks, stride):
+    def start(self, size):
         """New shared memory, for other blocks."""
-        end = stride * blocks
-        self.shared_shadow = Shadow(0, end, self.threads, between_blocks=False, written=False)
+        nothing = np.zeros(size, bool)
+        self.shared_shadow = Shadow(0, size, between_blocks=False, known=nothing)
+
+    def finish(self):
+        """Keep what the launch has written, for the next one to read."""
+        for name, shadow in self.shadows.items():
+            if shadow.known is not None:
+                self.memory.known[name] = shadow.known_after()
 
     def shared(self, spaces, offsets, lanes, width, writes):
         frame = spaces.frame
@@ -243,16 +263,18 @@ class Tracker:
         if self.races:
             _note(self.shared_shadow, frame, offsets, lanes, width, writes)
 
-    def local(self, offsets, lanes, width, writes):
-        self.stats["local"].note(writes, width, offsets, lanes)
-
     def arrays(self, frame, offsets, lanes, width, writes):
         """Accesses to arrays; each must lie in one."""
         name = self.memory.find(offsets, width)
         if name is not None:
             self._array(name, frame, offsets, lanes, width, writes)
             return
-        for name, inside in list(self.memory.names(offsets, width)):
+        for name, inside in self.memory.names(offsets, width):
+            if name is None:
+                thread, offset = frame.unique[lanes[inside][0]], offsets[inside][0]
+                raise OutOfBounds(
+                    f"{thread_name(thread)} accesses {width} bytes {self.memory.edges(offset)}"
+                )
             self._array(name, frame, offsets[inside], lanes[inside], width, writes)
 
     def _array(self, name, frame, offsets, lanes, width, writes):
@@ -266,9 +288,8 @@ class Tracker:
             self.shadows[name] = Shadow(
                 memory.starts[name],
                 memory.ends[name],
-                self.threads,
                 between_blocks=True,
-                written=name not in memory.unwritten,
+                known=memory.known.get(name),
             )
         return self.shadows[name]
 

@@ -74,7 +74,6 @@ class Stats:
 
     def __init__(self, names=()):
         self.traffic = {name: Traffic() for name in names}
-        self.opcodes = Counter()
         self.instructions = 0
         self.barriers = 0
         self.barriers_after_exit = 0
