@@ -15,7 +15,6 @@ import threading
 import numpy as np
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
-from cpython.dict cimport PyDict_GetItem
 from cpython.float cimport PyFloat_AS_DOUBLE, PyFloat_Check
 from cpython.list cimport PyList_CheckExact
 from cpython.long cimport PyLong_AsLongLongAndOverflow, PyLong_Check
@@ -31,6 +30,27 @@ from libc.string cimport memcpy, memset
 
 cdef extern from "Python.h":
     const char *PyUnicode_AsUTF8AndSize(object, Py_ssize_t *) except NULL
+
+
+cdef extern from *:
+    """
+    /* A reference of its own: another thread may drop the dict's. */
+    static CYTHON_INLINE PyObject *found_or(PyObject *dict, PyObject *key, PyObject *otherwise)
+    {
+        PyObject *found;
+    #if PY_VERSION_HEX >= 0x030D0000
+        if (PyDict_GetItemRef(dict, key, &found) < 0)
+            return NULL;
+    #else
+        found = PyDict_GetItemWithError(dict, key);
+        if (found == NULL && PyErr_Occurred())
+            return NULL;
+        Py_XINCREF(found);
+    #endif
+        return found ? found : Py_NewRef(otherwise);
+    }
+    """
+    object found_or(dict, object, object)
 
 
 cdef extern from "dlfcn.h" nogil:
@@ -109,6 +129,7 @@ cdef struct Driver:
     f_text error_text
 
 cdef enum:
+    OUT_OF_MEMORY = 2
     NOT_INITIALIZED = 3
     NO_DEVICE = 100
     # Not the driver's: a stream is not part of the graph that is being captured.
@@ -186,8 +207,6 @@ cdef describe_code(int code):
 
 
 cdef error_of(int code, str what):
-    if code == NOT_INITIALIZED and was_forked:
-        return DriverError(FORKED, code)
     if code == NOT_CAPTURED:
         return DriverError(
             f"{what}: a graph is being captured on the call's stream, and an array is ready on "
@@ -199,6 +218,8 @@ cdef error_of(int code, str what):
             f"{what}: the call needs temporary memory on its stream, which this driver or device "
             "cannot give (stream-ordered memory pools)"
         )
+    if code == OUT_OF_MEMORY:
+        return MemoryError(f"{what}: {describe_code(code)}")
     return DriverError(f"{what}: {describe_code(code)}", code)
 
 
@@ -290,6 +311,8 @@ cdef start(str path):
         code = driver.init(0)
     if code == NO_DEVICE:
         raise DriverError(f"the CUDA driver {path} finds no CUDA device", code)
+    if code == NOT_INITIALIZED:  # somebody else used it before the fork
+        raise DriverError(FORKED, code)
     check(code, f"the CUDA driver {path} does not start")
     check(driver.count(&count), f"the CUDA driver {path} does not count its devices")
     if count == 0:
@@ -324,7 +347,7 @@ def load(path=None):
                 dlclose(library)
                 library = NULL
             # A fork does no harm to what never was.
-            was_used = error.code not in (0, NO_DEVICE)
+            was_used = error.code not in (0, NO_DEVICE, NOT_INITIALIZED)
             raise
         library_path = path
         is_ready = True
@@ -664,6 +687,7 @@ NO_ARRAYS = (
 #: type -> Info, or None for what is no array on a device. Types are few; but they could be made in
 #: a loop.
 cdef dict infos = dict.fromkeys(NO_ARRAYS)
+cdef object UNKNOWN = object()
 
 
 cdef is_a(value, str module, str name):
@@ -674,8 +698,8 @@ cdef is_a(value, str module, str name):
 
 cdef inline Info info_of(object value):
     """None where `value` is no array of a kind that could lie on a device."""
-    cdef PyObject *found = PyDict_GetItem(infos, type(value))
-    return <Info>found if found is not NULL else new_info(value)
+    cdef object found = found_or(infos, type(value), UNKNOWN)
+    return new_info(value) if found is UNKNOWN else <Info>found
 
 
 cdef Info new_info(object value):
@@ -692,7 +716,6 @@ cdef Info new_info(object value):
     elif getattr(value, "__cuda_array_interface__", None) is not None:
         from_numba = cls.__module__.partition(".")[0] in ("numba", "numba_cuda")
         info.kind = NUMBA if from_numba else CAI
-        info.api = sys.modules.get("numba.cuda") if from_numba else None
         if not hasattr(cls, "__cuda_array_interface__"):
             return info  # the next one of this type may be none
     elif hasattr(cls, "__dlpack__") and hasattr(cls, "__dlpack_device__"):
@@ -1140,7 +1163,8 @@ cdef class Array:
     @property
     def can_make(self):
         """Whether the owner's library is known, so that results can be made in its kind."""
-        return self.d.kind in (TORCH, CUPY) or (self.d.kind == NUMBA and self.info.api is not None)
+        known = self.d.kind in (TORCH, CUPY)
+        return known or (self.d.kind == NUMBA and "numba.cuda" in sys.modules)
 
 
 cdef inline int alignment_of(const Desc *d) noexcept:
@@ -1746,8 +1770,8 @@ cdef object new_result(Info info, const Desc *main, owner, tuple shape, int code
             with info.api.cuda.Device(main.device):
                 return info.empty(shape, result_type(info, owner, main, code))
         return info.empty(shape, result_type(info, owner, main, code))
-    if info.kind == NUMBA and info.api is not None:
-        return new_numba(info, main, shape, result_type(info, owner, main, code))
+    if info.kind == NUMBA and "numba.cuda" in sys.modules:
+        return new_numba(main, shape, result_type(info, owner, main, code))
     raise TypeError(
         f"out: got None for a {type(owner).__name__}, of which fastnorm can make no other: wanted "
         "an array to write to"
@@ -1775,8 +1799,8 @@ cdef result_type(Info info, owner, const Desc *main, int code):
     return dtype
 
 
-cdef new_numba(Info info, const Desc *main, tuple shape, dtype):
-    cuda = info.api
+cdef new_numba(const Desc *main, tuple shape, dtype):
+    cuda = sys.modules["numba.cuda"]
     stream = cuda.external_stream(main.stream) if main.stream else 0
     if device_count > 1:
         with cuda.gpus[main.device]:
@@ -1866,7 +1890,6 @@ cdef class Op:
         """Describe the arrays, the main one first, and write down what the entry is found by."""
         cdef Py_ssize_t i, count = PyTuple_GET_SIZE(args)
         cdef object value
-        cdef Info info
         for i in range(count):
             f.index[i] = -1
         if info_of(args[self.main]) is not None:
@@ -1914,13 +1937,13 @@ cdef class Op:
                     f.keep = False
 
     cdef Entry entry(self, Frame *f, tuple args, list held):
-        cdef PyObject *found
         cdef Entry entry
+        cdef object found
         key = None
         if f.keep:
             key = PyBytes_FromStringAndSize(f.key, f.length)
-            found = PyDict_GetItem(self.kept, key)
-            if found is not NULL:
+            found = found_or(self.kept, key, None)
+            if found is not None:
                 return <Entry>found
         entry = self.build(*self.described(f, args))
         if f.keep:

@@ -1,6 +1,7 @@
 """The fake driver as tests see it: what it was asked for, what it holds, what it is to refuse."""
 
 import ctypes
+import struct
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,7 +10,8 @@ from ..helpers.c_build import output, tool
 SOURCE = Path(__file__).with_name("fake_driver.c")
 
 #: Kernels whose parameters are an array and a number of each kind, and two arrays.
-PTX = """
+PTX = (
+    """
 .version 8.0
 .target sm_80
 .address_size 64
@@ -19,7 +21,9 @@ PTX = """
 ) {{ ret; }}
 .visible .entry pair({array}, {array}) {{ ret; }}
 .visible .entry nothing() {{ ret; }}
-""".format(array=", ".join([".param .u64 p"] * 7)).encode() + b"\0"
+""".format(array=", ".join([".param .u64 p"] * 7)).encode()
+    + b"\0"
+)
 
 
 def compiled(folder, without=()):
@@ -54,11 +58,8 @@ class Launch(NamedTuple):
     parameters: bytes
 
     def words(self):
-        """The parameters, where each takes 8 bytes."""
-        return [
-            int.from_bytes(self.parameters[i : i + 8], "little")
-            for i in range(0, len(self.parameters), 8)
-        ]
+        """The parameters, 8 bytes each."""
+        return list(struct.unpack(f"<{len(self.parameters) // 8}q", self.parameters))
 
 
 CALLBACK = ctypes.CFUNCTYPE(

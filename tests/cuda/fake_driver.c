@@ -23,7 +23,13 @@ enum {
     CAPTURE_IMPLICIT = 906
 };
 
-enum { MAX_DEVICES = 8, MAX_PARAMS = 512, MAX_FAILURES = 16, MAX_LAUNCHES = 256, LOG_BYTES = 1 << 20 };
+enum {
+    MAX_DEVICES = 8,
+    MAX_PARAMS = 512,
+    MAX_FAILURES = 16,
+    MAX_LAUNCHES = 256,
+    LOG_BYTES = 1 << 20
+};
 
 typedef struct {
     char *code;
@@ -111,16 +117,11 @@ void fake_capture(Handle stream) { fake.capturing[fake.capture_count++] = stream
 int fake_live(const char *what)
 {
     int contexts = 0;
-    for (int i = 0; i < MAX_DEVICES; i++)
-        contexts += fake.retained[i];
-    if (strcmp(what, "contexts") == 0)
-        return contexts;
-    if (strcmp(what, "modules") == 0)
-        return fake.modules;
-    if (strcmp(what, "events") == 0)
-        return fake.events;
-    if (strcmp(what, "pools") == 0)
-        return fake.pools;
+    for (int i = 0; i < MAX_DEVICES; i++) contexts += fake.retained[i];
+    if (strcmp(what, "contexts") == 0) return contexts;
+    if (strcmp(what, "modules") == 0) return fake.modules;
+    if (strcmp(what, "events") == 0) return fake.events;
+    if (strcmp(what, "pools") == 0) return fake.pools;
     return strcmp(what, "allocations") == 0 ? fake.allocations : -1;
 }
 
@@ -158,22 +159,19 @@ static Handle current(void) { return depth ? stack[depth - 1] : NULL; }
 static int is_capturing(Handle stream)
 {
     for (int i = 0; i < fake.capture_count; i++)
-        if (fake.capturing[i] == stream)
-            return 1;
+        if (fake.capturing[i] == stream) return 1;
     return 0;
 }
 
 #define CALLED(...)                                                                                \
     do {                                                                                           \
         Result failed_ = note(__func__, __VA_ARGS__);                                              \
-        if (failed_)                                                                               \
-            return failed_;                                                                        \
+        if (failed_) return failed_;                                                               \
     } while (0)
 
 #define NEEDS_CONTEXT()                                                                            \
     do {                                                                                           \
-        if (!current())                                                                            \
-            return INVALID_CONTEXT;                                                                \
+        if (!current()) return INVALID_CONTEXT;                                                    \
     } while (0)
 
 /* ---- the driver ---- */
@@ -183,10 +181,8 @@ Result cuInit(unsigned flags)
     const char *devices = getenv("FAKE_CUDA_DEVICES"), *fails = getenv("FAKE_CUDA_FAIL");
     char name[64];
     int code;
-    if (devices)
-        fake.devices = atoi(devices);
-    if (fails && sscanf(fails, "%63[^:]:%d", name, &code) == 2)
-        fake_fail(name, code, 0);
+    if (devices) fake.devices = atoi(devices);
+    if (fails && sscanf(fails, "%63[^:]:%d", name, &code) == 2) fake_fail(name, code, 0);
     CALLED(" %u", flags);
     fake.initialised = 1;
     return 0;
@@ -262,12 +258,10 @@ Result cuModuleLoadDataEx(Handle *handle, const void *image, unsigned count, int
     Module *module;
     CALLED(" mode=%d", capture_mode);
     NEEDS_CONTEXT();
-    if (fake.capture_count && capture_mode != 2)
-        return CAPTURE_UNSUPPORTED;
+    if (fake.capture_count && capture_mode != 2) return CAPTURE_UNSUPPORTED;
     if (!strstr(image, ".version")) {
         for (unsigned i = 0; i < count; i++)
-            if (options[i] == 5)
-                strcpy(values[i], "ptxas fatal: no .version");
+            if (options[i] == 5) strcpy(values[i], "ptxas fatal: no .version");
         return INVALID_IMAGE;
     }
     module = calloc(1, sizeof *module);
@@ -282,8 +276,7 @@ Result cuModuleUnload(Handle handle)
 {
     Module *module = handle;
     CALLED("");
-    if (module->context != current())
-        return INVALID_CONTEXT;
+    if (module->context != current()) return INVALID_CONTEXT;
     counted(&fake.modules, -1);
     return 0; /* its memory stays: a launch after this is to be found, not to crash */
 }
@@ -301,13 +294,11 @@ static Result read_params(Function *function, const char *code)
     const char *at, *end;
     snprintf(wanted, sizeof wanted, ".entry %s(", function->entry);
     at = strstr(code, wanted);
-    if (!at)
-        return NOT_FOUND;
+    if (!at) return NOT_FOUND;
     end = strchr(at, ')');
     while ((at = strstr(at, ".param .")) && at < end) {
         at += strlen(".param .");
-        if (strncmp(at, "align", 5) == 0)
-            at = strchr(at, '.') + 1;
+        if (strncmp(at, "align", 5) == 0) at = strchr(at, '.') + 1;
         function->sizes[function->count++] = size_of(at);
     }
     return 0;
@@ -336,35 +327,32 @@ Result cuFuncGetAttribute(int *value, int attribute, Handle function)
 Result cuFuncSetAttribute(Handle function, int attribute, int value)
 {
     CALLED(" %s %d %d", ((Function *)function)->entry, attribute, value);
-    if (attribute != 8 || value > 232448 - 512)
-        return INVALID_VALUE;
+    if (attribute != 8 || value > 232448 - 512) return INVALID_VALUE;
     ((Function *)function)->shared = value;
     return 0;
 }
 
-Result cuLaunchKernel(Handle handle, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
-                      unsigned bz, unsigned shared, Handle stream, void **params, void **extra)
+Result cuLaunchKernel(Handle handle, unsigned gx, unsigned gy, unsigned gz, unsigned bx,
+                      unsigned by, unsigned bz, unsigned shared, Handle stream, void **params,
+                      void **extra)
 {
     Function *function = handle;
     Launch *launch;
     CALLED(" %s grid=%u block=%u shared=%u stream=%p context=%p", function->entry, gx, bx, shared,
            stream, current());
-    if (current() != function->module->context)
-        return INVALID_CONTEXT;
+    if (current() != function->module->context) return INVALID_CONTEXT;
     if (gx == 0 || gy != 1 || gz != 1 || bx == 0 || bx > 1024 || by != 1 || bz != 1 || extra)
         return INVALID_VALUE;
-    if (shared + 512 > 49152 && (int)shared > function->shared)
-        return INVALID_VALUE;
+    if (shared + 512 > 49152 && (int)shared > function->shared) return INVALID_VALUE;
     pthread_mutex_lock(&fake.mutex);
     launch = &fake.launches[fake.launch_count++ % MAX_LAUNCHES];
     memcpy(launch->entry, function->entry, sizeof launch->entry);
     launch->grid = gx, launch->block = bx, launch->shared = shared;
     launch->stream = stream, launch->context = current();
-    launch->size = 0;
-    for (int i = 0; i < function->count; i++) {
-        memcpy(launch->bytes + launch->size, params[i], (size_t)function->sizes[i]);
-        launch->size += function->sizes[i];
-    }
+    memset(launch->bytes, 0, (size_t)function->count * 8);
+    for (int i = 0; i < function->count; i++) /* each in 8 bytes of its own */
+        memcpy(launch->bytes + 8 * i, params[i], (size_t)function->sizes[i]);
+    launch->size = function->count * 8;
     pthread_mutex_unlock(&fake.mutex);
     if (fake.callback)
         fake.callback(launch->entry, gx, bx, shared, stream, launch->bytes, launch->size);
@@ -422,10 +410,8 @@ Result cuMemPoolCreate(Handle *pool, const void *properties)
 {
     const int *fields = properties;
     CALLED(" %d %d %d %d", fields[0], fields[1], fields[2], fields[3]);
-    if (fields[0] != 1 || fields[2] != 1)
-        return INVALID_VALUE;
-    if (fake.capture_count && capture_mode != 2)
-        return CAPTURE_UNSUPPORTED;
+    if (fields[0] != 1 || fields[2] != 1) return INVALID_VALUE;
+    if (fake.capture_count && capture_mode != 2) return CAPTURE_UNSUPPORTED;
     *pool = (Handle)(uintptr_t)(0x2000 + fields[3]);
     counted(&fake.pools, 1);
     return 0;
@@ -458,8 +444,7 @@ Result cuPointerGetAttribute(void *value, int attribute, uintptr_t address)
     CALLED(" %d", attribute);
     *(int *)value = 0;
     for (int i = 0; i < fake.place_count; i++)
-        if (fake.placed[i] == address)
-            *(int *)value = fake.places[i];
+        if (fake.placed[i] == address) *(int *)value = fake.places[i];
     return *(int *)value < 0 || attribute != 9 ? INVALID_VALUE : 0;
 }
 
