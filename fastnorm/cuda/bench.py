@@ -333,19 +333,22 @@ def _measure_all(options: argparse.Namespace) -> Iterator[Result]:
     clock = Clock(torch)
     for shape in options.shapes or (QUICK_SHAPES if options.quick else SHAPES):
         print(f"{options.op} {options.dtype} {shape} ...", file=sys.stderr, flush=True)
-        yield from measure(Case(options.op, shape, options.dtype), clock, 5 if options.quick else 20)
+        yield from measure(
+            Case(options.op, shape, options.dtype), clock, 5 if options.quick else 20
+        )
         torch.cuda.empty_cache()
 
 
 def machine() -> dict[str, Any]:
     """What the numbers depend on."""
     torch = importlib.import_module("torch")
-    names = {name: None for name in ("numba", "torch", "triton")}
-    for name in names:
-        spec = importlib.util.find_spec(name)
-        names[name] = getattr(importlib.import_module(name), "__version__", None) if spec else None
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"device": name, "fastnorm": fastnorm.__version__, **names}
+    versions = {
+        name: importlib.import_module(name).__version__
+        for name in ("numba", "torch", "triton")
+        if importlib.util.find_spec(name)
+    }
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"device": device, "fastnorm": fastnorm.__version__, **versions}
 
 
 def show(results: list[Result]) -> None:
@@ -380,8 +383,8 @@ def show(results: list[Result]) -> None:
     console.print(table)
     here = ", ".join(f"{name} {value}" for name, value in machine().items() if value)
     console.print(
-        f"Medians of {ROUNDS} rounds, in turns, the cache written over before each call. ratio: the "
-        "time over fastnorm's. of copy: bytes that must be moved a second, over those of a copy. "
+        f"Medians of {ROUNDS} rounds, in turns, the cache written over before each call. ratio: "
+        "the time over fastnorm's. of copy: bytes that must be moved a second, over a copy's. "
         f"error: the largest, against float64. {here}.",
         highlight=False, soft_wrap=True, style="dim",
     )  # fmt: skip

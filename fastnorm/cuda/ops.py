@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -169,8 +168,11 @@ class Call:
                 f"wanted contiguous rows at one distance: {_contiguous(name, array)}"
             )
         span = max(self.rows - 1, 0) * abs(stride) + self.cols
-        alignment = math.gcd(array.alignment, stride * array.itemsize) if self.rows > 1 else (
-            array.alignment)
+        alignment = (
+            math.gcd(array.alignment, stride * array.itemsize)
+            if self.rows > 1
+            else (array.alignment)
+        )
         operand = Operand(self.source(name), kind, span, stride, alignment)
         self.operands[known_as] = operand
         return operand
@@ -187,8 +189,9 @@ class Call:
                 f"{name}: got shape {array.shape} with strides {array.strides} (in elements), "
                 f"wanted {_contiguous(name, array)}"
             )
-        alignment = math.gcd(array.alignment, self.cols * array.itemsize) if mod > 1 else (
-            array.alignment)
+        alignment = (
+            math.gcd(array.alignment, self.cols * array.itemsize) if mod > 1 else (array.alignment)
+        )
         self.operands[known_as] = Operand(
             self.source(name), kind, array.size, self.cols, alignment, div, mod
         )
@@ -203,8 +206,8 @@ class Call:
         run = range(own[0], own[-1] + 1)
         if any(self.lead[d] > 1 for d in run if d not in own):
             raise ValueError(
-                f"{name}: got shape {shape} for {self.family.main} of shape {self.shape}, wanted on "
-                "a CUDA device no axes in which it is repeated between those in which it is not"
+                f"{name}: got shape {shape} for {self.family.main} of shape {self.shape}, wanted, "
+                "on a CUDA device, no axis of 1 between those in which its rows differ"
             )
         return math.prod(self.lead[run.stop :]), math.prod([self.lead[d] for d in run])
 
@@ -231,14 +234,19 @@ class Call:
 
     # ---- results ----
 
-    def new_array(self, known_as: str, shape: tuple[int, ...], kind: str) -> tuple[Any, int]:
+    def new_array(
+        self, known_as: str, shape: tuple[int, ...], kind: str, steps: tuple[int, int] = (1, 1)
+    ) -> tuple[Any, int]:
         """A new array, of the kind that the main one is of."""
         source = "new", len(self.new)
         self.new.append((shape, "uint16" if self.bits and kind == "bfloat16" else kind))
-        self.operands[known_as] = Operand(source, kind, math.prod(shape), self.cols)
+        operand = Operand(source, kind, math.prod(shape), self.cols)
+        self.operands[known_as] = operand._replace(div=steps[0], mod=steps[1])
         return source
 
-    def output(self, known_as: str, name: str, kind: str, allowed: Sequence[str]) -> tuple[Any, int]:
+    def output(
+        self, known_as: str, name: str, kind: str, allowed: Sequence[str]
+    ) -> tuple[Any, int]:
         """`out` or `sum_out`, or else a new array."""
         out = self.array(name)
         if out is None:
@@ -246,7 +254,9 @@ class Call:
         wanted = "uint16" if self.bits and kind == "bfloat16" else kind
         if out.dtype != wanted:
             which = "sum" if name == "sum_out" else "result"
-            raise TypeError(f"{name}: got dtype {out.dtype}, wanted {wanted}, the type of the {which}")
+            raise TypeError(
+                f"{name}: got dtype {out.dtype}, wanted {wanted}, the type of the {which}"
+            )
         if out.readonly:
             raise ValueError(f"{name}: got a read-only array, wanted a writeable one")
         operand = self.add_rows(known_as, name)
@@ -407,10 +417,10 @@ class Backward(Call):
         if not family.rms:
             self.add_statistic("mean")
         self.add_statistic("rstd")
-        shapes = self.gradient_shapes()
+        shapes, steps = self.gradient_shapes()
         made = [self.new_array("dx", self.shape, self.type) if wanted[0] else None]
         for name, shape, asked in zip(("dweight", "dbias"), shapes, wanted[1:], strict=False):
-            made.append(self.new_array(name, shape, self.compute) if asked else None)
+            made.append(self.new_array(name, shape, self.compute, steps) if asked else None)
         self.result = made
         self.plan = plan.backward(
             self.rows, self.cols, self.types(),
@@ -432,20 +442,22 @@ class Backward(Call):
             )
         self.operands[name] = Operand(self.source(name), self.compute, self.rows, 1)
 
-    def gradient_shapes(self) -> list[tuple[int, ...]]:
-        """Of dweight and dbias: a parameter's own, or the other's where there is only one."""
+    def gradient_shapes(self) -> tuple[list[tuple[int, ...]], tuple[int, int]]:
+        """Of dweight and dbias, and the rows that each of their rows is summed over.
+
+        A parameter's own shape, or the other's where there is only one.
+        """
         names = (self.family.weight, self.family.bias)
         arrays = [self.array(name) for name in names]
-        given = [None if array is None else array.shape for array in arrays]
-        shapes = [given[0] or given[1] or self.normalized, given[1] or given[0] or self.normalized]
-        ways = [self.steps_of(name, shape) for name, shape in zip(names, shapes, strict=True)]
-        if ways[0] != ways[1]:
+        weight, bias = [None if array is None else array.shape for array in arrays]
+        shapes = [weight or bias or self.normalized, bias or weight or self.normalized]
+        steps = [self.steps_of(name, shape) for name, shape in zip(names, shapes, strict=True)]
+        if steps[0] != steps[1]:
             raise ValueError(
                 f"{names[1]}: got shape {shapes[1]}, wanted {shapes[0]}, {names[0]}'s, for "
                 "gradients on a CUDA device"
             )
-        self.div, self.mod = ways[0]
-        return shapes
+        return shapes, steps[0]
 
 
 def build(op: str, *args: Any) -> _cuda.Entry:

@@ -1,6 +1,9 @@
 """Layer norm and RMS norm as one would write them in Triton: what `bench --device cuda` compares
 fastnorm with. One row a program, the row in registers; imported only where Triton is installed."""
 
+# mypy: ignore-errors
+# Triton's decorators turn a function into what has other arguments than it says.
+
 from __future__ import annotations
 
 from typing import Any

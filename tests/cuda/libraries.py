@@ -1,5 +1,5 @@
-"""Arrays of other libraries, as fastnorm sees them: their memory is the host's, and they say that it
-is a CUDA device's. `host(array)` is that memory as an ndarray."""
+"""Arrays of other libraries, as fastnorm sees them: they say that their memory is a CUDA device's,
+and it is the host's. `host(array)` is that memory as an ndarray."""
 
 import ctypes
 import sys
@@ -56,7 +56,7 @@ class _Array:
 # ---- torch --------------------------------------------------------------------------------------
 
 
-class dtype:  # noqa: N801  (torch's name)
+class dtype:
     def __init__(self, name):
         self.name = name
 
@@ -133,7 +133,7 @@ def _torch_like():
 # ---- CuPy ---------------------------------------------------------------------------------------
 
 
-class ndarray(_Array):  # noqa: N801  (CuPy's name)
+class ndarray(_Array):
     def __init__(self, array, dtype=None, device=0):
         made = array if isinstance(array, np.ndarray) else memory(array, dtype)
         super().__init__(made, device)
@@ -218,6 +218,10 @@ class DeviceNDArray(Interface):
     __module__ = "numba.cuda.cudadrv.devicearray"
 
 
+def _device_array(shape, dtype, stream=0):
+    return DeviceNDArray(memory(shape, dtype))
+
+
 _pointer_of = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
     ("PyCapsule_GetPointer", ctypes.pythonapi)
 )
@@ -260,7 +264,11 @@ MODULES = {"torch": _torch_like(), "cupy": _cupy_like()}
 
 
 def install(monkeypatch):
-    """The modules, as if the caller had imported them."""
+    """The modules, as if the caller had imported them; Numba makes arrays of the host's memory."""
     for name, module in MODULES.items():
         monkeypatch.setitem(sys.modules, name, module)
+    if "numba.cuda" in sys.modules:
+        numba_cuda = sys.modules["numba.cuda"]
+        monkeypatch.setattr(numba_cuda, "device_array", _device_array)
+        monkeypatch.setattr(numba_cuda, "gpus", [_Device(0), _Device(1)])
     STREAMS.clear()
