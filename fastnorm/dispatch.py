@@ -8,6 +8,7 @@ so that ``explain`` shows the very decisions a call would make.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import math
@@ -882,15 +883,25 @@ CALLS: dict[str, Callable[..., Call]] = {
 }  # fmt: skip
 
 
+@functools.cache
+def _on_cuda(name: str) -> Callable[..., Any]:
+    """The op on arrays in CUDA memory."""
+    return importlib.import_module(".cuda", __package__).op(name)
+
+
 def _handler(call: Callable[..., Call]) -> Callable[..., Any]:
     """The op itself, its arguments by position; they need not be ndarrays."""
     names = tuple(inspect.signature(call).parameters)[:-1]
+    name = call.__name__.removeprefix("_")
     main = "x" if "x" in names else "sum"
+    at = names.index(main)
 
     def run(*converted: Any) -> Any:
         return call(*converted).run()
 
     def handle(*args: Any) -> Any:
+        if interop.is_on_cuda(args[at]):
+            return _on_cuda(name)(*args)
         return interop.run(run, names, *args, main=main)
 
     return handle
@@ -956,7 +967,8 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
     -------
     Explanation
         Backend, instruction set, threads, regime, each copy of an array of x's size that would be
-        made, and the reasons. What is small is converted without a word.
+        made, and the reasons. What is small is converted without a word. For arrays in CUDA memory:
+        the device, its architecture, threads of a block, and the kernel.
 
     Raises
     ------
@@ -964,7 +976,12 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
         If `op` is none of fastnorm's ops. Else what the call itself would raise.
     """
     name = _name_of(op)
-    call = _checked(name, args, kwargs)
+    bound = inspect.signature(_public(name)).bind(*args, **kwargs)
+    bound.apply_defaults()
+    if interop.is_on_cuda(bound.arguments["x" if "x" in bound.arguments else "sum"]):
+        cuda = importlib.import_module(".cuda", __package__)
+        return Explanation(**cuda.explain(name, bound.arguments))
+    call = _checked(name, bound.arguments)
     plan = call.plan()
     return Explanation(
         op=name,
@@ -993,11 +1010,9 @@ def _public(name: str) -> Any:
     return getattr(importlib.import_module(__package__), name)
 
 
-def _checked(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+def _checked(name: str, arguments: dict[str, Any]) -> Call:
     """The call that the op would make of these arguments, explained."""
-    bound = inspect.signature(_public(name)).bind(*args, **kwargs)
-    bound.apply_defaults()
-    converted = {key: interop.convert(key, value) for key, value in bound.arguments.items()}
+    converted = {key: interop.convert(key, value) for key, value in arguments.items()}
     return CALLS[name](**converted, explained=True)
 
 
