@@ -30,6 +30,13 @@ def is_loaded() -> bool: ...
 def forget_failure() -> None:
     """Let the next load try again; without it a failure is remembered and raised again."""
 
+def set_substitute(launcher: Any) -> None:
+    """What does the driver's work for an Op where we have no driver; None: nothing does.
+
+    It has order(waiting, awaited), of streams, and room(nbytes, device, stream), which gives an
+    object that keeps the memory and its address. Kernels of such entries have a launch of theirs.
+    """
+
 def driver_path() -> str: ...
 def driver_version() -> int:
     """As the driver counts: 13000 is 13.0."""

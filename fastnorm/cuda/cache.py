@@ -2,7 +2,8 @@
 
 A file is a digest of the rest, a line of JSON that says what it is, and the code. It is used only
 where the digest fits, where the line says all that the code depends on, and where the file is the
-user's own; all else is compiled again. A folder that cannot be written is no error: there is no cache then.
+user's own; all else is compiled again. A folder that cannot be written is no error: there is no
+cache then.
 """
 
 from __future__ import annotations

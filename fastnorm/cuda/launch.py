@@ -1,31 +1,27 @@
-"""From a spec to a kernel that is loaded on a device: kept, else from disk, else compiled.
-
-Where the driver cannot be loaded here, but Numba has one, Numba launches: slower, and the same
-kernels.
-"""
+"""From a spec to a kernel that is loaded on a device: kept, else from disk, else compiled."""
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import threading
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from .. import _cuda
 from . import cache, compiler, plan
 
+if TYPE_CHECKING:
+    from .by_numba import Launcher
+
 _lock = threading.Lock()
 #: What is loaded, by spec and device; and what is being loaded just now.
-_kernels: dict[tuple[Any, int], Any] = {}
-_loading: dict[tuple[Any, int], threading.Lock] = {}
+_kernels: dict[tuple[plan.Spec, int], Any] = {}
+_loading: dict[tuple[plan.Spec, int], threading.Lock] = {}
 #: Numba's launcher, where it has taken the driver's place.
-_numba: NumbaLauncher | None = None
+_numba: Launcher | None = None
 
 
 def start() -> None:
-    """Have a driver, or Numba's.
+    """Have a driver; where none can be loaded here but Numba has one, have Numba launch.
 
     Raises
     ------
@@ -38,7 +34,8 @@ def start() -> None:
     try:
         _cuda.load()
     except _cuda.DriverError as error:
-        launcher = _numba_launcher() if error.code == 0 else None
+        # 0: there is no library of that name. A driver that fails would fail Numba too.
+        launcher = None if error.code else importlib.import_module(".by_numba", __package__).find()
         if launcher is None:
             raise
         _cuda.set_substitute(launcher)
@@ -61,9 +58,8 @@ def kernel(spec: plan.Spec, device: int) -> Any:
         If it cannot be compiled or loaded.
     """
     key = (spec, device)
-    found = _kernels.get(key)
-    if found is not None:
-        return found
+    if key in _kernels:
+        return _kernels[key]
     with _lock:
         loading = _loading.setdefault(key, threading.Lock())
     with loading:
@@ -89,7 +85,8 @@ def _loaded(spec: plan.Spec, device: int) -> _cuda.Kernel:
         try:
             return _cuda.Kernel(device, kept.code, kept.entry, layout)
         except _cuda.DriverError:
-            # Of another driver, say, which reads newer PTX. The new one says what is wrong, if it is.
+            # An older driver, say, than the one it was compiled for. If a new one fails too, that
+            # is the error to show.
             cache.forget(what)
     image = compiler.compile(spec, capability)
     loaded = _cuda.Kernel(device, image.code, image.entry, layout)

@@ -113,7 +113,7 @@ class Driver:
         return found
 
     def on_launch(self, act):
-        """Call ``act(entry, grid, block, shared, stream, parameters)`` as each kernel is launched."""
+        """Call ``act(entry, grid, block, shared, stream, parameters)`` at each launch."""
 
         def called(entry, grid, block, shared, stream, data, size):
             act(entry.decode(), grid, block, shared, stream or 0, bytes(data[:size]))

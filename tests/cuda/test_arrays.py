@@ -116,15 +116,15 @@ def test_nothing_is_kept_of_a_described_array(kind):
 
 def test_only_arrays_on_a_device_are_device_arrays(kind):
     assert _cuda.is_device_array(kind(memory((3,), np.float32)))
-    others = (None, True, 1, 1.0, "x", (1,), [1], np.ones(3), np.float32(1), np.dtype("f4"), object(),
-              libraries.CPUTensor(memory((3,), np.float32)), memoryview(b"abc"))  # fmt: skip
-    for other in others:
+    others = (None, True, 1, 1.0, "x", (1,), [1], np.ones(3), np.float32(1), np.dtype("f4"))
+    more = (object(), memoryview(b"abc"), libraries.CPUTensor(memory((3,), np.float32)))
+    for other in (*others, *more):
         assert not _cuda.is_device_array(other)
 
 
 @pytest.mark.parametrize("value", [None, 3, np.ones(3), [1.0], "x"])
 def test_what_is_no_device_array(value):
-    with pytest.raises(TypeError, match="^x: got .*wanted an array on a CUDA device"):
+    with pytest.raises(TypeError, match=r"^x: got .*wanted an array on a CUDA device"):
         _cuda.describe("x", value)
 
 
@@ -244,18 +244,18 @@ def test_streams_that_could_be_two(stream):
 
 def test_what_an_interface_may_not_say():
     array = memory((3, 5), np.float32)
-    with pytest.raises(TypeError, match="^x: got a masked array"):
+    with pytest.raises(TypeError, match=r"^x: got a masked array"):
         _cuda.describe("x", Described(array, mask=1))
-    with pytest.raises(ValueError, match="^x: got a stride of 6 bytes, wanted a multiple of 4"):
+    with pytest.raises(ValueError, match=r"^x: got a stride of 6 bytes, wanted a multiple of 4"):
         _cuda.describe("x", Described(array, strides=(20, 6)))
-    with pytest.raises(ValueError, match="^x: got 1 strides for 2 dimensions"):
+    with pytest.raises(ValueError, match=r"^x: got 1 strides for 2 dimensions"):
         _cuda.describe("x", Described(array, strides=(20,)))
-    with pytest.raises(ValueError, match="^x: got a length of -3"):
+    with pytest.raises(ValueError, match=r"^x: got a length of -3"):
         _cuda.describe("x", Described(array, shape=(-3, 5)))
-    with pytest.raises(ValueError, match="^x: got an array without memory"):
+    with pytest.raises(ValueError, match=r"^x: got an array without memory"):
         _cuda.describe("x", Described(array, data=(0, False)))
     for typestr in (">f4", "<c8", "|V2", "<V2", "<i4"):
-        with pytest.raises(TypeError, match="^x: got an array of type .*wanted float32"):
+        with pytest.raises(TypeError, match=r"^x: got an array of type .*wanted float32"):
             _cuda.describe("x", Described(array, typestr=typestr))
 
 
@@ -272,7 +272,7 @@ def test_the_device_of_memory_that_comes_without_one(driver):
     driver.place(address(array), 1)
     assert _cuda.describe("x", Interface(array)).device == 1
     driver.place(address(array), -1)
-    with pytest.raises(ValueError, match="^x: got the address 0x.*does not know as memory of"):
+    with pytest.raises(ValueError, match=r"^x: got the address 0x.*does not know as memory of"):
         _cuda.describe("x", Interface(array))
 
 
@@ -443,7 +443,7 @@ def test_exports_that_fail():
             return 3
 
     for kind in (Used, Odd):
-        with pytest.raises(TypeError, match="^x: got a .* no fresh DLPack capsule"):
+        with pytest.raises(TypeError, match=r"^x: got a .* no fresh DLPack capsule"):
             _cuda.describe("x", kind(memory((3,), np.float32)))
 
     class Unknown(Exporter):
@@ -518,7 +518,7 @@ def test_the_exchange_table_is_preferred():
     found = _cuda.describe("x", kind(array, device=(2, 1)))
     assert (found.address, found.shape, found.device) == (address(array), (3, 5), 1)
     assert found.stream == 78
-    with pytest.raises(TypeError, match="^x: got dtype"):
+    with pytest.raises(TypeError, match=r"^x: got dtype"):
         _cuda.describe("x", kind(array, code=0))
 
 
@@ -542,5 +542,5 @@ def test_the_table_of_torch_itself():
         pytest.skip("torch is not installed")
     tensor = torch.ones(3)
     assert not _cuda.is_device_array(tensor)
-    with pytest.raises(TypeError, match="^x: got a Tensor on device cpu, wanted one on a CUDA"):
+    with pytest.raises(TypeError, match=r"^x: got a Tensor on device cpu, wanted one on a CUDA"):
         _cuda.describe("x", tensor)

@@ -14,11 +14,9 @@ import pytest
 
 from fastnorm import _cuda
 
-from ..helpers import child
-
 pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed")
 from . import libraries
-from .driver import PTX, compiled
+from .driver import PTX
 from .libraries import Exporter, Interface, Tensor, address, memory
 
 OPTIONS = ("shape", "eps", "dtype")
@@ -329,7 +327,7 @@ def test_what_a_build_raises_is_raised_each_time(driver, pair):
 
     op = _cuda.Op("op", ["x"], refuse)
     for _ in range(2):
-        with pytest.raises(ValueError, match="^x: no$"):
+        with pytest.raises(ValueError, match=r"^x: no$"):
             op(rows())
     assert len(op) == 0
     assert driver.launches() == []
@@ -399,7 +397,7 @@ def test_torch_is_told_of_writes(monkeypatch, copy):
 
 
 def test_a_kept_call_runs_no_python_of_ours_and_three_calls_of_the_driver(driver, copy):
-    """What it costs the host is timed by bench/launch_cost.py; this is why it costs little."""
+    """What it costs the host is timed by bench/cuda_host.py; this is why it costs little."""
     x, out = rows(), rows()
     copy(x, out)
     driver.reset()
