@@ -86,19 +86,26 @@ def explain(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
 def config() -> dict[str, Any]:
     """What fastnorm.show_config says of CUDA."""
     why = why_not()
-    found: dict[str, Any] = {"available": not why, "why_not": why or None}
     try:
         version = _cuda.driver_version()
-        found["driver"] = f"{version // 1000}.{version % 1000 // 10}"
-        found["devices"] = [
-            "{}: {}, sm_{}{}, {} multiprocessors".format(
-                device.ordinal, device.name, *device.capability, device.multiprocessors
-            )
-            for device in launch.devices()
-        ]
+        driver = f"{version // 1000}.{version % 1000 // 10}"
     except _cuda.DriverError:
-        found |= {"driver": None, "devices": []}
-    return found | {name: _version(name) for name in ("numba", "numba-cuda")}
+        driver = None
+    try:
+        found = launch.devices()
+    except RuntimeError:
+        found = []
+    devices = [
+        "{}: {}, sm_{}{}, {} multiprocessors".format(
+            each.ordinal, each.name, *each.capability, each.multiprocessors
+        )
+        for each in found
+    ]
+    compilers = {name: _version(name) for name in ("numba", "numba-cuda")}
+    return {
+        "available": not why, "why_not": why or None, "driver": driver, "devices": devices,
+        **compilers,
+    }  # fmt: skip
 
 
 def _version(package: str) -> str | None:

@@ -380,6 +380,7 @@ def show(results: list[Result]) -> None:
         )
         before = shape
     console = Console()
+    console.width = max(console.width, 100)  # what the table takes
     console.print(table)
     here = ", ".join(f"{name} {value}" for name, value in machine().items() if value)
     console.print(

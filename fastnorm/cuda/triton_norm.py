@@ -40,7 +40,7 @@ def _backward(
     sum_w = tl.zeros([BLOCK], tl.float32)
     sum_b = tl.zeros([BLOCK], tl.float32)
     for row in range(program, rows, programs):
-        start = row.to(tl.int64) * cols
+        start = tl.cast(row, tl.int64) * cols
         r = tl.load(rstd + row)
         v = tl.load(x + start + at, mask=inside, other=0.0).to(tl.float32)
         g = tl.load(dy + start + at, mask=inside, other=0.0).to(tl.float32)
