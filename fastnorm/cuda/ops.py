@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import _cuda, checks
+from .. import _cuda, checks, interop
 from ..dispatch import CALLS, MACHINE_EPS
 from . import launch, plan
 
@@ -99,7 +99,8 @@ class Call:
         main = self.given[family.main]
         self.device: int = main.device
         # uint16 holds bfloat16 where the call says so by name.
-        self.bits = main.dtype == "uint16" and self.given.get("dtype") == "bfloat16"
+        dtype = self.given.get("dtype")
+        self.bits = main.dtype == "uint16" and isinstance(dtype, str) and dtype == "bfloat16"
         self.operands: dict[str, Operand] = {}
         self.numbers: dict[str, float] = {}
         self.new: list[tuple[tuple[int, ...], Any]] = []
@@ -380,7 +381,7 @@ class Forward(Call):
     def result_type(self, dtype: Any) -> str:
         if dtype is None:
             return self.type
-        wanted = checks.as_result_type(dtype)
+        wanted = checks.as_result_type(interop.convert("dtype", dtype))
         if wanted == checks.INT8:
             raise TypeError(f"dtype: got int8, wanted {_WANTED} for arrays on a CUDA device")
         return "bfloat16" if wanted.kind == "V" else wanted.name

@@ -236,6 +236,12 @@ def test_types_of_results(result):
         same_as_the_host("layer_norm", kind, options={"dtype": result})
 
 
+def test_torchs_names_of_types():
+    x = numbers(FLOAT32)["x"]
+    y = fastnorm.layer_norm(Tensor(placed(x)), dtype=libraries.TYPES["float16"])
+    assert host(y).dtype == np.float16
+
+
 def test_parameters_of_other_types():
     arrays = numbers(BFLOAT16)
     arrays["weight"] = arrays["weight"].astype(np.float32)
