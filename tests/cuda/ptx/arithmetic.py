@@ -37,9 +37,11 @@ def two_product(a, b):
 def to_odd(value, lost):
     """The sum of a rounded value and what its rounding lost, rounded to odd."""
     value, lost = np.broadcast_arrays(value, lost)
+    nothing = (value == 0) & (lost != 0)
+    value = np.where(nothing, np.copysign(value, lost).astype(value.dtype), value)
     bits = value.view(f"i{value.itemsize}")
     even = (bits & 1 == 0) & (lost != 0) & ~np.isnan(lost)
-    step = np.where((lost > 0) == (value > 0), 1, -1)
+    step = np.where((lost > 0) == ~np.signbit(value), 1, -1)
     return np.where(even, bits + step, bits).astype(bits.dtype).view(value.dtype)[()]
 
 
@@ -169,7 +171,8 @@ def round_fraction(exact, mode="rn"):
     try:
         value = float(rounded)
     except OverflowError:
-        value = np.inf if up[mode] or mode == "rn" else np.finfo(np.float64).max
+        away = mode == "rn" or mode == ("rp" if exact > 0 else "rm")
+        value = np.inf if away else np.finfo(np.float64).max
     return np.float64(value if exact > 0 else -value)
 
 

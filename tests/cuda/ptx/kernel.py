@@ -143,15 +143,12 @@ def _build_vote(instruction):
 def numba_args(values, memory=None):
     """A kernel's parameters, arrays as the seven words that Numba gives for them.
 
-    Arrays are what `Memory` gives for a name; with `memory`, names themselves and one-element
-    tuples of places do as well.
+    Arrays are what `Memory` gives for a name; with `memory`, names themselves do as well.
     """
     words = []
     for value in values:
         if memory is not None and isinstance(value, str):
             value = memory[value]
-        elif memory is not None and type(value) is tuple:
-            value = memory[value[0]]
         words.extend(value.words() if isinstance(value, Pointer) else [value])
     return words
 

@@ -173,14 +173,17 @@ class Machine:
         self.position[lanes] += 1
 
     def _deadlock(self):
-        """Nobody can run: say who waits where."""
+        """Nobody can run: say who waits where, in the first block that is not done."""
         waiting = np.flatnonzero(self.state == PARKED)
+        block = self.frame.block_of[waiting]
+        waiting = waiting[block == block[0]]
         places = np.unique(self.position[waiting])
         steps = [self.steps[place] for place in places]
         words = "; ".join(
             f"{np.count_nonzero(self.position[waiting] == place)} threads wait at `{step.text}`"
             for place, step in zip(places, steps, strict=True)
         )
+        number = int(block[0]) + self.frame.first_block
         if any(step.kind == "warp" for step in steps):
-            raise BadShuffle(f"lanes named by a mask never come: {words}")
-        raise DivergentBarrier(f"not all threads of a block reach one barrier: {words}")
+            raise BadShuffle(f"block {number}: lanes named by a mask never come: {words}")
+        raise DivergentBarrier(f"block {number}: not all threads reach one barrier: {words}")
