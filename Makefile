@@ -54,7 +54,7 @@ bench: .venv-bench/.installed-$(BUILD) .venv-bench/.peers-$(ABI)
 readme: .venv-bench/.installed-$(BUILD) .venv-bench/.peers-$(ABI)
 	.venv-bench/bin/python bench/readme.py $(ARGS)
 
-C_SOURCES = $(wildcard src_c/*.[ch] tests/c/*.[ch] bench/*.c bench/*.cpp)
+C_SOURCES = $(wildcard src_c/*.[ch] tests/c/*.[ch] tests/cuda/*.c bench/*.c bench/*.cpp)
 
 check: .venv-check/.installed-$(BUILD)
 	.venv-check/bin/ruff format --check .

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,8 +21,11 @@ def find() -> Launcher | None:
     """The launcher, if Numba is installed and has a driver with a device."""
     if importlib.util.find_spec("numba") is None:
         return None
-    cuda = importlib.import_module("numba.cuda")
-    return Launcher(cuda) if cuda.is_available() else None
+    try:
+        cuda = importlib.import_module("numba.cuda")
+        return Launcher(cuda) if cuda.is_available() else None
+    except Exception:  # of a Numba that is broken or set up wrongly, as its driver's path may be
+        return None
 
 
 class Launcher:
@@ -77,7 +81,13 @@ class Kernel:
                 arg if dtype is None else self.array(arg, dtype)
                 for arg, dtype in zip(args, self.dtypes, strict=True)
             ]
-            self.compiled[grid, block, self.launcher.stream(stream), shared](*placed)
+            self.configured(grid, block, self.launcher.stream(stream), shared)(*placed)
+
+    def configured(self, *how: Any) -> Any:
+        # Numba warns of small grids, which the caller cannot help.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return self.compiled[how]
 
     def array(self, arg: tuple[int, int, int] | None, dtype: Any) -> Any:
         address, size, _ = arg or (0, 0, 0)

@@ -441,11 +441,15 @@ Result cuMemFreeAsync(uintptr_t address, Handle stream)
 
 Result cuPointerGetAttribute(void *value, int attribute, uintptr_t address)
 {
+    int device = 0;
     CALLED(" %d", attribute);
-    *(int *)value = 0;
     for (int i = 0; i < fake.place_count; i++)
-        if (fake.placed[i] == address) *(int *)value = fake.places[i];
-    return *(int *)value < 0 || attribute != 9 ? INVALID_VALUE : 0;
+        if (fake.placed[i] == address) device = fake.places[i];
+    if (attribute == 3) /* the pointer itself */
+        *(uintptr_t *)value = address;
+    else
+        *(int *)value = device;
+    return device < 0 || (attribute != 9 && attribute != 3) ? INVALID_VALUE : 0;
 }
 
 Result cuGetErrorName(int code, const char **text)
