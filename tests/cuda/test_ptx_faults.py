@@ -13,6 +13,7 @@ from .ptx import (
     Misaligned,
     OutOfBounds,
     Race,
+    ReadOnlyWrite,
     SharedWrite,
     Uninitialised,
     Unsupported,
@@ -374,6 +375,21 @@ def test_blocks_that_read_what_others_write():
            body.format(first="", second=load))  # fmt: skip
     faulty(BlockDependence, "thread 0 of block 0 writes what another block reads",
            body.format(first=load, second=""))  # fmt: skip
+
+
+def test_constants_that_change():
+    """`ld.global.nc` of what is written, by the same thread even: its cache may be older."""
+    body = "add.u64 %d6, %d0, %d8; {} st.global.u32 [%d6], %r20; {}"
+    for load in ("ld.global{}.u32 %r5, [%d6];", "ld.global{}.u32 %r5, [%d6+512];"):
+        for nc in ("", ".nc"):
+            before = body.format(load.format(nc), "")
+            after = body.format("", load.format(nc))
+            if nc and "512" not in load:
+                faulty(ReadOnlyWrite, "thread 0 of block 0 writes what ld.global.nc", before)
+                faulty(ReadOnlyWrite, "thread 0 of block 0 has written what is read", after)
+            else:
+                ok(before)
+                ok(after)
 
 
 def test_threads_that_read_what_others_of_the_block_write():

@@ -20,6 +20,7 @@ from .faults import (
     Misaligned,
     OutOfBounds,
     Race,
+    ReadOnlyWrite,
     SharedWrite,
     Uninitialised,
     Unsupported,

@@ -43,5 +43,9 @@ class SharedWrite(Fault):
     """Two threads write the same element of global memory in one launch."""
 
 
+class ReadOnlyWrite(Fault):
+    """What `ld.global.nc` reads must not change while the kernel runs, by any thread."""
+
+
 class BlockDependence(Fault):
     """A block reads what another one writes in the same launch."""

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .faults import BlockDependence, Race, SharedWrite, Uninitialised
+from .faults import BlockDependence, Race, ReadOnlyWrite, SharedWrite, Uninitialised
 from .frame import BLOCK_SHIFT, WARP_SHIFT, thread_name
 
 NOBODY = -1
@@ -28,6 +28,7 @@ class Shadow:
         self.reader = np.full(pieces, NOBODY)
         self.read_at = np.zeros(pieces, np.int64)
         self.reading_block = np.full(pieces, NOBODY)
+        self.constant = np.zeros(pieces, bool)
         self.pending = []
         self.pending_reads = 0
         self.is_written = False
@@ -46,21 +47,24 @@ class Shadow:
     def _halve(self):
         self.piece //= 2
         self.known_pieces = None
-        for name in ("writer", "written_at", "reader", "read_at", "reading_block"):
+        for name in ("writer", "written_at", "reader", "read_at", "reading_block", "constant"):
             setattr(self, name, np.repeat(getattr(self, name), 2))
 
     def _ordered(self, then, now, same_warp):
         """Whether a barrier stands between: of the warp (lower half), or of the block."""
         return np.where(same_warp, then < now, (then >> 32) < (now >> 32))
 
-    def read(self, addresses, width, thread, met, heard):
-        """Threads read; `met` and `heard` say when each last passed a barrier."""
+    def read(self, addresses, width, thread, met, heard, constant=False):
+        """Threads read; `met` and `heard` say when each last passed a barrier.
+
+        `constant` is for reads of what nobody may write.
+        """
         if self.is_written or self.known is not None:
-            self._check_read(addresses, width, thread, met)
+            self._check_read(addresses, width, thread, met, constant)
         if self.is_written:
-            self._note_read(addresses, width, thread, heard)
+            self._note_read(addresses, width, thread, heard, constant)
             return
-        self.pending.append((addresses, width, thread, heard))
+        self.pending.append((addresses, width, thread, heard, constant))
         self.pending_reads += len(addresses)
         if self.pending_reads > BACKLOG:
             self._flush()
@@ -71,11 +75,13 @@ class Shadow:
             self._note_read(*access)
         self.pending, self.pending_reads = [], 0
 
-    def _check_read(self, addresses, width, thread, met):
+    def _check_read(self, addresses, width, thread, met, constant):
         piece, thread, met = self._pieces(addresses, width, thread, met)
         writer = self.writer[piece]
         if self.known is not None:
             self._check_known(piece, thread, writer)
+        if constant and (writer != NOBODY).any():
+            raise ReadOnlyWrite(f"{_who(writer, writer != NOBODY)} has written what is read here")
         other = np.flatnonzero((writer != NOBODY) & (writer != thread))
         if not len(other):
             return
@@ -101,8 +107,9 @@ class Shadow:
         """Which bytes may be read after this launch."""
         return self.known | np.repeat(self.writer != NOBODY, self.piece)
 
-    def _note_read(self, addresses, width, thread, heard):
+    def _note_read(self, addresses, width, thread, heard, constant):
         piece, thread, heard = self._pieces(addresses, width, thread, heard)
+        self.constant[piece] |= constant
         reader, warp = self.reader[piece], (thread >> WARP_SHIFT)
         alone = (reader == NOBODY) | (reader == thread)
         alone |= (self.read_at[piece] >> 32) < (heard >> 32)
@@ -147,6 +154,9 @@ class Shadow:
             raise fault(f"{_who(thread, twice)} and another thread write the same place")
 
     def _check_writers(self, piece, thread, met):
+        constant = self.constant[piece]
+        if constant.any():
+            raise ReadOnlyWrite(f"{_who(thread, constant)} writes what ld.global.nc has read")
         writer = self.writer[piece]
         other = (writer != NOBODY) & (writer != thread)
         if not other.any():

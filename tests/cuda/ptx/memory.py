@@ -30,6 +30,21 @@ class Buffer:
             view[first + place] = value
 
 
+class Access(NamedTuple):
+    """What an instruction does to memory: `count` neighbours of `size` bytes for each thread."""
+
+    space: str
+    size: int
+    count: int
+    writes: bool
+    constant: bool = False  # by way of the cache for what no thread writes
+
+    @property
+    def width(self):
+        """Bytes for each thread."""
+        return self.size * self.count
+
+
 class Pointer(NamedTuple):
     """An array as a kernel is given it."""
 
@@ -144,24 +159,24 @@ class Spaces:
         self.module = tracker.module
         tracker.start(len(self.shared.bytes))
 
-    def load(self, space, addresses, lanes, size, count):
-        """What threads find at their addresses: a list of `count` arrays."""
-        return self._access(space, addresses, lanes, size, count, None)
+    def load(self, access, addresses, lanes):
+        """What threads find at their addresses: an array for each neighbour."""
+        buffer, offsets = self._find(access, addresses, lanes)
+        return buffer.load(offsets, access.size, access.count)
 
-    def store(self, space, addresses, lanes, size, values):
-        self._access(space, addresses, lanes, size, len(values), values)
+    def store(self, access, addresses, lanes, values):
+        """Write an array for each neighbour."""
+        buffer, offsets = self._find(access, addresses, lanes)
+        buffer.store(offsets, access.size, values)
 
-    def _access(self, space, addresses, lanes, size, count, values):
-        width = size * count
+    def _find(self, access, addresses, lanes):
+        """Where an access goes, once it has passed every check: a buffer, and places in it."""
         addresses = self.frame.spread(addresses, lanes).astype(np.int64)
-        self._check_alignment(addresses, width, lanes)
+        self._check_alignment(addresses, access.width, lanes)
+        space = access.space
         if space == "generic":
             space, addresses = self._resolve(addresses)
-        buffer, offsets = getattr(self, f"_{space}")(addresses, lanes, width, values is not None)
-        if values is None:
-            return buffer.load(offsets, size, count)
-        buffer.store(offsets, size, values)
-        return None
+        return getattr(self, f"_{space}")(addresses, lanes, access)
 
     def _check_alignment(self, addresses, width, lanes):
         if np.bitwise_or.reduce(addresses) & (width - 1):
@@ -198,43 +213,43 @@ class Spaces:
                 f" bytes, in {size}"
             )
 
-    def _shared(self, addresses, lanes, width, writes):
-        self._inside(addresses, width, self.shared_size, lanes, "shared")
+    def _shared(self, addresses, lanes, access):
+        self._inside(addresses, access.width, self.shared_size, lanes, "shared")
         each = self.frame.each(lanes)
         offsets = addresses + self.frame.block_of[each] * self.stride
-        self.tracker.shared(self, offsets, each, width, writes)
+        self.tracker.shared(self.frame, offsets, each, access)
         return self.shared, offsets
 
-    def _local(self, addresses, lanes, width, writes):
-        self._inside(addresses, width, self.local_size, lanes, "local")
+    def _local(self, addresses, lanes, access):
+        self._inside(addresses, access.width, self.local_size, lanes, "local")
         offsets = addresses + self.frame.each(lanes) * self.local_stride
-        spread = (offsets[:, None] + np.arange(width)).ravel()
-        if writes:
+        spread = (offsets[:, None] + np.arange(access.width)).ravel()
+        if access.writes:
             self.local_written[spread] = True
         elif not self.local_written[spread].all():
             raise Uninitialised("local memory is read before it is written")
         each = self.frame.each(lanes)
-        self.tracker.stats["local"].note(writes, width, offsets, self.frame.warp_of[each])
+        self.tracker.stats["local"].note(access, offsets, self.frame.warp_of[each])
         return self.local, offsets
 
-    def _param(self, addresses, lanes, width, writes):
+    def _param(self, addresses, lanes, access):
         """Parameters of functions lie in local memory."""
-        return self._local(addresses, lanes, width, writes)
+        return self._local(addresses, lanes, access)
 
-    def _module(self, addresses, lanes, width, writes):
-        if writes:
+    def _module(self, addresses, lanes, access):
+        if access.writes:
             raise Unsupported("a store to a variable of the module")
         offsets = addresses - MODULE_WINDOW
-        self._inside(offsets, width, len(self.module.bytes), lanes, "constant")
+        self._inside(offsets, access.width, len(self.module.bytes), lanes, "constant")
         return self.module, offsets
 
     _const = _module
 
-    def _global(self, addresses, lanes, width, writes):
+    def _global(self, addresses, lanes, access):
         if addresses[0] < GLOBAL_WINDOW and addresses[0] >= MODULE_WINDOW:
-            return self._module(addresses, lanes, width, writes)
+            return self._module(addresses, lanes, access)
         offsets = addresses - GLOBAL_WINDOW
-        self.tracker.arrays(self.frame, offsets, self.frame.each(lanes), width, writes)
+        self.tracker.arrays(self.frame, offsets, self.frame.each(lanes), access)
         return self.memory.buffer, offsets
 
 
@@ -257,30 +272,28 @@ class Tracker:
             if shadow.known is not None:
                 self.memory.known[name] = shadow.known_after()
 
-    def shared(self, spaces, offsets, lanes, width, writes):
-        frame = spaces.frame
-        self.stats["shared"].note(writes, width, offsets, frame.warp_of[lanes])
+    def shared(self, frame, offsets, lanes, access):
+        self.stats["shared"].note(access, offsets, frame.warp_of[lanes])
         if self.races:
-            _note(self.shared_shadow, frame, offsets, lanes, width, writes)
+            _note(self.shared_shadow, frame, offsets, lanes, access)
 
-    def arrays(self, frame, offsets, lanes, width, writes):
+    def arrays(self, frame, offsets, lanes, access):
         """Accesses to arrays; each must lie in one."""
-        name = self.memory.find(offsets, width)
+        name = self.memory.find(offsets, access.width)
         if name is not None:
-            self._array(name, frame, offsets, lanes, width, writes)
+            self._array(name, frame, offsets, lanes, access)
             return
-        for name, inside in self.memory.names(offsets, width):
+        for name, inside in self.memory.names(offsets, access.width):
             if name is None:
                 thread, offset = frame.unique[lanes[inside][0]], offsets[inside][0]
-                raise OutOfBounds(
-                    f"{thread_name(thread)} accesses {width} bytes {self.memory.edges(offset)}"
-                )
-            self._array(name, frame, offsets[inside], lanes[inside], width, writes)
+                where = f"{access.width} bytes {self.memory.edges(offset)}"
+                raise OutOfBounds(f"{thread_name(thread)} accesses {where}")
+            self._array(name, frame, offsets[inside], lanes[inside], access)
 
-    def _array(self, name, frame, offsets, lanes, width, writes):
-        self.stats[name].note(writes, width, offsets, frame.warp_of[lanes])
+    def _array(self, name, frame, offsets, lanes, access):
+        self.stats[name].note(access, offsets, frame.warp_of[lanes])
         if self.races:
-            _note(self._shadow(name), frame, offsets, lanes, width, writes)
+            _note(self._shadow(name), frame, offsets, lanes, access)
 
     def _shadow(self, name):
         if name not in self.shadows:
@@ -294,12 +307,12 @@ class Tracker:
         return self.shadows[name]
 
 
-def _note(shadow, frame, offsets, lanes, width, writes):
+def _note(shadow, frame, offsets, lanes, access):
     threads, met, heard = frame.unique[lanes], frame.met[lanes], frame.heard[lanes]
-    if writes:
-        shadow.write(offsets, width, threads, met, heard)
+    if access.writes:
+        shadow.write(offsets, access.width, threads, met, heard)
     else:
-        shadow.read(offsets, width, threads, met, heard)
+        shadow.read(offsets, access.width, threads, met, heard, access.constant)
 
 
 def _constants(module):

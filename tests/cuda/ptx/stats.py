@@ -43,15 +43,15 @@ class Traffic:
         """Bytes stored for each byte of the sectors touched."""
         return self.stored / (SECTOR * self.store_sectors) if self.store_sectors else 1.0
 
-    def note(self, writes, width, addresses, warps):
+    def note(self, access, addresses, warps):
         """Count one instruction's accesses."""
         requests, sectors = _pieces(addresses, warps)
-        if writes:
-            self.stores[width] += len(addresses)
+        if access.writes:
+            self.stores[access.width] += len(addresses)
             self.store_requests += requests
             self.store_sectors += sectors
         else:
-            self.loads[width] += len(addresses)
+            self.loads[access.width] += len(addresses)
             self.load_requests += requests
             self.load_sectors += sectors
 

@@ -8,6 +8,7 @@ from .alu import builds
 from .faults import Unsupported
 from .formats import FORMATS, UNSIGNED, formats_in
 from .frame import WINDOWS, reader, writer
+from .memory import Access
 from .parse import Register, Variable, split
 
 SPACES = ("global", "shared", "local", "param", "const")
@@ -61,8 +62,10 @@ def build_load(instruction):
     if isinstance(variable, Variable) and variable.space == "entry":
         return _load_parameter(address, writes, known)
 
+    access = Access(space, known.size, len(writes), False, "nc" in instruction.modifiers)
+
     def execute(frame, lanes):
-        values = frame.spaces.load(space, address(frame, lanes), lanes, known.size, len(writes))
+        values = frame.spaces.load(access, address(frame, lanes), lanes)
         for write, value in zip(writes, values, strict=True):
             write(frame, lanes, value.view(known.dtype))
 
@@ -89,11 +92,11 @@ def build_store(instruction):
     reads = [reader(instruction, word, known) for word in _elements(instruction.operands[1])]
     if len(reads) != _count(instruction):
         raise Unsupported("a vector of another length")
-    storage = UNSIGNED[known.size]
+    storage, access = UNSIGNED[known.size], Access(space, known.size, len(reads), True)
 
     def execute(frame, lanes):
         values = [frame.spread(read(frame, lanes), lanes).view(storage) for read in reads]
-        frame.spaces.store(space, address(frame, lanes), lanes, known.size, values)
+        frame.spaces.store(access, address(frame, lanes), lanes, values)
 
     return execute
 
