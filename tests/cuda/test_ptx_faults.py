@@ -17,6 +17,7 @@ from .ptx import (
     SharedWrite,
     Uninitialised,
     Unsupported,
+    hazards,
     launch,
 )
 from .ptx_lines import entry, run
@@ -145,6 +146,18 @@ def test_results_that_nobody_wrote():
     ok(body.format(0), unwritten="x")
     faulty(Uninitialised, "reads what nobody wrote", body.format(512), unwritten="x")
     ok(body.format(512))
+
+
+def test_results_that_are_read_in_other_pieces():
+    """A vector at the end is read first, so that pieces are large; then single words."""
+    body = """
+        setp.eq.u32 %p1, %r0, 0; @!%p1 ret; st.global.v4.u32 [%d0+256], {%r20, %r20, %r20, %r20};
+        ld.global.v4.u32 {%r4, %r5, %r6, %r7}, [%d0+256]; st.global.u32 [%d0+4], %r20;
+    """
+    ok(body + "ld.global.u32 %r5, [%d0+4];", 1, unwritten="x")
+    for offset in (0, 8, 252, 272):
+        load = f"ld.global.u32 %r5, [%d0+{offset}];"
+        faulty(Uninitialised, "reads what nobody wrote", body + load, 1, unwritten="x")
 
 
 # Threads that disagree
@@ -289,6 +302,47 @@ def test_two_readers_at_different_times():
     faulty(Race, "writes what another", body.format("bar.warp.sync -1;"))
 
 
+def test_many_readers_at_once():
+    """The last of them writes: it is one of many readers, not the only one."""
+    body = OWN + "bar.sync 0; " + LOAD_FIRST.format("") + "{} setp.eq.u32 %p1, %r0, {}; "
+    body += "@%p1 st.shared.u32 [%d9], %r20;"
+    ok(body.format("bar.sync 0;", 63))
+    faulty(Race, "thread 63 of block 0 writes what", body.format("bar.warp.sync -1;", 63))
+    ok(body.format("bar.warp.sync -1;", 31), block=32)
+    faulty(Race, "thread 31 of block 0 writes what", body.format("", 31), block=32)
+
+
+def test_readers_before_the_last_barrier_do_not_count():
+    """Others have read before it; after it the owner reads and writes."""
+    read = "xor.b32 %r6, %r0, {}; mul.wide.u32 %d5, %r6, 4; add.u64 %d5, %d9, %d5; "
+    read += "ld.shared.u32 %r5, [%d5]; bar.sync 0; "
+    body = OWN + "bar.sync 0; " + read.format(1) + read.format(33)
+    ok(body + "ld.shared.u32 %r5, [%d6]; st.shared.u32 [%d6], %r20;")
+
+
+def test_races_after_earlier_barriers():
+    body = "bar.sync 0; bar.sync 0; " + OWN
+    faulty(Race, "thread 1 of block 0 reads", body + LOAD_FIRST.format(""))
+    faulty(Race, "writes where", body + "xor.b32 %r6, %r0, 33; mul.wide.u32 %d5, %r6, 4; "
+           "add.u64 %d5, %d9, %d5; st.shared.u32 [%d5], %r20;")  # fmt: skip
+
+
+def test_conflicts_in_the_middle_of_a_vector():
+    """Threads write words; then one reads or writes four of which the third is another's."""
+    start = "mul.wide.u32 %d6, %r0, 16; add.u64 %d6, %d9, %d6; st.shared.u32 [%d6+8], %r0; "
+    fill = "st.shared.u32 [%d6], %r0; st.shared.u32 [%d6+4], %r0; st.shared.u32 [%d6+12], %r0; "
+    other = "xor.b32 %r6, %r0, 33; mul.wide.u32 %d5, %r6, 16; add.u64 %d5, %d9, %d5; "
+    write = "st.shared.v4.u32 [%d5], {%r20, %r20, %r20, %r20};"
+    ok(start + "bar.sync 0; " + other + write)
+    faulty(Race, "writes where", start + other + write)
+    read = "ld.shared.v4.u32 {%r10, %r11, %r12, %r13}, [%d5]; "
+    ok(start + fill + "bar.sync 0; " + other + read)
+    faulty(Uninitialised, "nobody wrote", start + "bar.sync 0; " + other + read)
+    again = "st.shared.u32 [%d6+8], %r20;"
+    ok(start + fill + "bar.sync 0; " + other + read + "bar.sync 0; " + again)
+    faulty(Race, "writes what another", start + fill + "bar.sync 0; " + other + read + again)
+
+
 def test_two_writers():
     body = OWN + "{} xor.b32 %r6, %r0, {}; mul.wide.u32 %d5, %r6, 4; add.u64 %d5, %d9, %d5; "
     body += "st.shared.u32 [%d5], %r20;"
@@ -375,6 +429,28 @@ def test_blocks_that_read_what_others_write():
            body.format(first="", second=load))  # fmt: skip
     faulty(BlockDependence, "thread 0 of block 0 writes what another block reads",
            body.format(first=load, second=""))  # fmt: skip
+
+
+def test_one_of_several_blocks_that_read():
+    """All blocks read a word, and the last of them writes it."""
+    body = (
+        "ld.global.u32 %r5, [%d0]; @%p10 setp.eq.u32 %p9, %r0, 0; @%p10 and.pred %p10, %p9, %p10;"
+    )
+    store = " @%p10 st.global.u32 [%d0+{}], %r20;"
+    ok(body + store.format(16))
+    for lanes in (64, 128):
+        faulty(BlockDependence, "thread 0 of block 1 writes what another block reads",
+               body + store.format(0), lanes=lanes)  # fmt: skip
+
+
+def test_reads_that_wait_to_matter(monkeypatch):
+    """Reads of an array are noted when it is written, or when too many wait."""
+    body = "ld.global.u32 %r5, [%d0]; ld.global.u32 %r6, [%d0+4]; bar.sync 0; {}"
+    store = "setp.eq.u32 %p1, %r3, 64; @%p1 st.global.u32 [%d0], %r20;"
+    for backlog in (1, 100, 1 << 20):
+        monkeypatch.setattr(hazards, "BACKLOG", backlog)
+        ok(body.format(""))
+        faulty(BlockDependence, "thread 0 of block 1 writes", body.format(store), lanes=64)
 
 
 def test_constants_that_change():
