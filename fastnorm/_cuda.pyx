@@ -56,7 +56,6 @@ cdef extern from *:
 cdef extern from "dlfcn.h" nogil:
     void *dlopen(const char *, int)
     void *dlsym(void *, const char *)
-    int dlclose(void *)
     const char *dlerror()
     int RTLD_NOW, RTLD_LOCAL
 
@@ -327,7 +326,7 @@ def load(path=None):
 
     `path` or FASTNORM_CUDA_DRIVER or libcuda.so.1. DriverError with one sentence that says why not.
     """
-    global is_ready, was_used, failure, library, library_path
+    global is_ready, was_used, failure, library_path
     if was_forked:
         raise DriverError(FORKED, NOT_INITIALIZED)
     if is_ready:
@@ -342,10 +341,8 @@ def load(path=None):
         try:
             start(path)
         except DriverError as error:
+            # The library stays open: drivers do not like to be closed.
             failure = (error.args[0], error.code)
-            if library is not NULL:
-                dlclose(library)
-                library = NULL
             # A fork does no harm to what never was.
             was_used = error.code not in (0, NO_DEVICE, NOT_INITIALIZED)
             raise
@@ -1725,7 +1722,7 @@ cdef int order_streams(Frame *f, uintptr_t stream, bint before) noexcept nogil:
             continue
         seen = False
         for k in range(i):
-            seen |= f.descs[k].has_stream and f.descs[k].stream == f.descs[i].stream
+            seen |= is_elsewhere(&f.descs[k], stream) and f.descs[k].stream == f.descs[i].stream
         if seen:
             continue
         if before:

@@ -530,6 +530,20 @@ def test_a_stream_is_waited_for_once(driver, pair):
     assert len(driver.calls("cuStreamWaitEvent")) == 4
 
 
+def test_an_empty_array_is_not_waited_for_but_the_next_one_is(driver, pair):
+    def build(*args):
+        return _cuda.Entry([(pair, 1, 32, 0, (None, None))], [], [], None)
+
+    op = _cuda.Op("op", ["x", "a", "b"], build)
+    arrays = [rows(Interface), rows(Interface, shape=(0, 8)), rows(Interface)]
+    for array, stream in zip(arrays, (5, 9, 9), strict=True):
+        array.stream = stream
+    op(*arrays[:2], None)
+    assert ordered(driver) == [("cuLaunchKernel", 5)]
+    op(*arrays)
+    assert ordered(driver)[1:3] == [("cuEventRecord", 9), ("cuStreamWaitEvent", 5)]
+
+
 def test_dlpack_owners_are_told_of_the_stream(driver, copy):
     libraries.STREAMS[0] = 7
     out = rows(Exporter)
