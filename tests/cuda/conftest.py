@@ -18,10 +18,11 @@ def driver_library(tmp_path_factory):
 @pytest.fixture(scope="session")
 def loaded_driver(driver_library):
     """The fake driver of two devices, as this process's."""
-    os.environ["FAKE_CUDA_DEVICES"] = "2"
     if not _cuda.is_loaded():
+        os.environ["FAKE_CUDA_DEVICES"] = "2"  # which it reads once
         _cuda.forget_failure()
         _cuda.load(str(driver_library))
+        del os.environ["FAKE_CUDA_DEVICES"]
     assert _cuda.driver_path() == str(driver_library)
     return fakes.Driver(driver_library)
 
