@@ -12,6 +12,7 @@ from fastnorm import _cuda
 
 pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed")
 from . import libraries
+from .capsules import Deleter, DLTensor, Exporter, new_capsule
 from .libraries import BFLOAT16, Interface, Tensor, address, memory
 
 TYPES = {"float32": np.float32, "float64": np.float64, "float16": np.float16, "bfloat16": BFLOAT16}
@@ -278,85 +279,6 @@ def test_the_device_of_memory_that_comes_without_one(driver):
 
 # ---- DLPack ----
 
-_new_capsule = ctypes.PYFUNCTYPE(
-    ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p
-)(("PyCapsule_New", ctypes.pythonapi))
-
-
-class _Tensor(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device", ctypes.c_int32),
-        ("ordinal", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("offset", ctypes.c_uint64),
-    )
-
-
-_Deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
-
-class _Managed(ctypes.Structure):
-    _fields_ = (("tensor", _Tensor), ("context", ctypes.c_void_p), ("deleter", _Deleter))
-
-
-class _Versioned(ctypes.Structure):
-    _fields_ = (
-        ("major", ctypes.c_uint32),
-        ("minor", ctypes.c_uint32),
-        ("context", ctypes.c_void_p),
-        ("deleter", _Deleter),
-        ("flags", ctypes.c_uint64),
-        ("tensor", _Tensor),
-    )
-
-
-class Exporter:
-    """DLPack alone; `deleted` counts what its consumers gave back."""
-
-    def __init__(self, array, *, versioned=True, major=1, flags=0, device=(2, 0), **changed):
-        self.memory, self.versioned = array, versioned
-        self.device = device
-        self.exported = self.deleted = 0
-        self.streams = []
-        self.shape = (ctypes.c_int64 * max(array.ndim, 1))(*array.shape)
-        self.strides = (ctypes.c_int64 * max(array.ndim, 1))(
-            *[step // array.itemsize for step in array.strides]
-        )
-        tensor = {
-            "data": address(array), "device": device[0], "ordinal": device[1], "ndim": array.ndim,
-            "code": 2, "bits": 8 * array.itemsize, "lanes": 1,
-            "shape": ctypes.cast(self.shape, ctypes.POINTER(ctypes.c_int64)),
-            "strides": ctypes.cast(self.strides, ctypes.POINTER(ctypes.c_int64)), **changed,
-        }  # fmt: skip
-        self.deleter = _Deleter(self._count)
-        if versioned:
-            self.struct = _Versioned(major, 0, None, self.deleter, flags, _Tensor(**tensor))
-        else:
-            self.struct = _Managed(_Tensor(**tensor), None, self.deleter)
-        self.name = b"dltensor_versioned" if versioned else b"dltensor"
-
-    def _count(self, pointer):
-        assert pointer == ctypes.addressof(self.struct)
-        self.deleted += 1
-
-    def __dlpack_device__(self):
-        return self.device
-
-    def __dlpack__(self, *, stream=None, max_version=None):
-        assert max_version is not None
-        self.streams.append(stream)
-        self.exported += 1
-        return _new_capsule(ctypes.addressof(self.struct), self.name, None)
-
-    def settled(self):
-        return self.exported == self.deleted
-
 
 @pytest.mark.parametrize("versioned", [False, True])
 def test_capsules_are_given_back_once(versioned):
@@ -421,7 +343,7 @@ def test_what_a_capsule_says():
 
 def test_no_deleter():
     owner = Exporter(memory((3,), np.float32))
-    owner.struct.deleter = _Deleter()
+    owner.struct.deleter = Deleter()
     del owner.deleter
     assert _cuda.describe("x", owner).size == 3
 
@@ -436,7 +358,7 @@ def test_exports_that_fail():
 
     class Used(Exporter):
         def __dlpack__(self, **options):
-            return _new_capsule(1, b"used_dltensor", None)
+            return new_capsule(1, b"used_dltensor", None)
 
     class Odd(Exporter):
         def __dlpack__(self, **options):
@@ -475,8 +397,8 @@ def test_exporters_from_before_versions_are_asked_once_without():
 
 
 def exchanging(tensor_of, stream=77, major=1, base=object):
-    """A type that offers the table; `tensor_of(object)` fills a _Tensor."""
-    from_object = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.POINTER(_Tensor))
+    """A type that offers the table; `tensor_of(object)` fills a DLTensor."""
+    from_object = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.POINTER(DLTensor))
     current = ctypes.CFUNCTYPE(
         ctypes.c_int, ctypes.c_int, ctypes.c_int32, ctypes.POINTER(ctypes.c_void_p)
     )
@@ -503,7 +425,7 @@ def exchanging(tensor_of, stream=77, major=1, base=object):
     table = Table(
         major, 3, None, (ctypes.c_void_p * 3)(), from_object(fill), current(current_stream)
     )
-    capsule = _new_capsule(ctypes.addressof(table), b"dlpack_exchange_api", None)
+    capsule = new_capsule(ctypes.addressof(table), b"dlpack_exchange_api", None)
     return type("Exchanging", (base,), {"__dlpack_c_exchange_api__": capsule, "table": table})
 
 

@@ -16,6 +16,7 @@ from fastnorm import _cuda
 
 pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed")
 from . import libraries
+from .capsules import Exporter as Counted
 from .driver import PTX
 from .libraries import Exporter, Interface, Tensor, address, memory
 
@@ -669,3 +670,20 @@ def test_capsules_of_calls_that_fail(driver, copy):
     copy.built.clear()
     gc.collect()
     assert (sys.getrefcount(x.memory), sys.getrefcount(out.memory)) == before
+
+
+@pytest.mark.parametrize("versioned", [False, True])
+@pytest.mark.parametrize("change", [{}, {"bits": 8}, {"lanes": 2}, {"ndim": 17}, {"data": 0}])
+def test_every_export_is_given_back_once(driver, copy, versioned, change):
+    x = Counted(memory((4, 8), np.float32), versioned=versioned)
+    out = Counted(memory((4, 8), np.float32), versioned=versioned)
+    copy(x, out)
+    driver.fail("cuLaunchKernel", 700)
+    with pytest.raises(_cuda.DriverError):
+        copy(x, out)
+    assert x.exported == x.deleted == out.exported == out.deleted == 2
+    for name, value in change.items():
+        setattr(out.struct.tensor, name, value)
+    with pytest.raises((TypeError, ValueError, _cuda.DriverError)):
+        copy(x, out)
+    assert x.exported == x.deleted == out.exported == out.deleted == 3
