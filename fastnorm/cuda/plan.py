@@ -249,11 +249,15 @@ def forward(
     spec = Spec(
         kernel, _in_order(types, _FORWARD_ORDER), compute, tile.threads,
         max(1, BLOCK // tile.threads), tile.vectors, elements,
-        access(elements, types, alignment), _flags(found, {n: own for n, own in (per_row or {}).items() if n in PARAMETERS}),
+        access(elements, types, alignment), _flags(found, parameters_of(per_row)),
         activation or "",
     )  # fmt: skip
     step = _step(spec, _up(rows, spec.rows))
     return Plan((step,), (), _in_words(spec), alignment, _why(spec))
+
+
+def parameters_of(per_row: Mapping[str, bool] | None) -> dict[str, bool]:
+    return {name: own for name, own in (per_row or {}).items() if name in PARAMETERS}
 
 
 _FORWARD_ORDER = ("x", "residual", "gate", "linear_bias", "weight", "bias", "y", "sum", "mean",
