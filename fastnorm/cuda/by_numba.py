@@ -59,9 +59,20 @@ class Launcher:
 
     def kernel(self, spec: plan.Spec, device: int) -> Kernel:
         """The spec, compiled by Numba for its own launcher."""
-        function, signature = compiler.function(spec)
-        with self.cuda.gpus[device]:
-            return Kernel(self, device, self.cuda.jit(signature)(function), signature)
+        function, signature, registers = source_of(spec)
+        with self.cuda.gpus[device], warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compiled = self.cuda.jit(signature, max_registers=registers)(function)
+        return Kernel(self, device, compiled, signature)
+
+
+def source_of(spec: plan.Spec) -> tuple[Any, tuple[Any, ...], int]:
+    """The kernel for Numba to compile, its arguments' types, and a thread's most registers."""
+    kernels = importlib.import_module(".kernels", __package__)
+    threads = spec.threads * spec.rows * compiler.resident(spec)
+    registers = min(compiler.REGISTERS // threads, 255)
+    name = compiler.entry_name(spec)
+    return kernels.kernel(spec, name), kernels.signature(spec), registers
 
 
 class Kernel:

@@ -17,7 +17,8 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+
+from .compiler import Image
 
 FORMAT = 1
 SUFFIX = ".kernel"
@@ -27,15 +28,6 @@ MAX_BYTES = 64 << 20
 MAX_FILES = 4096
 _HOUR = 3600.0
 _DIGEST = hashlib.sha256().digest_size
-
-
-class Image(NamedTuple):
-    """What a driver loads: PTX with a 0 at its end, or a cubin, and what is known of it."""
-
-    code: bytes
-    entry: str
-    kind: str
-    info: dict[str, Any]
 
 
 def folder() -> Path | None:
@@ -103,7 +95,7 @@ def _parsed(content: bytes, description: str) -> Image | None:
     return Image(code, head["entry"], head["kind"], head["info"])
 
 
-def write(description: str, image: Any) -> None:
+def write(description: str, image: Image) -> None:
     """Keep an image for other processes; it appears whole or not at all."""
     path = path_of(description)
     if path is None:

@@ -37,7 +37,7 @@ def compiled(folder, without=()):
 
 class _Launch(ctypes.Structure):
     _fields_ = (
-        ("entry", ctypes.c_char * 256),
+        ("entry", ctypes.c_char * 1024),
         ("grid", ctypes.c_uint),
         ("block", ctypes.c_uint),
         ("shared", ctypes.c_uint),

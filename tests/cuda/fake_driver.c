@@ -37,13 +37,13 @@ typedef struct {
 } Module;
 
 typedef struct {
-    char entry[256];
+    char entry[1024];
     Module *module;
     int sizes[MAX_PARAMS], count, shared;
 } Function;
 
 typedef struct {
-    char entry[256];
+    char entry[1024];
     unsigned grid, block, shared;
     Handle stream, context;
     unsigned char bytes[MAX_PARAMS * 8];
@@ -137,11 +137,12 @@ static Result note(const char *name, const char *format, ...)
 {
     Result result = 0;
     pthread_mutex_lock(&fake.mutex);
-    if (fake.tracing && fake.log_size < LOG_BYTES - 1024) {
+    if (fake.tracing && fake.log_size < LOG_BYTES - 2048) {
         va_list args;
         va_start(args, format);
         fake.log_size += (size_t)snprintf(fake.log + fake.log_size, 128, "%s", name);
-        fake.log_size += (size_t)vsnprintf(fake.log + fake.log_size, 512, format, args);
+        vsnprintf(fake.log + fake.log_size, 1500, format, args);
+        fake.log_size += strlen(fake.log + fake.log_size);
         fake.log_size += (size_t)snprintf(fake.log + fake.log_size, 8, "\n");
         va_end(args);
     }
@@ -290,7 +291,7 @@ static int size_of(const char *type)
 /* The entry's parameters, out of the PTX: a real driver has them from there too. */
 static Result read_params(Function *function, const char *code)
 {
-    char wanted[300];
+    char wanted[1100];
     const char *at, *end;
     snprintf(wanted, sizeof wanted, ".entry %s(", function->entry);
     at = strstr(code, wanted);

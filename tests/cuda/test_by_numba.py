@@ -22,7 +22,10 @@ def function(spec):
         if rows > 0:
             y[0] = x[0] * eps + wide
     arrays = types.Array(types.float32, 1, "C"), types.Array(types.uint16, 1, "C")
-    return copy, (*arrays, types.int64, types.float32, types.float64)
+    return copy, (*arrays, types.int64, types.float32, types.float64), 64
+
+by_numba_source = by_numba.source_of
+by_numba.source_of = function
 
 class Interface:
     def __init__(self, array, stream):
@@ -30,23 +33,24 @@ class Interface:
             version=3, shape=array.shape, typestr=array.dtype.str, strides=None, stream=stream,
             data=(array.ctypes.data, False))
 
-by_numba.compiler.function = function
 x, out = np.ones(8, np.float32), np.ones(8, np.uint16)
 
 def calls(*names):
     return [l for l in library.fake_log().decode().splitlines() if l.partition(" ")[0] in names]
 """
 
-CALL = """
-library = ctypes.CDLL(os.environ["NUMBA_CUDA_DRIVER"])
-library.fake_log.restype = ctypes.c_char_p
-
+PROBE = """
 try:
     from numba.cuda.cudadrv.nvvm import NVVM
     NVVM()
 except Exception as error:
     print("skip", type(error).__name__)
     sys.exit()
+"""
+
+CALL = """
+library = ctypes.CDLL(os.environ["NUMBA_CUDA_DRIVER"])
+library.fake_log.restype = ctypes.c_char_p
 
 launch.start()
 launch.start()
@@ -68,7 +72,7 @@ for _ in range(2):
 assert len(op) == 1
 
 class Launch(ctypes.Structure):
-    _fields_ = [("entry", ctypes.c_char * 256), ("grid", ctypes.c_uint), ("block", ctypes.c_uint),
+    _fields_ = [("entry", ctypes.c_char * 1024), ("grid", ctypes.c_uint), ("block", ctypes.c_uint),
                 ("shared", ctypes.c_uint), ("stream", ctypes.c_void_p),
                 ("context", ctypes.c_void_p), ("words", ctypes.c_int64 * 512)]
 
@@ -85,6 +89,20 @@ assert words[7:] == [0, 0, 0, 2, 0, 0, 2, 6], words
 assert [l.rpartition(" ")[2] for l in calls("cuEventRecord", "cuStreamWaitEvent")] == [
     "0x9", "0x7", "0x7", "0x9"] * 2
 assert not calls("cuStreamSynchronize", "cuCtxSynchronize", "cuEventSynchronize")
+print("done")
+"""
+
+LAYER_NORM = """
+import fastnorm
+by_numba.source_of = by_numba_source
+library = ctypes.CDLL(os.environ["NUMBA_CUDA_DRIVER"])
+library.fake_launches.restype = ctypes.c_long
+x, out = np.ones((4, 256), np.float32), np.ones((4, 256), np.float32)
+w = np.ones(256, np.float16)
+a, b, c = Interface(x, 7), Interface(out, None), Interface(w, 7)
+for _ in range(2):
+    assert fastnorm.layer_norm(a, 256, c, out=b) is b
+assert library.fake_launches() == 2
 print("done")
 """
 
@@ -121,7 +139,11 @@ def run(code, driver):
 
 
 def test_calls_go_through_numba(numbas_driver):
-    run(CALL, str(numbas_driver))
+    run(PROBE + CALL, str(numbas_driver))
+
+
+def test_an_op_goes_through_numba(numbas_driver):
+    run(PROBE + LAYER_NORM, str(numbas_driver))
 
 
 @pytest.mark.parametrize("driver", [None, "/none/libcuda.so"])
