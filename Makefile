@@ -17,14 +17,16 @@ endif
 # What one wheel differs in from another: stamps carry it, so that no other wheel is taken for it.
 BUILD := $(ABI)-$(FASTNORM_BUILD_OPENMP)-$(FASTNORM_BUILD_WERROR)-$(FASTNORM_BUILD_SANITIZE)-$(FASTNORM_BUILD_COVERAGE)
 SOURCES := $(wildcard pyproject.toml setup.py README.md LICENSE \
-	fastnorm/*.py fastnorm/*.pyi fastnorm/*.pyx fastnorm/*.px[di] fastnorm/py.typed src_c/*.[ch])
+	fastnorm/*.py fastnorm/*.pyi fastnorm/*.pyx fastnorm/*.px[di] fastnorm/py.typed \
+	fastnorm/cuda/*.py src_c/*.[ch])
 
-.PHONY: help demo test bench readme check format wheel sanitize clean
+.PHONY: help demo test test-gpu bench readme check format wheel sanitize clean
 .PRECIOUS: .venv-%/.python-$(ABI)
 
 help:
 	@echo 'make demo      the main job: layer norm inside a network that learns to read digits'
 	@echo 'make test      the tests, against the built wheel'
+	@echo 'make test-gpu  the tests that need a CUDA device'
 	@echo 'make bench     this machine, beside NumPy, torch, onnxruntime and numba'
 	@echo 'make readme    write the measured numbers into README.md'
 	@echo 'make check     formatting, lint, types'
@@ -41,6 +43,10 @@ demo: .venv-demo/.installed-$(BUILD)
 test: .venv-test/.installed-$(BUILD)
 	$(TEST_ENVIRONMENT) .venv-test/bin/pytest $(ARGS)
 
+# Beside the packages of the machine: torch, CuPy and Numba's CUDA parts go with its driver.
+test-gpu: .venv-gpu/.installed-$(BUILD)
+	.venv-gpu/bin/python -I -m pytest --gpu $(ARGS)
+
 bench: .venv-bench/.installed-$(BUILD) .venv-bench/.peers-$(ABI)
 	.venv-bench/bin/python -I -m fastnorm bench
 	.venv-bench/bin/pytest bench --benchmark-only $(ARGS)
@@ -48,7 +54,7 @@ bench: .venv-bench/.installed-$(BUILD) .venv-bench/.peers-$(ABI)
 readme: .venv-bench/.installed-$(BUILD) .venv-bench/.peers-$(ABI)
 	.venv-bench/bin/python bench/readme.py $(ARGS)
 
-C_SOURCES = $(wildcard src_c/*.[ch] tests/c/*.[ch] bench/*.c bench/*.cpp)
+C_SOURCES = $(wildcard src_c/*.[ch] tests/c/*.[ch] tests/cuda/*.c bench/*.c bench/*.cpp)
 
 check: .venv-check/.installed-$(BUILD)
 	.venv-check/bin/ruff format --check .
@@ -70,7 +76,7 @@ wheel: dist/.$(BUILD)
 	@ls dist/*.whl
 
 clean:
-	rm -rf .venv-build .venv-demo .venv-test .venv-bench .venv-check build dist *.egg-info
+	rm -rf .venv-build .venv-demo .venv-test .venv-gpu .venv-bench .venv-check build dist *.egg-info
 	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 # ---- environments -------------------------------------------------------------------------------
@@ -83,6 +89,10 @@ dist/.$(BUILD): .venv-build/.python-$(ABI) $(SOURCES)
 
 .venv-%/.python-$(ABI):
 	$(PYTHON) -m venv --clear .venv-$*
+	touch $@
+
+.venv-gpu/.python-$(ABI):
+	$(PYTHON) -m venv --clear --system-site-packages .venv-gpu
 	touch $@
 
 # The environment's name is that of the extra it gets.

@@ -1,4 +1,5 @@
-"""Builds fastnorm._core: one Cython module and the C kernels, each instruction set with its flags.
+"""Builds fastnorm._core: one Cython module and the C kernels, each instruction set with its flags;
+and fastnorm._cuda, which finds the CUDA driver at run time and needs nothing of CUDA here.
 
 All else about the project is in pyproject.toml. Switches, read from the environment:
 
@@ -99,10 +100,11 @@ class BuildKernels(build_ext):
             raise CompileError("fastnorm is written for gcc and clang")
         self.forget_where_python_lies()
         ext.depends.append(self.record_of_flags())
-        ext.extra_objects = [
-            self.kernel_object(source, flags, ext.depends)
-            for source, flags in kernel_sources().items()
-        ]
+        if ext.name == "fastnorm._core":
+            ext.extra_objects = [
+                self.kernel_object(source, flags, ext.depends)
+                for source, flags in kernel_sources().items()
+            ]
         super().build_extension(ext)
 
     def forget_where_python_lies(self):
@@ -147,6 +149,14 @@ setup(
             libraries=["m"],
             extra_compile_args=COMPILE_FLAGS,
             extra_link_args=LINK_FLAGS,
-        )
+        ),
+        Extension(
+            "fastnorm._cuda",
+            sources=["fastnorm/_cuda.pyx"],
+            depends=["setup.py"],
+            libraries=["dl", "pthread"] if sys.platform == "linux" else [],
+            extra_compile_args=COMPILE_FLAGS,
+            extra_link_args=LINK_FLAGS,
+        ),
     ],
 )

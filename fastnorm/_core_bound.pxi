@@ -93,8 +93,11 @@ cdef class BoundNorm:
         return self._checked_call(x, out) if y is None else y
 
     cdef object _checked_call(self, x, out):
+        cdef object weight = self._weight, bias = self._bias
+        if not cnp.PyArray_Check(x):
+            weight, bias = self._beside("weight", x), self._beside("bias", x)
         if self.opt.rms:
-            return rms_norm(x, self.normalized_shape, self._weight, self._eps, out=out,
+            return rms_norm(x, self.normalized_shape, weight, self._eps, out=out,
                             offset=self.opt.offset,
                             round_before_weight=bool(self.opt.round_before_weight))
-        return layer_norm(x, self.normalized_shape, self._weight, self._bias, self._eps, out=out)
+        return layer_norm(x, self.normalized_shape, weight, bias, self._eps, out=out)

@@ -86,6 +86,12 @@ def _add_bench(commands: Any) -> None:
         description="Times an op next to NumPy, torch, ONNX Runtime and Numba, as far as they are "
         "installed, and a memory copy. All run in one process, in turns; medians are shown.",
     )
+    bench.add_argument(
+        "--device",
+        default="cpu",
+        choices=("cpu", "cuda"),
+        help="cuda: on a GPU, next to torch, torch.compile, Triton and its copy speed",
+    )
     bench.add_argument("--op", default="layer_norm", choices=fastnorm._core.OPS)
     bench.add_argument("--dtype", default="float32", choices=fastnorm._core.DTYPES)
     bench.add_argument(
@@ -167,6 +173,10 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
+    if options.device == "cuda":
+        from fastnorm.cuda import bench as on_cuda
+
+        return on_cuda.run(options)
     from fastnorm import bench
 
     return bench.run(options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 import sys
@@ -14,7 +15,7 @@ from ._version import __version__
 
 
 def show_config(mode: str = "stdout") -> dict[str, Any] | None:
-    """Say what was built and what was found: instruction sets, OpenMP, threads.
+    """Say what was built and what was found: instruction sets, OpenMP, threads, CUDA devices.
 
     Parameters
     ----------
@@ -44,6 +45,7 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
         "pool_bytes": _core.pool(),
         "ops": list(_core.OPS),
         "dtypes": list(_core.DTYPES),
+        "cuda": importlib.import_module(".cuda", __package__).config(),
     }
     if mode == "dicts":
         return config

@@ -8,6 +8,8 @@ segments.py has.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -246,15 +248,25 @@ CALLS: dict[str, Callable[..., Call]] = {
 }  # fmt: skip
 
 
+@functools.cache
+def _on_cuda(name: str) -> Callable[..., Any]:
+    """The op on arrays in CUDA memory."""
+    return importlib.import_module(".cuda", __package__).op(name)
+
+
 def _handler(call: Callable[..., Call]) -> Callable[..., Any]:
     """The op itself, its arguments by position; they need not be ndarrays."""
     names = tuple(inspect.signature(call).parameters)[:-1]
+    name = call.__name__.removeprefix("_")
     main = "x" if "x" in names else "sum"
+    at = names.index(main)
 
     def run(*converted: Any) -> Any:
         return call(*converted).run()
 
     def handle(*args: Any) -> Any:
+        if interop.is_on_cuda(args[at]):
+            return _on_cuda(name)(*args)
         return interop.run(run, names, *args, main=main)
 
     return handle

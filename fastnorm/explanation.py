@@ -65,7 +65,8 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
     -------
     Explanation
         Backend, instruction set, threads, regime, each copy of an array of x's size that would be
-        made, and the reasons. What is small is converted without a word.
+        made, and the reasons. What is small is converted without a word. For arrays in CUDA memory:
+        the device, its architecture, threads of a block, and the kernel.
 
     Raises
     ------
@@ -84,7 +85,12 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
         args = ()
     else:
         name = _name_of(op)
-    call = _checked(name, args, kwargs)
+    bound = inspect.signature(_public(name)).bind(*args, **kwargs)
+    bound.apply_defaults()
+    if interop.is_on_cuda(bound.arguments["x" if "x" in bound.arguments else "sum"]):
+        cuda = importlib.import_module(".cuda", __package__)
+        return Explanation(**cuda.explain(name, bound.arguments))
+    call = _checked(name, bound.arguments)
     plan = call.plan()
     return Explanation(
         op=name,
@@ -113,13 +119,11 @@ def _public(name: str) -> Any:
     return getattr(importlib.import_module(__package__), name)
 
 
-def _checked(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+def _checked(name: str, arguments: dict[str, Any]) -> Call:
     """The call that the op would make of these arguments, explained."""
-    bound = inspect.signature(_public(name)).bind(*args, **kwargs)
-    bound.apply_defaults()
-    converted = {key: interop.convert(key, value) for key, value in bound.arguments.items()}
+    converted = {key: interop.convert(key, value) for key, value in arguments.items()}
     call = CALLS[name](**converted, explained=True)
-    if interop.is_packed("mask", bound.arguments.get("mask")):
+    if interop.is_packed("mask", arguments.get("mask")):
         call.copies.append("mask is copied: Arrow packs booleans into bits")
     return call
 

@@ -55,6 +55,46 @@ def is_foreign(value: Any) -> bool:
     return _is_tensor(value) or _is_arrow(value) or hasattr(type(value), "__dlpack__")
 
 
+def is_on_cuda(value: Any) -> bool:
+    """Whether `value` is an array in CUDA memory; asks no driver and imports nothing."""
+    known = _ON_CUDA.get(type(value))
+    if known is None:
+        known = _on_cuda_by_type(type(value))
+    return known if known is False or known is True else known(value)
+
+
+def _on_cuda_by_type(kind: type) -> bool | Callable[[Any], bool]:
+    """Whether objects of a type lie there, or how to ask one of them; kept for the next one."""
+    known: bool | Callable[[Any], bool] = _has_interface
+    if issubclass(kind, (*_NATIVE, list, tuple)):
+        known = False
+    elif hasattr(kind, "is_cuda"):  # torch, whose __cuda_array_interface__ may raise
+        known = _is_cuda
+    elif hasattr(kind, "__cuda_array_interface__"):  # CuPy and Numba, who take time to make it
+        known = True
+    elif hasattr(kind, "__dlpack_device__"):
+        known = _exports_cuda
+    if len(_ON_CUDA) > 256:  # types can be made in a loop
+        _ON_CUDA.clear()
+    _ON_CUDA[kind] = known
+    return known
+
+
+def _has_interface(value: Any) -> bool:
+    return hasattr(value, "__cuda_array_interface__")
+
+
+def _is_cuda(value: Any) -> bool:
+    return value.is_cuda is True
+
+
+def _exports_cuda(value: Any) -> bool:
+    return int(value.__dlpack_device__()[0]) in _CUDA
+
+
+_ON_CUDA: dict[type, bool | Callable[[Any], bool]] = {}
+
+
 def to_ndarray(name: str, value: Any) -> np.ndarray:
     """The memory of `value` as an ndarray; nothing is copied but what is_packed.
 
@@ -249,6 +289,7 @@ def _note_written(value: Any) -> None:
 # ---- DLPack --------------------------------------------------------------------------------------
 
 _CPU = 1
+_CUDA = (2, 13)  # and managed memory
 _UNSIGNED, _BFLOAT = 1, 4
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -10,6 +11,9 @@ import numpy as np
 
 from . import _core, checks, interop
 from .memory import empty
+
+#: The attribute for copies of parameters on devices, which belong to no pickle.
+_COPIES = "_copies_on_devices"
 
 
 class IncompatibleKeys(NamedTuple):
@@ -58,6 +62,15 @@ class _Norm(_core.BoundNorm):
         parameter = empty(checked.shape, checked.dtype)
         parameter[...] = checked
         return parameter
+
+    def _beside(self, name: str, x: Any) -> Any:
+        """A parameter where x is: the array itself, or a copy on x's device (see LayerNorm)."""
+        parameter = self._get(name)
+        if parameter is None or type(x) is np.ndarray or not interop.is_on_cuda(x):
+            return parameter
+        copies = self.__dict__.setdefault(_COPIES, {})
+        place = importlib.import_module(".cuda.parameters", __package__)
+        return place.beside(copies, name, parameter, x)
 
     def parameters(self) -> dict[str, np.ndarray]:
         """The parameters there are, by name: the arrays themselves."""
@@ -115,7 +128,8 @@ class _Norm(_core.BoundNorm):
 
     def _as_op(self, x: Any, out: Any = None) -> tuple[str, dict[str, Any]]:
         """The op that a call of the module is, and its arguments."""
-        named = {name: self._get(name) for name in (*self._names, "eps", *self._flags)}
+        named = {name: self._get(name) for name in ("eps", *self._flags)}
+        named |= {name: self._beside(name, x) for name in self._names}
         return self._op, {"x": x, **self._where(), **named, "out": out}
 
     def _where(self) -> dict[str, Any]:
@@ -131,7 +145,8 @@ class _Norm(_core.BoundNorm):
 
     def __reduce__(self) -> tuple[Any, ...]:
         arguments = (type(self), *self._settings(), self.parameters())
-        return _rebuild, arguments, self.__dict__ or None
+        own = {name: value for name, value in self.__dict__.items() if name != _COPIES}
+        return _rebuild, arguments, own or None
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:
         """Give back what a subclass, or its user, has added."""
@@ -168,6 +183,11 @@ class LayerNorm(_Norm):
     Calls are stateless: nothing of a call stays on the object, and any number of threads may call
     it at once. ``norm(x, out=None)`` is the shortest way to the kernel; `out` is an array for the
     result, as fastnorm.layer_norm has it.
+
+    Where x is in CUDA memory (torch, CuPy, Numba), the parameters are copied to its device at the
+    first call there, and the copies kept. What is assigned, or changed in place, takes effect at
+    the next call all the same: each call compares the parameters with what was copied, and copies
+    them again where they differ. Gradients come back on the device; `saved` holds what is there.
 
     Parameters
     ----------
@@ -242,8 +262,9 @@ class LayerNorm(_Norm):
         `saved` refers to x itself: do not change x in between.
         """
         y, mean, rstd = _core.layer_norm(
-            x, weight=self.weight, bias=self.bias, eps=self.eps, return_stats=True, **self._where()
-        )
+            x, weight=self._beside("weight", x), bias=self._beside("bias", x), eps=self.eps,
+            return_stats=True, **self._where(),
+        )  # fmt: skip
         return y, (x, mean, rstd)
 
     def backward(self, dy: Any, saved: tuple[Any, ...]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -253,7 +274,7 @@ class LayerNorm(_Norm):
         input).
         """
         x, mean, rstd = _unpacked(saved, 3)
-        weight, bias = self.weight, self.bias
+        weight, bias = self._beside("weight", x), self._beside("bias", x)
         dx, dweight, dbias = _core.layer_norm_backward(
             dy, x, mean=mean, rstd=rstd, weight=weight, bias=bias,
             output_mask=(True, weight is not None, bias is not None),
@@ -316,7 +337,12 @@ class LayerNorm2d(LayerNorm):
         """Normalize x over its axis 1; see fastnorm.layer_norm."""
         self._check_channels(x)
         return _core.layer_norm(
-            x, weight=self.weight, bias=self.bias, eps=self.eps, axis=1, out=out
+            x,
+            weight=self._beside("weight", x),
+            bias=self._beside("bias", x),
+            eps=self.eps,
+            axis=1,
+            out=out,
         )
 
     def _as_op(self, x: Any, out: Any = None) -> tuple[str, dict[str, Any]]:
@@ -335,7 +361,7 @@ class LayerNorm2d(LayerNorm):
         return {"axis": 1}
 
     def _check_channels(self, x: Any) -> None:
-        shape = np.shape(interop.convert("x", x))
+        shape = tuple(x.shape) if interop.is_on_cuda(x) else np.shape(interop.convert("x", x))
         if shape[1:2] != self.normalized_shape:
             channels = self.normalized_shape[0]
             raise ValueError(f"x: got shape {shape}, wanted (N, {channels}, ...)")
@@ -434,7 +460,7 @@ class RMSNorm(_Norm):
         `saved` refers to x itself: do not change x in between.
         """
         y, rstd = _core.rms_norm(
-            x, self.normalized_shape, self.weight, self.eps, offset=self.offset,
+            x, self.normalized_shape, self._beside("weight", x), self.eps, offset=self.offset,
             round_before_weight=self.round_before_weight, return_stats=True,
         )  # fmt: skip
         return y, (x, rstd)
@@ -445,7 +471,7 @@ class RMSNorm(_Norm):
         dx is of the input's type, the weight's gradient is float32 (float64 for float64 input).
         """
         x, rstd = _unpacked(saved, 2)
-        weight = self.weight
+        weight = self._beside("weight", x)
         dx, dweight = _core.rms_norm_backward(
             dy, x, self.normalized_shape, rstd, weight, offset=self.offset,
             output_mask=(True, weight is not None),

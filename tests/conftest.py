@@ -15,6 +15,21 @@ from fastnorm import _core
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="the whole sweep of test_accuracy.py")
+    parser.addoption("--gpu", action="store_true", help="the tests marked gpu, and no others")
+
+
+def pytest_collection_modifyitems(config, items):
+    """A process has one CUDA driver: the device's own for tests marked gpu, a fake for the rest."""
+    asked = config.getoption("--gpu")
+    wanted = [item for item in items if (item.get_closest_marker("gpu") is not None) == asked]
+    if asked:
+        config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
+        items[:] = wanted
+        return
+    skip = pytest.mark.skip(reason="runs on a CUDA device: make test-gpu")
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            item.add_marker(skip)
 
 
 def pytest_report_header():

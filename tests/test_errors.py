@@ -686,14 +686,14 @@ def test_either_byte_order_is_taken(op, dtype):
     assert_same_bits(call(**other), call(**arguments))
 
 
-def test_device_arrays_are_refused():
+def test_device_arrays_beside_host_arrays_are_refused():
     class OnDevice:
         @property
         def __cuda_array_interface__(self):
             return {"shape": (2,), "typestr": "<f4", "data": (0, False), "version": 3}
 
-    with pytest.raises(TypeError, match=r"^x: .* CUDA device, wanted one in host memory"):
-        fastnorm.layer_norm(OnDevice())
+    with pytest.raises(TypeError, match=r"^weight: .* CUDA device, wanted one in host memory"):
+        fastnorm.layer_norm(np.ones((3, 2), np.float32), 2, OnDevice())
 
 
 def test_empty():

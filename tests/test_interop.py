@@ -175,6 +175,10 @@ def test_dlpack_on_other_devices(device):
     exporter = Exporter(ROWS, device)
     with pytest.raises(TypeError, match=rf"^bias: got a Exporter .*type {device}, wanted .*CPU"):
         interop.to_ndarray("bias", exporter)
+    with pytest.raises(TypeError, match=r"^weight: got a Exporter .*wanted .*CPU"):
+        fastnorm.layer_norm(ROWS, 12, exporter)
+    if device in (2, 13):  # CUDA, which tests/cuda is about
+        return
     with pytest.raises(TypeError, match=r"^x: got a Exporter .*wanted .*CPU"):
         fastnorm.layer_norm(exporter)
 

@@ -1,0 +1,553 @@
+"""Forward kernels: y, the sum where a residual is added, and the statistics.
+
+`forward` holds a row in registers, so that it is read once; `forward_wide` reads it twice, the
+second time from the L2 cache for the most part. Both form, as the CPU does,
+
+    pivot = round(mean(x))    c = mean(x - pivot)    variance = mean((x - pivot)**2) - c*c
+    y = ((x - pivot)*rstd - c*rstd)*weight + bias
+
+because a mean rounded to the type of x can be off by much of a standard deviation. Where the pivot
+was too far off it is moved by c; where the sums left the range of the type, the row is multiplied
+by a power of two, which costs little, as it stands in registers. Both are one rare branch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from numba import cuda, int32, int64
+
+from . import ptx
+from .activation import activation
+from .operands import Operand
+from .plan import Spec, held_type
+from .rows import INTEGER, RANGE, REAL, anyone, inlined, largest, log2, room_size, summing
+
+#: Registers that weight and bias may take while the row is summed. They are asked for before the
+#: sums, so that they are there when the sums are; more would cost occupancy.
+HOISTED_WORDS = 16
+#: Chunks that a thread of a wide row has in flight.
+WIDE_CHUNKS = 4
+
+
+def _adding(spec: Spec) -> Any:
+    """``(values, other, xs, rs, gs, ls)``: x*gate + linear_bias + residual, rounded at each step, of
+    chunks as they were loaded. Without a residual, x."""
+    x, residual = Operand(spec, "x"), Operand(spec, "residual")
+    gate, linear_bias = Operand(spec, "gate"), Operand(spec, "linear_bias")
+    elements, has_gate, has_bias = spec.elements, gate.there, linear_bias.there
+    product = ptx.product(spec.compute)
+
+    x_widen, r_widen, g_widen, l_widen = x.widen, residual.widen, gate.widen, linear_bias.widen
+
+    @inlined
+    def only_x(
+        values: Any, other: Any, xs: Any, at: int, rs: Any, r_at: int, gs: Any, ls: Any
+    ) -> None:
+        x_widen(values, xs, at)
+
+    @inlined
+    def add(
+        values: Any, other: Any, xs: Any, at: int, rs: Any, r_at: int, gs: Any, ls: Any
+    ) -> None:
+        x_widen(values, xs, at)
+        if has_gate:
+            g_widen(other, gs, 0)
+            for j in range(elements):
+                values[j] = product(values[j], other[j])
+        if has_bias:
+            l_widen(other, ls, 0)
+            for j in range(elements):
+                values[j] += other[j]
+        r_widen(other, rs, r_at)
+        for j in range(elements):
+            values[j] += other[j]
+
+    return add if residual.there else only_x
+
+
+def _finish(spec: Spec) -> Any:
+    """``(values, weights, biases, pivot, rstd, shift, offset)``: a chunk's y from its x."""
+    weight, bias, y = Operand(spec, "weight"), Operand(spec, "bias"), Operand(spec, "y")
+    has_weight, has_bias, elements = weight.there, bias.there, spec.elements
+    round_first, has_offset = "round_before_weight" in spec.flags, "offset" in spec.flags
+    rounded = y.rounded
+    activated, active = activation(spec.activation, spec.compute), bool(spec.activation)
+
+    @inlined
+    def finish(
+        values: Any, weights: Any, biases: Any, pivot: Any, rstd: Any, shift: Any, offset: Any
+    ) -> None:
+        for j in range(elements):
+            value = (values[j] - pivot) * rstd + shift
+            if round_first:
+                value = rounded(value)
+            if has_weight:
+                factor = weights[j]
+                if has_offset:
+                    factor += offset
+                if has_bias:
+                    value = value * factor + biases[j]
+                else:
+                    value = value * factor
+            elif has_bias:
+                value += biases[j]
+            if active:
+                value = activated(value)
+            values[j] = value
+
+    return finish
+
+
+def forward(spec: Spec) -> Any:
+    """A row in registers: by some lanes of a warp, a warp, or a block."""
+    threads, rows_at_once, vectors, elements = (
+        spec.threads, spec.rows, spec.vectors, spec.elements,
+    )  # fmt: skip
+    how = "own" if "aliased" in spec.flags else "once"
+    compute = spec.compute
+    real, integer, limits = REAL[compute], INTEGER[compute], RANGE[compute]
+    x, residual = Operand(spec, "x", how), Operand(spec, "residual", how)
+    gate, linear_bias = Operand(spec, "gate", "kept"), Operand(spec, "linear_bias", "kept")
+    weight, bias = Operand(spec, "weight", "kept"), Operand(spec, "bias", "kept")
+    y, sums = Operand(spec, "y"), Operand(spec, "sum")
+    held_kind = held_type(dict(spec.types), compute, "round_sum" in spec.flags)
+    words = ptx.words_of(held_kind, elements)
+    held_word, held_count = ptx.word_type(held_kind), vectors * words
+    x_count = vectors * x.words if residual.there else 1
+    r_count = vectors * residual.words if residual.there else 1
+    needed = vectors * (weight.registers * weight.there + bias.registers * bias.there)
+    hoisted = needed <= HOISTED_WORDS
+    w_count = (vectors if hoisted and weight.there else 1) * weight.words
+    b_count = (vectors if hoisted and bias.there else 1) * bias.words
+    w_step, b_step = (weight.words, bias.words) if hoisted else (0, 0)
+    rms, adds, has_sum = "rms" in spec.flags, residual.there, sums.there
+    has_weight, has_bias = weight.there, bias.there
+    has_mean, has_rstd = spec.has("mean"), spec.has("rstd")
+    # A float16 row cannot leave the range of float32.
+    scales = held_kind != "float16"
+    shift_of_chunk, size = log2(elements), room_size(threads, rows_at_once)
+    held_widen, held_narrow = (
+        ptx.widen(held_kind, elements, compute),
+        ptx.narrow(held_kind, elements),
+    )
+    one, two = summing(threads, rows_at_once, 1), summing(threads, rows_at_once, 2)
+    top, among = largest(threads, rows_at_once), anyone(threads, rows_at_once)
+    magnitude, power_of_two = ptx.bits_of(compute), ptx.power_of_two(compute)
+    added, finish = _adding(spec), _finish(spec)
+    least, most, infinity = limits.least, limits.most, limits.infinity
+    mantissa, half = limits.mantissa, limits.half
+    x_fetch, r_fetch, g_fetch = x.fetch, residual.fetch, gate.fetch
+    l_fetch, w_fetch, b_fetch = linear_bias.fetch, weight.fetch, bias.fetch
+    w_widen, b_widen, y_narrow, y_store = weight.widen, bias.widen, y.narrow, y.store
+    s_narrow, s_store = sums.narrow, sums.store
+    x_word, r_word, g_word, l_word = x.word, residual.word, gate.word, linear_bias.word
+    w_word, b_word, y_word, s_word = weight.word, bias.word, y.word, sums.word
+    g_words, l_words, y_words, s_words = gate.words, linear_bias.words, y.words, sums.words
+    x_words, r_words = x.words, residual.words
+    has_gate, has_linear_bias = gate.there, linear_bias.there
+    own_gate, own_linear_bias = gate.own, linear_bias.own
+    own_weight, own_bias = weight.own, bias.own
+
+    @inlined
+    def row_total(held: Any, values: Any, room: Any, phase: int) -> Any:
+        total = real(0)
+        for k in range(vectors):
+            held_widen(values, held, k * words)
+            part = values[0]
+            for j in range(1, elements):
+                part += values[j]
+            total += part
+        total, _, _ = one(total, total, total, room, phase)
+        return total
+
+    def kernel(
+        x: Any, x_stride: int, residual: Any, residual_stride: int,
+        gate: Any, gate_div: int, gate_mod: int,
+        linear_bias: Any, linear_bias_div: int, linear_bias_mod: int,
+        weight: Any, weight_div: int, weight_mod: int, bias: Any, bias_div: int, bias_mod: int,
+        y: Any, y_stride: int, sum: Any, sum_stride: int, mean: Any, rstd: Any,
+        rows: int, cols: int, eps: Any, offset: Any,
+    ) -> None:  # fmt: skip
+        held = cuda.local.array(held_count, held_word)
+        values = cuda.local.array(elements, real)
+        other = cuda.local.array(elements, real)
+        weights = cuda.local.array(w_count, w_word)
+        biases = cuda.local.array(b_count, b_word)
+        factors = cuda.local.array(elements, real)
+        terms = cuda.local.array(elements, real)
+        results = cuda.local.array(y_words, y_word)
+        room = cuda.shared.array(size, real)
+        tops = cuda.shared.array(size, integer)
+
+        lane = cuda.threadIdx.x % threads
+        row = int64(cuda.blockIdx.x) * rows_at_once + cuda.threadIdx.x // threads
+        inside = row < rows
+        # A row past the last has no chunks, but its threads take part in all sums.
+        left = int32((cols >> shift_of_chunk) - lane) if inside else int32(0)
+        column = int64(lane * elements)
+        place = row * x_stride + column
+
+        if adds:
+            xs = cuda.local.array(x_count, x_word)
+            rs = cuda.local.array(r_count, r_word)
+            gs = cuda.local.array(g_words, g_word)
+            ls = cuda.local.array(l_words, l_word)
+            ss = cuda.local.array(s_words, s_word)
+            other_place = row * residual_stride + column
+            sum_place = row * sum_stride + column
+            gate_place, bias_place = column, column
+            if own_gate:
+                gate_place += row // gate_div % gate_mod * cols
+            if own_linear_bias:
+                bias_place += row // linear_bias_div % linear_bias_mod * cols
+            for k in range(vectors):
+                there, step = left > k * threads, k * threads * elements
+                x_fetch(xs, k * x_words, x, place + step, there)
+                r_fetch(rs, k * r_words, residual, other_place + step, there)
+            for k in range(vectors):
+                there, step = left > k * threads, k * threads * elements
+                if has_gate:
+                    g_fetch(gs, 0, gate, gate_place + step, there)
+                if has_linear_bias:
+                    l_fetch(ls, 0, linear_bias, bias_place + step, there)
+                added(values, other, xs, k * x_words, rs, k * r_words, gs, ls)
+                if has_sum:
+                    s_narrow(ss, 0, values)
+                    s_store(sum, sum_place + step, ss, 0, there)
+                held_narrow(held, k * words, values)
+        else:
+            for k in range(vectors):
+                x_fetch(held, k * words, x, place + k * threads * elements, left > k * threads)
+
+        weight_place, bias_place = column, column
+        if own_weight:
+            weight_place += row // weight_div % weight_mod * cols
+        if own_bias:
+            bias_place += row // bias_div % bias_mod * cols
+        if hoisted:
+            for k in range(vectors):
+                there, step = left > k * threads, k * threads * elements
+                if has_weight:
+                    w_fetch(weights, k * w_step, weight, weight_place + step, there)
+                if has_bias:
+                    b_fetch(biases, k * b_step, bias, bias_place + step, there)
+
+        per_n = real(1) / real(cols)
+        padding, up, down = eps, real(1), real(1)
+        up_twice, down_twice = real(1), real(1)
+        pivot, phase = real(0), 0
+        if not rms:
+            pivot = row_total(held, values, room, phase) * per_n
+            phase = 1
+        c, variance, padded = real(0), real(0), real(0)
+        for attempt in range(4):
+            first, second = real(0), real(0)
+            for k in range(vectors):
+                held_widen(values, held, k * words)
+                # What is past the end reads as 0.
+                middle = pivot if left > k * threads else real(0)
+                part, square = real(0), real(0)
+                for j in range(elements):
+                    away = values[j] - middle
+                    part += away
+                    square += away * away
+                first += part
+                second += square
+            if rms:
+                second, _, _ = one(second, second, second, room, phase)
+            else:
+                first, second, _ = two(first, second, second, room, phase)
+                c = first * per_n
+            phase ^= 1
+            variance = second * per_n - c * c
+            padded = variance + padding
+            fine = least <= padded and padded <= most
+            settled = fine and c * c <= variance * real(0.25)
+            if attempt == 3 or not among(not settled):
+                break
+            moved = pivot + c
+            if attempt == 0 and scales:
+                bits = integer(0)
+                for k in range(vectors):
+                    held_widen(values, held, k * words)
+                    for j in range(elements):
+                        size_of_one = magnitude(values[j])
+                        bits = size_of_one if size_of_one > bits else bits
+                bits = top(bits, tops)
+                if not fine and 0 < bits and bits < infinity:
+                    exponent = half - (bits >> mantissa)
+                    up, up_twice = (
+                        power_of_two(exponent >> 1), power_of_two(exponent - (exponent >> 1)),
+                    )  # fmt: skip
+                    down, down_twice = real(1) / up, real(1) / up_twice
+                    padding = eps * up * up * up_twice * up_twice
+                for k in range(vectors):
+                    held_widen(values, held, k * words)
+                    for j in range(elements):
+                        values[j] = values[j] * up * up_twice
+                    held_narrow(held, k * words, values)
+                if not rms:
+                    total = row_total(held, values, room, phase)
+                    phase ^= 1
+                    if not fine:
+                        moved = total * per_n
+            if not rms and not settled:
+                pivot = moved
+
+        if variance < 0:
+            variance = real(0)
+        root = real(1) / real(math.sqrt(variance + padding))
+        reported = root * up * up_twice
+        if padding > most:  # next to which the variance is nothing
+            reported = real(1) / real(math.sqrt(eps))
+            root = reported * down * down_twice
+        if variance == 0:
+            reported = real(1) / real(math.sqrt(eps))
+            root = root if root <= most else real(0)
+        if rms and padded > most and padding <= most:  # infinity among the elements
+            root = real(math.nan)
+            reported = root
+        shift = -c * root
+        if lane == 0 and inside:
+            if has_mean:
+                mean[row] = (pivot + c) * down * down_twice
+            if has_rstd:
+                rstd[row] = reported
+
+        for k in range(vectors):
+            there, step = left > k * threads, k * threads * elements
+            if not hoisted:
+                if has_weight:
+                    w_fetch(weights, 0, weight, weight_place + step, there)
+                if has_bias:
+                    b_fetch(biases, 0, bias, bias_place + step, there)
+            if has_weight:
+                w_widen(factors, weights, k * w_step)
+            if has_bias:
+                b_widen(terms, biases, k * b_step)
+            held_widen(values, held, k * words)
+            finish(values, factors, terms, pivot, root, shift, offset)
+            y_narrow(results, 0, values)
+            y_store(y, row * y_stride + column + step, results, 0, there)
+
+    return kernel
+
+
+def forward_wide(spec: Spec) -> Any:
+    """A block a row, read twice: once for the sums, once for y. The pivot is the mean of the row's
+    first columns; what is added to x is added both times, so that a sum may overwrite its terms."""
+    threads, elements, compute, flight = spec.threads, spec.elements, spec.compute, WIDE_CHUNKS
+    how = "own" if "aliased" in spec.flags else "once"
+    real, integer, limits = REAL[compute], INTEGER[compute], RANGE[compute]
+    x, residual = Operand(spec, "x", how), Operand(spec, "residual", how)
+    gate, linear_bias = Operand(spec, "gate", "kept"), Operand(spec, "linear_bias", "kept")
+    weight, bias = Operand(spec, "weight", "kept"), Operand(spec, "bias", "kept")
+    y, sums = Operand(spec, "y"), Operand(spec, "sum")
+    rms, adds, has_sum = "rms" in spec.flags, residual.there, sums.there
+    round_sum, round_to_sum = "round_sum" in spec.flags, sums.rounded
+    has_weight, has_bias = weight.there, bias.there
+    has_gate, has_linear_bias = gate.there, linear_bias.there
+    has_mean, has_rstd = spec.has("mean"), spec.has("rstd")
+    shift_of_chunk, size = log2(elements), room_size(threads, 1)
+    one, two, top = summing(threads, 1, 1), summing(threads, 1, 2), largest(threads, 1)
+    magnitude, power_of_two = ptx.bits_of(compute), ptx.power_of_two(compute)
+    added, finish = _adding(spec), _finish(spec)
+    least, most, infinity = limits.least, limits.most, limits.infinity
+    mantissa, half = limits.mantissa, limits.half
+    x_fetch, r_fetch, g_fetch = x.fetch, residual.fetch, gate.fetch
+    l_fetch, w_fetch, b_fetch = linear_bias.fetch, weight.fetch, bias.fetch
+    w_widen, b_widen, y_narrow, y_store = weight.widen, bias.widen, y.narrow, y.store
+    s_narrow, s_store = sums.narrow, sums.store
+    x_word, r_word, g_word, l_word = x.word, residual.word, gate.word, linear_bias.word
+    w_word, b_word, y_word, s_word = weight.word, bias.word, y.word, sums.word
+    x_words, r_words, g_words, l_words = x.words, residual.words, gate.words, linear_bias.words
+    w_words, b_words, y_words, s_words = weight.words, bias.words, y.words, sums.words
+    x_count, r_count = flight * x_words, flight * r_words
+    own_gate, own_linear_bias = gate.own, linear_bias.own
+    own_weight, own_bias = weight.own, bias.own
+
+    @inlined
+    def fetch(
+        xs: Any, rs: Any, x: Any, residual: Any, place: int, other_place: int, left: int
+    ) -> None:
+        """Several chunks at a distance of the block's threads."""
+        for k in range(flight):
+            there, step = left > k * threads, k * threads * elements
+            x_fetch(xs, k * x_words, x, place + step, there)
+            if adds:
+                r_fetch(rs, k * r_words, residual, other_place + step, there)
+
+    @inlined
+    def chunk(
+        values: Any, other: Any, xs: Any, rs: Any, gs: Any, ls: Any, k: int, gate: Any,
+        linear_bias: Any, gate_place: int, bias_place: int, there: bool,
+    ) -> None:  # fmt: skip
+        """What the statistics see of the k-th of them, and what is stored as the sum."""
+        if has_gate:
+            g_fetch(gs, 0, gate, gate_place + k * threads * elements, there)
+        if has_linear_bias:
+            l_fetch(ls, 0, linear_bias, bias_place + k * threads * elements, there)
+        added(values, other, xs, k * x_words, rs, k * r_words, gs, ls)
+
+    @inlined
+    def seen(value: Any, up: Any, up_twice: Any) -> Any:
+        if round_sum:
+            value = round_to_sum(value)
+        return value * up * up_twice
+
+    def kernel(
+        x: Any, x_stride: int, residual: Any, residual_stride: int,
+        gate: Any, gate_div: int, gate_mod: int,
+        linear_bias: Any, linear_bias_div: int, linear_bias_mod: int,
+        weight: Any, weight_div: int, weight_mod: int, bias: Any, bias_div: int, bias_mod: int,
+        y: Any, y_stride: int, sum: Any, sum_stride: int, mean: Any, rstd: Any,
+        rows: int, cols: int, eps: Any, offset: Any,
+    ) -> None:  # fmt: skip
+        xs = cuda.local.array(x_count, x_word)
+        rs = cuda.local.array(r_count, r_word)
+        gs = cuda.local.array(g_words, g_word)
+        ls = cuda.local.array(l_words, l_word)
+        ws = cuda.local.array(w_words, w_word)
+        bs = cuda.local.array(b_words, b_word)
+        ys = cuda.local.array(y_words, y_word)
+        ss = cuda.local.array(s_words, s_word)
+        values = cuda.local.array(elements, real)
+        other = cuda.local.array(elements, real)
+        factors = cuda.local.array(elements, real)
+        terms = cuda.local.array(elements, real)
+        room = cuda.shared.array(size, real)
+        tops = cuda.shared.array(size, integer)
+
+        lane = int64(cuda.threadIdx.x)
+        row = int64(cuda.blockIdx.x)
+        chunks = cols >> shift_of_chunk
+        place, other_place = row * x_stride, row * residual_stride
+        gate_place, bias_place, weight_place, b_place = int64(0), int64(0), int64(0), int64(0)
+        if own_gate:
+            gate_place += row // gate_div % gate_mod * cols
+        if own_linear_bias:
+            bias_place += row // linear_bias_div % linear_bias_mod * cols
+        if own_weight:
+            weight_place += row // weight_div % weight_mod * cols
+        if own_bias:
+            b_place += row // bias_div % bias_mod * cols
+
+        padding, up, down = eps, real(1), real(1)
+        up_twice, down_twice = real(1), real(1)
+        pivot, phase = real(0), 0
+        per_n = real(1) / real(cols)
+        c, variance, padded = real(0), real(0), real(0)
+        first_chunks = chunks if chunks < flight * threads else int64(flight * threads)
+        # A pass for the pivot, over the first columns; one for the sums; and, seldom, one for the
+        # largest element, one for another pivot and one for the sums again.
+        for attempt in range(4):
+            if not rms and (attempt == 0 or up != 1 or up_twice != 1) and attempt < 2:
+                total = real(0)
+                at = lane * elements
+                fetch(xs, rs, x, residual, place + at, other_place + at, first_chunks - lane)
+                for k in range(flight):
+                    there = first_chunks - lane > k * threads
+                    chunk(values, other, xs, rs, gs, ls, k, gate, linear_bias, gate_place + at,
+                          bias_place + at, there)  # fmt: skip
+                    if there:
+                        for j in range(elements):
+                            total += seen(values[j], up, up_twice)
+                total, _, _ = one(total, total, total, room, phase)
+                phase ^= 1
+                pivot = total / real(first_chunks * elements)
+            first, second = real(0), real(0)
+            for start in range(lane, chunks, threads * flight):
+                at = start * elements
+                fetch(xs, rs, x, residual, place + at, other_place + at, chunks - start)
+                for k in range(flight):
+                    there = chunks - start > k * threads
+                    chunk(values, other, xs, rs, gs, ls, k, gate, linear_bias, gate_place + at,
+                          bias_place + at, there)  # fmt: skip
+                    part, square = real(0), real(0)
+                    for j in range(elements):
+                        away = seen(values[j], up, up_twice) - pivot
+                        part += away
+                        square += away * away
+                    if there:
+                        first += part
+                        second += square
+            if rms:
+                second, _, _ = one(second, second, second, room, phase)
+            else:
+                first, second, _ = two(first, second, second, room, phase)
+                c = first * per_n
+            phase ^= 1
+            variance = second * per_n - c * c
+            padded = variance + padding
+            fine = least <= padded and padded <= most
+            settled = fine and c * c <= variance * real(0.25)
+            if attempt == 3 or settled:
+                break
+            if attempt == 0 and not fine:
+                bits = integer(0)
+                for start in range(lane, chunks, threads * flight):
+                    at = start * elements
+                    fetch(xs, rs, x, residual, place + at, other_place + at, chunks - start)
+                    for k in range(flight):
+                        there = chunks - start > k * threads
+                        chunk(values, other, xs, rs, gs, ls, k, gate, linear_bias,
+                              gate_place + at, bias_place + at, there)  # fmt: skip
+                        for j in range(elements):
+                            one_of = magnitude(seen(values[j], up, up_twice))
+                            bits = one_of if there and one_of > bits else bits
+                bits = top(bits, tops)
+                if 0 < bits and bits < infinity:
+                    exponent = half - (bits >> mantissa)
+                    up, up_twice = (
+                        power_of_two(exponent >> 1), power_of_two(exponent - (exponent >> 1)),
+                    )  # fmt: skip
+                    down, down_twice = real(1) / up, real(1) / up_twice
+                    padding = eps * up * up * up_twice * up_twice
+            elif not rms:
+                pivot += c
+
+        if variance < 0:
+            variance = real(0)
+        root = real(1) / real(math.sqrt(variance + padding))
+        reported = root * up * up_twice
+        if padding > most:  # next to which the variance is nothing
+            reported = real(1) / real(math.sqrt(eps))
+            root = reported * down * down_twice
+        if variance == 0:
+            reported = real(1) / real(math.sqrt(eps))
+            root = root if root <= most else real(0)
+        if rms and padded > most and padding <= most:  # infinity among the elements
+            root = real(math.nan)
+            reported = root
+        shift = -c * root
+        if lane == 0:
+            if has_mean:
+                mean[row] = (pivot + c) * down * down_twice
+            if has_rstd:
+                rstd[row] = reported
+
+        for start in range(lane, chunks, threads * flight):
+            at = start * elements
+            fetch(xs, rs, x, residual, place + at, other_place + at, chunks - start)
+            for k in range(flight):
+                there, step = chunks - start > k * threads, at + k * threads * elements
+                if has_weight:
+                    w_fetch(ws, 0, weight, weight_place + step, there)
+                    w_widen(factors, ws, 0)
+                if has_bias:
+                    b_fetch(bs, 0, bias, b_place + step, there)
+                    b_widen(terms, bs, 0)
+                chunk(values, other, xs, rs, gs, ls, k, gate, linear_bias, gate_place + at,
+                      bias_place + at, there)  # fmt: skip
+                if has_sum:
+                    s_narrow(ss, 0, values)
+                    s_store(sum, row * sum_stride + step, ss, 0, there)
+                for j in range(elements):
+                    values[j] = seen(values[j], up, up_twice)
+                finish(values, factors, terms, pivot, root, shift, offset)
+                y_narrow(ys, 0, values)
+                y_store(y, row * y_stride + step, ys, 0, there)
+
+    return kernel

@@ -1,0 +1,492 @@
+"""Which kernels a call takes, how its rows are laid over threads, and how many blocks there are.
+
+Pure Python that imports nothing: every width is tested without a device. All that a kernel is
+compiled for is a Spec; widths share specs, so that few are ever compiled.
+
+What a row's result depends on is its width, the types and the bytes that are moved at a time
+(`Spec.access`), never how many rows there are: the order of its sums is `threads`, `vectors` and
+`elements`. The order of sums over rows depends on the numbers of rows and columns alone, not on the
+device, so gradients of parameters agree between devices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+#: Operands that have an element for each of x's; those that have one for each column; one a row.
+ROW_OPERANDS = ("x", "residual", "sum", "y", "dy", "dsum", "dx")
+PARAMETERS = ("weight", "bias", "linear_bias", "gate", "dweight", "dbias")
+STATISTICS = ("mean", "rstd", "shift")
+
+WARP = 32
+MAX_THREADS = 1024
+#: 32-bit registers of a row that a thread may hold: at 1024 threads it has 64 for everything.
+MAX_WORDS = 32
+#: Of a block of several rows.
+BLOCK = 128
+#: What a thread gets of a narrow row: enough to make the reductions' share small.
+NARROW_ELEMENTS = 16
+#: Of a wide one: 64 bytes of loads a thread, so some 64 KB a multiprocessor, at little occupancy.
+WIDE_WORDS = 16
+
+#: Backward: elements of a thread, which has two sums in registers for each.
+BACKWARD_ELEMENTS = 8
+BACKWARD_BLOCK = 256
+#: Threads of all blocks that go over the rows: 1024 for each multiprocessor of an H100 or H200. A
+#: constant, because the order of sums over rows follows from it.
+RESIDENT_THREADS = 132 * 1024
+#: Fewer rows a block are not worth its partial sums.
+LEAST_ROWS = 2
+
+#: Columns of a block that sums columns, in chunks, and its rows at a time.
+COLUMN_CHUNKS, COLUMN_ROWS = 32, 8
+#: The second stage: columns of a block, and how many partial sums it adds up side by side.
+REDUCE_COLUMNS, REDUCE_LANES = 32, 16
+FILL_BLOCK = 256
+
+
+class Device(NamedTuple):
+    """A CUDA device."""
+
+    ordinal: int
+    name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+
+
+class Spec(NamedTuple):
+    """All that a kernel is compiled for."""
+
+    kernel: str
+    #: (name, type) of each array, in the order of the kernel's arguments.
+    types: tuple[tuple[str, str], ...]
+    compute: str
+    #: Threads of a row, and rows of a block at a time.
+    threads: int
+    rows: int
+    #: Chunks of a thread, elements of a chunk, and the most bytes of it that are moved at a time.
+    vectors: int
+    elements: int
+    access: int
+    #: Words such as "rms"; "each:weight" is a parameter of which rows have their own.
+    flags: tuple[str, ...] = ()
+    activation: str = ""
+
+    def has(self, name: str) -> bool:
+        return any(name == operand for operand, _ in self.types)
+
+    def type_of(self, name: str) -> str:
+        return dict(self.types)[name]
+
+
+class Step(NamedTuple):
+    """A launch: `arguments` are names, in the kernel's order."""
+
+    spec: Spec
+    grid: int
+    block: int
+    shared: int
+    arguments: tuple[str, ...]
+
+
+class Plan(NamedTuple):
+    """The launches of a call, in order, and (name, elements, type) of each temporary."""
+
+    steps: tuple[Step, ...]
+    workspace: tuple[tuple[str, int, str], ...]
+    kernel: str
+    vector_bytes: int
+    reason: str
+
+
+class Tile(NamedTuple):
+    """How a row is laid over threads."""
+
+    threads: int
+    vectors: int
+
+
+# ---- a kernel's arguments ------------------------------------------------------------------------
+
+
+def arguments(spec: Spec) -> tuple[str, ...]:
+    """The names of a kernel's arguments, in order."""
+    names: list[str] = []
+    for name, _ in spec.types:
+        names.append(name)
+        if name in ROW_OPERANDS:
+            names.append(f"{name}_stride")
+        if f"each:{name}" in spec.flags:
+            names += [f"{name}_div", f"{name}_mod"]
+    names += _NUMBERS[spec.kernel]
+    names += ["offset"] * ("offset" in spec.flags) + ["div", "mod"] * ("grouped" in spec.flags)
+    return tuple(names)
+
+
+#: The numbers that a kernel takes after its arrays.
+_NUMBERS = {
+    "forward": ("rows", "cols", "eps"),
+    "forward_wide": ("rows", "cols", "eps"),
+    "backward": ("rows", "cols"),
+    "backward_wide": ("rows", "cols"),
+    "backward_columns": ("rows", "cols"),
+    "reduce": ("cols",),
+    "fill": (),
+}
+
+
+def layout(spec: Spec) -> tuple[str, ...]:
+    """Of each argument: "a" an array (0, 0, size, itemsize, address, shape, stride), "q" int64,
+    "f" float32, "d" float64."""
+    arrays = {name for name, _ in spec.types}
+    real = "d" if spec.compute == "float64" else "f"
+    return tuple(
+        "a" if name in arrays else real if name in ("eps", "offset") else "q"
+        for name in arguments(spec)
+    )
+
+
+# ---- rows over threads ---------------------------------------------------------------------------
+
+
+def chunk(cols: int, types: Mapping[str, str], alignment: int) -> int:
+    """Elements of a chunk: as many as fill `alignment` bytes of the smallest type, and divide a
+    row, so that a chunk lies in its row or past it."""
+    smallest = min(SIZES[kind] for name, kind in types.items() if name in ROW_OPERANDS)
+    return math.gcd(max(1, alignment // smallest), cols)
+
+
+def access(elements: int, types: Mapping[str, str], alignment: int) -> int:
+    """The most bytes of a chunk that can be moved at a time."""
+    return min(alignment, elements * max(SIZES[kind] for kind in types.values()))
+
+
+def words(kind: str, elements: int) -> int:
+    """32-bit registers of a chunk as it was loaded."""
+    return max(1, elements * SIZES[kind] // 4)
+
+
+def power_of_two(number: int) -> int:
+    """The least power of two that is no less."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def row_tile(chunks: int, elements: int, chunk_words: int) -> Tile | None:
+    """A row held in registers; None where it is too wide.
+
+    Some lanes of a warp, or a warp, for narrow rows: several rows a warp, no barrier. Then as many
+    threads as give each 64 bytes to load.
+    """
+    narrow = power_of_two(_up(chunks, max(1, NARROW_ELEMENTS // elements)))
+    if narrow <= WARP:
+        return Tile(narrow, _up(chunks, narrow))
+    if _up(chunks, WARP) * chunk_words <= MAX_WORDS:
+        return Tile(WARP, _up(chunks, WARP))
+    wide = power_of_two(_up(chunks, max(1, WIDE_WORDS // chunk_words)))
+    threads = min(max(wide, 2 * WARP), MAX_THREADS)
+    vectors = _up(chunks, threads)
+    return Tile(threads, vectors) if vectors * chunk_words <= MAX_WORDS else None
+
+
+def _up(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+# ---- forward -------------------------------------------------------------------------------------
+
+
+def compute_type(*kinds: str) -> str:
+    return "float64" if "float64" in kinds else "float32"
+
+
+def forward(
+    rows: int,
+    cols: int,
+    types: Mapping[str, str],
+    *,
+    alignment: int,
+    rms: bool,
+    activation: str | None = None,
+    return_stats: bool = False,
+    per_row: Mapping[str, bool] | None = None,
+    offset: bool = False,
+    round_before_weight: bool = False,
+    round_sum: bool = False,
+    aliased: bool = False,
+) -> Plan:
+    """The plan of a norm of `rows` rows of `cols` elements.
+
+    Parameters
+    ----------
+    types
+        The type of each operand that there is: x, weight, bias, residual, linear_bias, gate, y,
+        sum, mean, rstd.
+    alignment
+        The largest power of two up to 16 that divides each row operand's address and distance of
+        rows, in bytes.
+    per_row
+        Which parameters differ between rows.
+    aliased
+        Whether y or sum is the memory of x or residual.
+    """
+    if not rows or not cols:
+        values = {"mean": "zero", "rstd": "nan"}
+        return _fills({name: (rows, types[name], values[name]) for name in values if name in types})
+    compute = compute_type(types["x"], types.get("residual", types["x"]))
+    elements = chunk(cols, types, alignment)
+    held = held_type(types, compute, round_sum)
+    tile = row_tile(cols // elements, elements, words(held, elements))
+    found = {
+        "rms": rms, "offset": offset, "round_before_weight": round_before_weight,
+        "round_sum": round_sum and "residual" in types, "aliased": aliased,
+    }  # fmt: skip
+    kernel = "forward" if tile else "forward_wide"
+    tile = tile or Tile(MAX_THREADS, 1)
+    spec = Spec(
+        kernel, _in_order(types, _FORWARD_ORDER), compute, tile.threads,
+        max(1, BLOCK // tile.threads), tile.vectors, elements,
+        access(elements, types, alignment), _flags(found, parameters_of(per_row)),
+        activation or "",
+    )  # fmt: skip
+    step = _step(spec, _up(rows, spec.rows))
+    return Plan((step,), (), _in_words(spec), alignment, _why(spec))
+
+
+def parameters_of(per_row: Mapping[str, bool] | None) -> dict[str, bool]:
+    return {name: own for name, own in (per_row or {}).items() if name in PARAMETERS}
+
+
+_FORWARD_ORDER = ("x", "residual", "gate", "linear_bias", "weight", "bias", "y", "sum", "mean",
+                  "rstd")  # fmt: skip
+
+
+def held_type(types: Mapping[str, str], compute: str, round_sum: bool) -> str:
+    """What a row is held as: as it was loaded, or the sum, rounded or not."""
+    if "residual" not in types:
+        return types["x"]
+    return types["sum"] if round_sum else compute
+
+
+# ---- backward ------------------------------------------------------------------------------------
+
+
+def backward(
+    rows: int,
+    cols: int,
+    types: Mapping[str, str],
+    *,
+    alignment: int,
+    rms: bool,
+    per_row: Mapping[str, bool] | None = None,
+    offset: bool = False,
+    groups: tuple[int, int] = (1, 1),
+) -> Plan:
+    """The plan of a norm's gradients.
+
+    Parameters
+    ----------
+    types
+        The type of each operand that there is: dy, x, dsum, weight, mean, rstd, dx, dweight, dbias.
+    groups
+        How rows share a row of dweight and dbias: ``row // div % mod``.
+    alignment, rms, per_row
+        As for `forward`.
+    """
+    sums = tuple([name for name in ("dweight", "dbias") if name in types])
+    if not rows or not cols:
+        return _fills({name: (groups[1] * cols, types[name], "zero") for name in sums})
+    call = _Backward(
+        rows, cols, dict(types), chunk(cols, types, alignment), alignment, rms, offset,
+        bool(per_row and per_row.get("weight")), groups, sums,
+    )  # fmt: skip
+    if not sums:
+        return (
+            call.without_sums()
+            if "dx" in types
+            else Plan((), (), "none", 0, "nothing is asked for")
+        )
+    tile = call.fused_tile()
+    return call.in_two_passes() if tile is None else call.fused(tile)
+
+
+_BACKWARD_ORDER = ("dy", "x", "dsum", "weight", "mean", "rstd", "dx", "shift", "dweight", "dbias")
+
+
+class _Backward(NamedTuple):
+    """A backward call that has elements."""
+
+    rows: int
+    cols: int
+    types: dict[str, str]
+    elements: int
+    alignment: int
+    rms: bool
+    offset: bool
+    own_weights: bool
+    groups: tuple[int, int]
+    sums: tuple[str, ...]
+
+    @property
+    def compute(self) -> str:
+        return compute_type(self.types["x"])
+
+    @property
+    def chunks(self) -> int:
+        return self.cols // self.elements
+
+    @property
+    def group_rows(self) -> int:
+        return self.rows // self.groups[1]
+
+    def fused_tile(self) -> Tile | None:
+        """Threads that own columns and go from row to row, with all sums in registers."""
+        threads = power_of_two(_up(self.chunks, max(1, BACKWARD_ELEMENTS // self.elements)))
+        most = MAX_THREADS if self.compute == "float32" else MAX_THREADS // 2
+        return Tile(threads, _up(self.chunks, threads)) if threads <= most else None
+
+    def spec(self, kernel: str, tile: Tile, at_once: int, names: set[str], *flags: str) -> Spec:
+        """A kernel that works with the operands `names`."""
+        types = {name: kind for name, kind in self.types.items() if name in names}
+        every = {"rms": self.rms, "offset": self.offset and "weight" in types}
+        own = {"weight": self.own_weights and "weight" in types}
+        return Spec(
+            kernel, _in_order(types, _BACKWARD_ORDER), self.compute, tile.threads, at_once,
+            tile.vectors, self.elements,
+            access(self.elements, types, self.alignment),
+            _flags(every | dict.fromkeys(flags, True), own),
+        )  # fmt: skip
+
+    def fused(self, tile: Tile) -> Plan:
+        """x and dy are read once; what blocks have summed is added up by a second launch."""
+        at_once = max(1, BACKWARD_BLOCK // tile.threads)
+        threads = at_once * tile.threads
+        resident = RESIDENT_THREADS if self.compute == "float32" else RESIDENT_THREADS // 2
+        slices = self.slices(at_once, resident // threads)
+        spec = self.spec("backward", tile, at_once, set(self.types), "sums", *self.grouped())
+        steps, workspace = self.in_slices(spec, slices, slices)
+        return Plan(steps, workspace, _in_words(spec), self.alignment, _why(spec))
+
+    def grouped(self) -> list[str]:
+        return ["grouped"] if self.groups[1] > 1 else []
+
+    def slices(self, at_once: int, blocks: int) -> int:
+        """How many of about so many blocks share a group's rows."""
+        most = blocks // self.groups[1]
+        return max(1, min(most, self.group_rows // (LEAST_ROWS * at_once)))
+
+    def rowwise(self, more: dict[str, str]) -> tuple[Spec, Step]:
+        """dx, and more of each row: rows held in registers, or read twice."""
+        call = self._replace(types=self.types | more)
+        held = words(self.types["x"], self.elements) + words(self.types["dy"], self.elements)
+        tile = row_tile(self.chunks, self.elements, held)
+        names = set(call.types) - {"dweight", "dbias"}
+        if tile is None:
+            spec = call.spec("backward_wide", Tile(MAX_THREADS, 1), 1, names)
+        else:
+            spec = call.spec("backward", tile, max(1, BLOCK // tile.threads), names)
+        return spec, _step(spec, _up(self.rows, spec.rows))
+
+    def without_sums(self) -> Plan:
+        spec, step = self.rowwise({})
+        return Plan((step,), (), _in_words(spec), self.alignment, _why(spec))
+
+    def in_two_passes(self) -> Plan:
+        """dx, and of each row what sums over rows need, which read x and dy again."""
+        shift = {} if self.rms or "dweight" not in self.sums else {"shift": self.compute}
+        steps: list[Step] = []
+        if "dx" in self.types or shift:
+            steps.append(self.rowwise(shift)[1])
+        call = self._replace(types=self.types | shift, own_weights=False, offset=False)
+        names = {"dy", *self.sums}
+        if "dweight" in self.sums:
+            names |= {"x", "mean", "rstd", *shift}
+        spec = call.spec("backward_columns", Tile(COLUMN_CHUNKS, 1), COLUMN_ROWS, names,
+                         *self.grouped())  # fmt: skip
+        strips = _up(self.chunks, COLUMN_CHUNKS)
+        threads = COLUMN_CHUNKS * COLUMN_ROWS
+        slices = self.slices(COLUMN_ROWS, _up(2 * RESIDENT_THREADS // threads, strips))
+        more, workspace = self.in_slices(spec, slices, slices * strips)
+        workspace = (*[(name, self.rows, kind) for name, kind in shift.items()], *workspace)
+        return Plan(
+            (*steps, *more), workspace, "row pass, column pass", self.alignment,
+            f"a block's registers do not hold the sums of {self.cols} columns: x and dy are read "
+            "by two passes",
+        )  # fmt: skip
+
+    def in_slices(
+        self, spec: Spec, slices: int, blocks: int
+    ) -> tuple[tuple[Step, ...], tuple[tuple[str, int, str], ...]]:
+        """`spec` sums the rows of each group in slices, `blocks` blocks a group; slices are added
+        up in their order. One slice is the result."""
+        div, mod = f"{self.sums[0]}_div", f"{self.sums[0]}_mod"
+        places = {"div": div, "mod": mod}
+        if slices == 1:
+            return (_step(spec, blocks * self.groups[1], places),), ()
+        partials = {name: f"{name}_partials" for name in self.sums}
+        count = slices * self.groups[1] * self.cols
+        first = _step(spec, blocks * self.groups[1], places | partials)
+        workspace = tuple([(name, count, self.compute) for name in partials.values()])
+        return (first, self.reduction(partials)), workspace
+
+    def reduction(self, partials: dict[str, str]) -> Step:
+        places: dict[str, str] = {}
+        for i, (result, parts) in enumerate(partials.items()):
+            places |= {f"partials{i}": parts, f"result{i}": result}
+        spec = Spec(
+            "reduce", tuple([(name, self.compute) for name in places]), self.compute,
+            REDUCE_COLUMNS, REDUCE_LANES, 1, 1, SIZES[self.compute],
+        )  # fmt: skip
+        blocks = len(partials) * self.groups[1] * _up(self.cols, REDUCE_COLUMNS)
+        return _step(spec, blocks, places)
+
+
+# ---- what all plans share ------------------------------------------------------------------------
+
+
+def _in_order(types: Mapping[str, str], order: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    return tuple([(name, types[name]) for name in order if name in types])
+
+
+def _flags(found: Mapping[str, bool], each: Mapping[str, bool]) -> tuple[str, ...]:
+    names = [name for name, is_so in found.items() if is_so]
+    return tuple(sorted(names + [f"each:{name}" for name, own in each.items() if own]))
+
+
+def _step(spec: Spec, grid: int, places: Mapping[str, str] | None = None) -> Step:
+    """A launch; `places` are the names that some of the kernel's arguments have in the call."""
+    names = tuple([(places or {}).get(name, name) for name in arguments(spec)])
+    return Step(spec, grid, spec.threads * spec.rows, 0, names)
+
+
+def _fills(arrays: Mapping[str, tuple[int, str, str]]) -> Plan:
+    """No rows, or rows of no elements: (elements, type, value) of each array that has some."""
+    steps = []
+    for name, (count, kind, value) in arrays.items():
+        if count:
+            spec = Spec(
+                "fill", (("array", kind),), kind, FILL_BLOCK, 1, 1, 1, SIZES[kind], (value,)
+            )
+            steps.append(_step(spec, _up(count, FILL_BLOCK), {"array": name}))
+    return Plan(tuple(steps), (), "fill", 0, "there are no elements to sum")
+
+
+def _in_words(spec: Spec) -> str:
+    if spec.kernel.endswith("wide"):
+        return "wide rows"
+    if spec.threads < WARP:
+        return "rows side by side in a warp"
+    return "a row a warp" if spec.threads == WARP else "a row a block"
+
+
+def _why(spec: Spec) -> str:
+    if spec.kernel.endswith("wide"):
+        return "rows do not fit a block's registers and are read twice"
+    chunks = "chunk" if spec.vectors == 1 else "chunks"
+    return (
+        f"rows stay in registers, {spec.threads} threads of {spec.vectors} {chunks} of "
+        f"{spec.elements} elements each, {spec.rows} at a time a block"
+    )

@@ -1,0 +1,38 @@
+"""The fake driver, which stands in for a device in every test that is not marked gpu."""
+
+import os
+
+import pytest
+
+from fastnorm import _cuda
+
+from . import driver as fakes
+
+
+@pytest.fixture(scope="session")
+def driver_library(tmp_path_factory):
+    """The fake driver's path."""
+    return fakes.compiled(tmp_path_factory.mktemp("driver"))
+
+
+@pytest.fixture(scope="session")
+def loaded_driver(driver_library):
+    """The fake driver of two devices, as this process's."""
+    if not _cuda.is_loaded():
+        os.environ["FAKE_CUDA_DEVICES"] = "2"  # which it reads once
+        _cuda.forget_failure()
+        _cuda.load(str(driver_library))
+        del os.environ["FAKE_CUDA_DEVICES"]
+    assert _cuda.driver_path() == str(driver_library)
+    return fakes.Driver(driver_library)
+
+
+@pytest.fixture
+def driver(loaded_driver):
+    """The fake driver, which remembers nothing; no context is current before or after."""
+    loaded_driver.reset()
+    yield loaded_driver
+    assert loaded_driver.library.fake_depth() == 0
+    assert loaded_driver.library.fake_capture_mode() == 0
+    assert loaded_driver.live("events") == 0
+    loaded_driver.reset()
