@@ -67,7 +67,7 @@ def kernel_sources():
 
 
 # What fastnorm/_core.pyx includes, and its C declarations.
-CYTHON_ROOMS = sorted([*glob("fastnorm/*.pxd"), *glob("fastnorm/*.pxi")])
+CYTHON_ROOMS = sorted(["fastnorm/_core.pxd", *glob("fastnorm/_core_*.pxi")])
 
 OPENMP = ["-fopenmp"] if switch("FASTNORM_BUILD_OPENMP", "1") else []
 WERROR = ["-Werror"] if switch("FASTNORM_BUILD_WERROR", "0") else []
@@ -153,7 +153,7 @@ setup(
         Extension(
             "fastnorm._cuda",
             sources=["fastnorm/_cuda.pyx"],
-            depends=["setup.py"],
+            depends=["setup.py", *glob("fastnorm/_cuda_*.pxi")],
             libraries=["dl", "pthread"] if sys.platform == "linux" else [],
             extra_compile_args=COMPILE_FLAGS,
             extra_link_args=LINK_FLAGS,
