@@ -294,8 +294,16 @@ def test_several_normalized_axes():
 def test_alignment(offset, cols, stride):
     """Memory that begins anywhere, and rows at any distance."""
     values = np.random.default_rng(5).standard_normal((6, stride)).astype(FLOAT32)
-    x = placed(values, offset)[:, :cols]
-    assert_near(host(fastnorm.layer_norm(Tensor(x))), reference.layer_norm(x), FLOAT32)
+    x, w = placed(values, offset)[:, :cols], placed(values[0, :cols], offset)
+    y = fastnorm.layer_norm(Tensor(x), cols, Tensor(w))
+    assert_near(host(y), reference.layer_norm(x, cols, w), FLOAT32)
+
+
+def test_parameters_that_are_less_aligned_than_rows():
+    arrays = numbers(FLOAT32)
+    w = placed(arrays["weight"], 1)
+    y = fastnorm.layer_norm(Tensor(placed(arrays["x"])), N, Tensor(w))
+    assert_near(host(y), reference.layer_norm(arrays["x"], N, w), FLOAT32)
 
 
 def test_in_place():
