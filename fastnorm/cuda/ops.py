@@ -236,12 +236,16 @@ class Call:
 
     # ---- results ----
 
-    def new_array(self, known_as: str, shape: tuple[int, ...], kind: str) -> tuple[Any, int]:
-        """A new array, of the kind that the main one is of."""
+    def new_array(
+        self, known_as: str, shape: tuple[int, ...], kind: str, steps: tuple[int, int] = (1, 1)
+    ) -> tuple[Any, int]:
+        """A new array, of the kind that the main one is of; `steps` as Operand's div and mod."""
         source = "new", len(self.new)
         self.new.append((shape, "uint16" if self.bits and kind == "bfloat16" else kind))
         alignment = math.gcd(16, self.cols * _SIZES[kind])
-        self.operands[known_as] = Operand(source, kind, math.prod(shape), self.cols, alignment)
+        self.operands[known_as] = Operand(
+            source, kind, math.prod(shape), self.cols, alignment, *steps
+        )
         return source
 
     def output(
@@ -420,7 +424,7 @@ class Backward(Call):
         shapes, steps = self.gradient_shapes()
         made = [self.new_array("dx", self.shape, self.type) if wanted[0] else None]
         for name, shape, asked in zip(("dweight", "dbias"), shapes, wanted[1:], strict=False):
-            made.append(self.new_array(name, shape, self.compute) if asked else None)
+            made.append(self.new_array(name, shape, self.compute, steps) if asked else None)
         self.result = made
         self.plan = plan.backward(
             self.rows, self.cols, self.types(),

@@ -219,6 +219,24 @@ def test_loops_of_different_length():
     assert compute(text, [x], ["u32"], "u32").tolist() == [steps(int(n)) for n in x]
 
 
+def test_those_behind_catch_up_once():
+    """Threads that skip nothing run up to where the others wait, and no instruction twice."""
+    text = """
+        mov.u32 $z, 0; setp.lt.u32 %p1, $a, 20; @%p1 bra LATER;
+        add.u32 $z, $z, 1; add.u32 $z, $z, 1;
+    LATER:
+        add.u32 $z, $z, 10;
+    """
+    x = numbers(64)
+    assert np.array_equal(compute(text, [x], ["u32"], "u32"), np.where(x < 20, 10, 12))
+
+
+def test_instructions_are_counted():
+    """Each once for all threads that run it together."""
+    body = "mov.u32 %r4, %tid.x; setp.lt.u32 %p1, %r4, 9; @%p1 bra SKIP; add.u32 %r4, %r4, 1; SKIP:"
+    assert run(entry(body), {}, 2, 32).instructions == 5
+
+
 def test_predicated_instructions():
     x = numbers(64)
     text = """
@@ -454,6 +472,18 @@ def test_barriers_of_those_that_are_left():
     stats = run(entry(body, ["y"]), {"y": y}, 1, 64)
     assert np.array_equal(y, np.where(numbers(64) < 40, numbers(64), 0))
     assert stats.barriers_after_exit == 1
+
+
+def test_barriers_that_the_others_do_not_come_to():
+    """They return while the rest waits already."""
+    body = f"""{THREAD}
+        setp.ge.u32 %p1, %r0, 40; @%p1 bra END; bar.sync 0;
+        mad.wide.u32 %d1, %r3, 4, %d0; st.global.u32 [%d1], %r3;
+    END:
+    """
+    y = np.zeros(128, "u4")
+    run(entry(body, ["y"]), {"y": y}, 2, 64)
+    assert np.array_equal(y, np.where(numbers(128) % 64 < 40, numbers(128), 0))
 
 
 def test_votes_of_a_block(rng):

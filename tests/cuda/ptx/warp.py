@@ -102,8 +102,7 @@ def build_shuffle(instruction):
     def execute(frame, lanes):
         gathering = Gathering(frame, lanes)
         lane = gathering.slots % WARP
-        source, inside = source_lanes(mode, lane, read_b(frame, lanes), read_c(frame, lanes))
-        source = np.where(inside, source, lane)
+        source, inside = _sources(mode, lane, read_b(frame, lanes), read_c(frame, lanes))
         _check_sources(gathering, source, masks(frame, lanes))
         table = gathering.table(read(frame, lanes))
         write(frame, lanes, table[gathering.slots - lane + source])
@@ -112,6 +111,16 @@ def build_shuffle(instruction):
         frame.hear(lanes)
 
     return execute
+
+
+def _sources(mode, lane, b, c):
+    """Each lane's source, which is the lane itself where that is out of range, and if it is not."""
+    if b.ndim or c.ndim:
+        source, inside = source_lanes(mode, lane, b, c)
+        return np.where(inside, source, lane), inside
+    every = np.arange(WARP)
+    source, inside = source_lanes(mode, every, b, c)
+    return np.where(inside, source, every)[lane], inside[lane]
 
 
 def _check_sources(gathering, source, masks):
