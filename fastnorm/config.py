@@ -17,6 +17,9 @@ from ._version import __version__
 def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     """Say what was built and what was found: instruction sets, OpenMP, threads, CUDA devices.
 
+    Where there is a CUDA driver, it is started to be asked: processes that are forked from this one
+    afterwards cannot use CUDA.
+
     Parameters
     ----------
     mode : {"stdout", "dicts"}

@@ -84,8 +84,12 @@ def explain(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config() -> dict[str, Any]:
-    """What fastnorm.show_config says of CUDA."""
-    why = why_not()
+    """What fastnorm.show_config says of CUDA; nothing is compiled for it."""
+    try:
+        launch.start()
+        why = compiler.missing()
+    except RuntimeError as error:
+        why = str(error)
     try:
         version = _cuda.driver_version()
         driver = f"{version // 1000}.{version % 1000 // 10}"

@@ -76,13 +76,20 @@ def available() -> str:
         return _available()
 
 
-@functools.cache
-def _available() -> str:
+def missing() -> str:
+    """Which package is missing, in a sentence; empty where none is. Imports nothing."""
     if importlib.util.find_spec("numba") is None:
         return (
             "numba, which compiles the kernels, is not installed: "
             "pip install 'fastnorm-kernels[cuda13]', or [cuda12] for drivers older than 13"
         )
+    return ""
+
+
+@functools.cache
+def _available() -> str:
+    if why := missing():
+        return why
     try:
         _numba()
         spec = plan.Spec("fill", (("array", "float32"),), "float32", 256, 1, 1, 1, 4, ("zero",))
@@ -127,7 +134,15 @@ def _no_device(capability: tuple[int, int]) -> Iterator[None]:
     except (ImportError, AttributeError):
         yield
         return
-    dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability)
+    here = threading.get_ident()
+
+    def device() -> Any:
+        """What this thread compiles for; others may have devices, and compile for those."""
+        if threading.get_ident() != here:
+            return asked()
+        return SimpleNamespace(compute_capability=capability)
+
+    dispatcher.get_current_device = device
     try:
         yield
     finally:

@@ -170,11 +170,8 @@ class Call:
                 f"wanted contiguous rows at one distance: {_contiguous(name, array)}"
             )
         span = max(self.rows - 1, 0) * abs(stride) + self.cols
-        alignment = (
-            math.gcd(array.alignment, stride * array.itemsize)
-            if self.rows > 1
-            else (array.alignment)
-        )
+        # Of one row too: a row of a batch has the same bits alone.
+        alignment = math.gcd(array.alignment, stride * array.itemsize)
         operand = Operand(self.source(name), kind, span, stride, alignment)
         self.operands[known_as] = operand
         return operand
@@ -511,6 +508,8 @@ def row_stride(array: Any, first: int) -> int | None:
                 return None
             found = stride if found is None else found
             step = stride * length
+    if found is None and first:  # one row, which may be one of more
+        found = axes[first - 1][1]
     return cols if found is None else found
 
 

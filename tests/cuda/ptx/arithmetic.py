@@ -122,7 +122,8 @@ def _fma32(product, c):
 
 def _fma64(a, b, c, mode):
     """Fused in float64: what the product lost is kept, and the last sum is rounded once."""
-    a, b, c = np.broadcast_arrays(a, b, c)
+    shape = np.broadcast_shapes(np.shape(a), np.shape(b), np.shape(c))
+    a, b, c = np.broadcast_arrays(*map(np.atleast_1d, (a, b, c)))
     product, lost = two_product(a, b)
     size = np.abs(product)
     safe = (size > 2.0**-900) & (size < 2.0**1000) & (np.abs(c) < 2.0**1000)
@@ -139,7 +140,7 @@ def _fma64(a, b, c, mode):
     result = np.where(plain, sums, result)
     for place in zip(*np.nonzero(~(safe | plain)), strict=True):
         result[place] = exact_fma(a[place], b[place], c[place], mode)
-    return result[()]
+    return result.reshape(shape)[()]
 
 
 def exact_fma(a, b, c, mode="rn"):
