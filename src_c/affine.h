@@ -97,7 +97,7 @@ OUTLINE void affine_strip(const element *x, element *y, const element *w, const 
     affine_pass(&a, 1, n);
 }
 
-/* The same of n elements, but +0 where a mask, if there is one, leaves out, and +0 from n to `end`.
+/* affine_strip of n elements, but +0 where a mask, if there is one, leaves out, and +0 from n to `end`.
  * stream: past the cache; y begins with a line then. */
 #define affine_kept FN_OF_T(affine_kept)
 OUTLINE void affine_kept(const element *x, element *y, const element *w, const element *b,

@@ -99,10 +99,10 @@ typedef struct {
     int rms;               /* root mean square: the mean counts as 0 */
     int y_is_warm;         /* y's pages exist already: they may be written past the cache */
     const fn_steps *steps; /* NULL: plain. Else x, y, weight and bias are the steps' */
-    /* Set by the library: whether y is written past the cache, whether rows are fetched ahead, and
+    /* Set by the library: whether y is written past the cache, how rows are fetched ahead (isa.h), and
      * whether x is too large for any cache. */
     int stream, fetch, from_memory;
-    int stream_rooms; /* rows of steps are written past the cache from a room */
+    int stream_rooms; /* groups with steps write past the cache: straight, or from a room */
 } fn_layer_norm_args;
 
 /* dx, dweight and dbias from dy. mean and rstd: rows elements as layer_norm wrote them; weight:

@@ -27,9 +27,18 @@ INLINE vec load_half(const uint16_t *p, const fn_dtype dtype)
 OUTLINE void half_sum_rest(const uint16_t *x, float *room, ptrdiff_t n, vec sum[VECTORS],
                            fn_dtype dtype)
 {
-    load_strip(room, x, sizeof *x, dtype, n);
-    for (ptrdiff_t i = 0; i < n; i += VW)
-        sum[i / VW] = v_add(sum[i / VW], load_some(room + i, n - i));
+    NO_UNROLL for (ptrdiff_t i = 0; i < n; i += VW)
+    {
+        uint16_t last[VW] = {0};
+        const uint16_t *from = x + i;
+        if (n - i < VW) {
+            NO_UNROLL for (ptrdiff_t k = 0; k < n - i; k++) last[k] = from[k];
+            from = last;
+        }
+        const vec v = dtype == FN_F16 ? v_load_f16(from) : v_load_bf16(from);
+        v_store(room + i, v); /* a room has room for a vector more */
+        sum[i / VW] = v_add(sum[i / VW], v);
+    }
 }
 
 /* block_sum of a block that goes into `room` as well. Unless they are NULL, x_ahead and y_ahead are
@@ -132,14 +141,19 @@ OUTLINE void half_affine(const half_pass *p, ptrdiff_t n, fn_dtype dtype)
         half_affine_as(p, n, TO_BF16);
 }
 
-/* What is left of a row past element i. */
+/* What is left of a row past element i: less than two vectors. */
 OUTLINE void half_rest(const half_pass *p, int r, const row_stats *stats, ptrdiff_t i, ptrdiff_t n,
                        fn_dtype dtype)
 {
-    float rest[2 * VW];
+    float rest[2 * VW] = {0};
+    uint16_t rounded[2 * VW];
     affine_strip(p->x[r] + i, rest, p->w ? p->w + i : NULL, p->b ? p->b + i : NULL, n - i, stats, 0,
                  0);
-    store_strip(p->y[r] + i, sizeof *p->y[r], dtype, rest, n - i);
+    if (dtype == FN_F16)
+        v_store2_f16(rounded, v_load(rest), v_load(rest + VW));
+    else
+        v_store2_bf16(rounded, v_load(rest), v_load(rest + VW));
+    NO_UNROLL for (ptrdiff_t k = i; k < n; k++) p->y[r][k] = rounded[k - i];
 }
 
 #define half_group FN_OF_T(half_group)

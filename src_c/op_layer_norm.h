@@ -533,7 +533,9 @@ INLINE element row_start(const fn_layer_norm_args *a, workspace *space, ptrdiff_
 {
     state->n = a->shape.cols;
     if (a->steps) {
-        if (a->fetch == FN_FETCH_BETWEEN_PASSES) fetch_step_rows(space->ahead, a, row, 1);
+        /* Wide rows of T the CPU fetches by itself; what is converted first it comes to later. */
+        if (a->fetch == FN_FETCH_BETWEEN_PASSES && !is_direct(&a->steps->x))
+            fetch_step_rows(space->ahead, a, row, 1);
         state->room = space->rooms + now * space->room_stride;
         state->x = prologue(&a->shape, a->steps, row, a->stream, state->room, &state->n);
     } else {

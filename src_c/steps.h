@@ -73,7 +73,7 @@ typedef struct {
         const char *at;
         ptrdiff_t lines, share;
         int written;
-    } run[5];
+    } run[8];
     int runs;
 } fetcher;
 
@@ -107,8 +107,8 @@ static void fetch_rows(fetcher *f, const fn_shape *shape, const fn_rows *array, 
                        ptrdiff_t later, int rows, ptrdiff_t n, int written)
 {
     const ptrdiff_t bytes = n * fn_size_of(array->dtype), stride = array->stride;
-    if (!array->data || array->col_strides || (rows > 1 && (stride < bytes || stride > 2 * bytes)))
-        return;
+    if (!array->data || array->col_strides || !stride) return;
+    if (rows > 1 && (stride < bytes || stride > 2 * bytes)) return;
     if (row + later + rows > shape->rows) return;
     const ptrdiff_t lines = ((rows - 1) * stride + bytes + 63) / 64;
     f->run[f->runs].at = (const char *)array->data + (row + later) * stride;
@@ -117,7 +117,7 @@ static void fetch_rows(fetcher *f, const fn_shape *shape, const fn_rows *array, 
     f->run[f->runs++].written = written;
 }
 
-/* What is read two groups later, and what is written after the next. */
+/* What is read two groups from now, and what is written one group from now. */
 OUTLINE void fetch_step_rows(fetcher *f, const fn_layer_norm_args *a, ptrdiff_t row, int rows)
 {
     const fn_steps *s = a->steps;

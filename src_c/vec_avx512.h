@@ -254,14 +254,15 @@ INLINE void v_store2_bf16(uint16_t *p, vec_f32 a, vec_f32 b)
     _mm512_storeu_si512(p, rounded);
 }
 #define HAS_BF16_INSTRUCTIONS 1
-/* It makes zeros of numbers below the normal ones, so zeros are looked into. In words of the
+/* It makes zeros of numbers below the normal ones, so these are looked for. In words of the
  * assembler's, as the compiler has none for what the rest of this file may not use. */
 INLINE int v_store2_bf16_quick(uint16_t *p, vec_f32 a, vec_f32 b)
 {
     __m512i rounded;
     __asm__("vcvtne2ps2bf16 %1, %2, %0" : "=v"(rounded) : "v"(a), "v"(b));
     _mm512_storeu_si512(p, rounded);
-    return !_mm512_testn_epi16_mask(rounded, _mm512_set1_epi16(0x7fff));
+    const int subnormal = 0x20;
+    return !(_mm512_fpclass_ps_mask(a, subnormal) | _mm512_fpclass_ps_mask(b, subnormal));
 }
 INLINE void vd8_store_f32_odd(float *p, vd8 a)
 {
