@@ -17,14 +17,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import cuda, int32, int64
-
 from .operands import Operand
 from .plan import COLUMN_CHUNKS, COLUMN_ROWS, REDUCE_COLUMNS, REDUCE_LANES, Spec
-from .rows import RANGE, REAL, inlined, log2, room_size, summing
+from .ptx import cuda, int32, int64
+from .rows import RANGE, REAL, inlined, log2, reciprocal, room_size, summing
 
 #: Registers that the weight may take in a kernel that goes from row to row.
-KEPT_WORDS = 8
+KEPT_WORDS = 4
 #: Chunks that a thread of a wide row has in flight, of x and of dy each.
 WIDE_CHUNKS = 2
 #: Rows that a thread of `backward_columns` has in flight.
@@ -66,15 +65,15 @@ def _coefficients(spec: Spec) -> Any:
 
 
 def _finish(spec: Spec) -> Any:
-    """``(results, words, others, words_of_dsum)``: dx as it is stored: rounded, and where there is a
-    gradient of the sum, added to that and rounded again, as two calls would."""
+    """``(results, others, words, more)``: dx as it is stored, in `words`: rounded, and where there
+    is a gradient of the sum, `more`, added to that and rounded again, as two calls would."""
     dx, dsum, elements = Operand(spec, "dx"), Operand(spec, "dsum"), spec.elements
     rounded, widen, narrow, adds = dx.rounded, dsum.widen, dx.narrow, dsum.there
 
     @inlined
     def finish(results: Any, others: Any, words: Any, more: Any) -> None:
         if adds:
-            widen(others, more, 0)
+            widen(others, 0, more, 0)
             for j in range(elements):
                 results[j] = rounded(results[j]) + others[j]
         narrow(words, 0, results)
@@ -93,11 +92,12 @@ def backward(spec: Spec) -> Any:
     weight, dx = Operand(spec, "weight", "kept"), Operand(spec, "dx")
     partial = Operand(spec, "dweight" if spec.has("dweight") else "dbias")
     rms, sums, grouped = "rms" in spec.flags, "sums" in spec.flags, "grouped" in spec.flags
+    ahead = "ahead" in spec.flags
     has_dx, has_dsum, has_shift = dx.there, dsum.there, spec.has("shift")
     has_dweight, has_dbias = spec.has("dweight") and sums, spec.has("dbias") and sums
     has_weight, own_weight = weight.there, weight.own
     kept = has_weight and not own_weight and vectors * weight.registers <= KEPT_WORDS
-    x_words, dy_words, w_words, s_words = x.words, dy.words, weight.words, dsum.words
+    x_words, dy_words, w_words = x.words, dy.words, weight.words
     x_count, dy_count, s_count = vectors * x_words, vectors * dy_words, dsum.words
     w_count, w_step = (vectors * w_words, w_words) if kept else (w_words, 0)
     total = vectors * elements if sums else 1
@@ -106,11 +106,27 @@ def backward(spec: Spec) -> Any:
     shift_of_chunk, size = log2(elements), room_size(threads, rows_at_once)
     three = summing(threads, rows_at_once, 1 if rms else 3)
     pair, coefficients, finish = _product(spec), _coefficients(spec), _finish(spec)
+    reciprocal_of = reciprocal(compute)
     x_fetch, dy_fetch, w_fetch, s_fetch = x.fetch, dy.fetch, weight.fetch, dsum.fetch
     x_widen, dy_widen, w_widen, dx_store = x.widen, dy.widen, weight.widen, dx.store
     p_narrow, p_store = partial.narrow, partial.store
     x_word, dy_word, w_word, s_word = x.word, dy.word, weight.word, dsum.word
     dx_word, dx_words, p_word, p_words = dx.word, dx.words, partial.word, partial.words
+
+    @inlined
+    def row_of(index: int, count: int, group: int, div: int, mod: int) -> Any:
+        """The group's row of this index, and whether there is one."""
+        row = index
+        if grouped:
+            row = (index // div * mod + group) * div + index % div
+        return row, index < count
+
+    @inlined
+    def ask(xs: Any, dys: Any, x: Any, dy: Any, place: int, dy_place: int, left: int) -> None:
+        for k in range(vectors):
+            there, step = left > k * threads, k * threads * elements
+            x_fetch(xs, k * x_words, x, place + step, there)
+            dy_fetch(dys, k * dy_words, dy, dy_place + step, there)
 
     @inlined
     def write(
@@ -170,7 +186,7 @@ def backward(spec: Spec) -> Any:
             group, block_index, blocks = block_index % mod, block_index // mod, blocks // mod
             count = rows // mod
         step = blocks * rows_at_once
-        per_n = real(1) / real(cols)
+        per_n = reciprocal_of(cols)
         if kept:
             for k in range(vectors):
                 place = column + k * threads * elements
@@ -181,45 +197,45 @@ def backward(spec: Spec) -> Any:
 
         # The next row's x and dy are asked for before this row's sums, whose barrier would
         # otherwise leave memory idle: as they come, a quarter or half of what they are in floats.
-        index = block_index * rows_at_once + at_once
-        inside = index < count
-        row = index
-        if grouped:
-            row = (index // div * mod + group) * div + index % div
-        left = chunks if inside else int32(0)
         next_pivot, next_rstd = real(0), real(0)
-        for k in range(vectors):
-            place = column + k * threads * elements
-            x_fetch(next_xs, k * x_words, x, row * x_stride + place, left > k * threads)
-            dy_fetch(next_dys, k * dy_words, dy, row * dy_stride + place, left > k * threads)
-        if inside:
-            next_rstd = rstd[row]
-            if not rms:
-                next_pivot = mean[row]
+        row, left, inside = int64(0), int32(0), False
+        if ahead:
+            row, inside = row_of(block_index * rows_at_once + at_once, count, group, div, mod)
+            left = chunks if inside else int32(0)
+            ask(next_xs, next_dys, x, dy, row * x_stride + column, row * dy_stride + column, left)
+            if inside:
+                next_rstd = rstd[row]
+                if not rms:
+                    next_pivot = mean[row]
         phase = 0
+        nothing = int32(cols >> 40)  # zero, which the compiler cannot know
         for start in range(block_index * rows_at_once, count, step):
-            this_row, this_left, this_inside = row, left, inside
-            pivot, root = next_pivot, next_rstd
-            for k in range(x_count):
-                xs[k] = next_xs[k]
-            for k in range(dy_count):
-                dys[k] = next_dys[k]
-            if sums:
-                index = start + step + at_once
-                inside = index < count
-                row = index
-                if grouped:
-                    row = (index // div * mod + group) * div + index % div
+            if ahead:
+                this_row, this_left, this_inside = row, left, inside
+                pivot, root = next_pivot, next_rstd
+                for k in range(x_count):
+                    xs[k] = next_xs[k]
+                for k in range(dy_count):
+                    dys[k] = next_dys[k]
+                row, inside = row_of(start + step + at_once, count, group, div, mod)
                 left = chunks if inside else int32(0)
-                for k in range(vectors):
-                    place, there = column + k * threads * elements, left > k * threads
-                    x_fetch(next_xs, k * x_words, x, row * x_stride + place, there)
-                    dy_fetch(next_dys, k * dy_words, dy, row * dy_stride + place, there)
+                ask(next_xs, next_dys, x, dy, row * x_stride + column, row * dy_stride + column,
+                    left)  # fmt: skip
                 next_pivot, next_rstd = real(0), real(0)
                 if inside:
                     next_rstd = rstd[row]
                     if not rms:
                         next_pivot = mean[row]
+            else:
+                this_row, this_inside = row_of(start + at_once, count, group, div, mod)
+                this_left = chunks if this_inside else int32(0)
+                ask(xs, dys, x, dy, this_row * x_stride + column, this_row * dy_stride + column,
+                    this_left)  # fmt: skip
+                pivot, root = real(0), real(0)
+                if this_inside:
+                    root = rstd[this_row]
+                    if not rms:
+                        pivot = mean[this_row]
             weight_place = column
             if own_weight:
                 weight_place += this_row // weight_div % weight_mod * cols
@@ -233,9 +249,9 @@ def backward(spec: Spec) -> Any:
                     if not kept:
                         place = weight_place + k * threads * elements
                         w_fetch(ws, 0, weight, place, there)
-                    w_widen(factors, ws, k * w_step)
-                x_widen(values, xs, k * x_words)
-                dy_widen(grads, dys, k * dy_words)
+                    w_widen(factors, 0, ws, k * w_step)
+                x_widen(values, 0, xs, k * x_words)
+                dy_widen(grads, 0, dys, k * dy_words)
                 middle = pivot if there else real(0)  # what is past the end reads as 0
                 one, two, both = real(0), real(0), real(0)
                 for j in range(elements):
@@ -251,6 +267,11 @@ def backward(spec: Spec) -> Any:
             else:
                 first, second, third = three(first, second, third, room, phase)
             phase ^= 1
+            # Else the numbers of the first pass are kept for the second, in twice the registers.
+            for k in range(x_count):
+                xs[k] ^= nothing
+            for k in range(dy_count):
+                dys[k] ^= nothing
             moved, mean_g, mean_g_xh = coefficients(first, second, third, per_n)
             if has_shift and lane == 0 and this_inside:
                 shift[this_row] = moved
@@ -261,9 +282,9 @@ def backward(spec: Spec) -> Any:
                 if has_weight:
                     if not kept:
                         w_fetch(ws, 0, weight, weight_place + k * threads * elements, there)
-                    w_widen(factors, ws, k * w_step)
-                x_widen(values, xs, k * x_words)
-                dy_widen(grads, dys, k * dy_words)
+                    w_widen(factors, 0, ws, k * w_step)
+                x_widen(values, 0, xs, k * x_words)
+                dy_widen(grads, 0, dys, k * dy_words)
                 for j in range(elements):
                     plain = grads[j]
                     away, grad = pair(values, grads, factors, j, pivot, root, offset)
@@ -294,7 +315,7 @@ def backward(spec: Spec) -> Any:
 
 
 def backward_wide(spec: Spec) -> Any:
-    """dx of rows that no block's registers hold: x and dy are read for the sums, and again for dx."""
+    """dx of rows that no block's registers hold: x and dy are read for the sums, then for dx."""
     threads, elements, compute, flight = spec.threads, spec.elements, spec.compute, WIDE_CHUNKS
     real, most = REAL[compute], RANGE[compute].most
     x, dy, dsum = Operand(spec, "x"), Operand(spec, "dy"), Operand(spec, "dsum")
@@ -307,6 +328,7 @@ def backward_wide(spec: Spec) -> Any:
     x_count, dy_count, w_count = flight * x_words, flight * dy_words, flight * w_words
     size, three = room_size(threads, 1), summing(threads, 1, 1 if rms else 3)
     pair, coefficients, finish = _product(spec), _coefficients(spec), _finish(spec)
+    reciprocal_of = reciprocal(compute)
     x_fetch, dy_fetch, w_fetch, s_fetch = x.fetch, dy.fetch, weight.fetch, dsum.fetch
     x_widen, dy_widen, w_widen, dx_store = x.widen, dy.widen, weight.widen, dx.store
     x_word, dy_word, w_word, s_word = x.word, dy.word, weight.word, dsum.word
@@ -326,10 +348,10 @@ def backward_wide(spec: Spec) -> Any:
 
     @inlined
     def widen(values: Any, grads: Any, factors: Any, xs: Any, dys: Any, ws: Any, k: int) -> None:
-        x_widen(values, xs, k * x_words)
-        dy_widen(grads, dys, k * dy_words)
+        x_widen(values, 0, xs, k * x_words)
+        dy_widen(grads, 0, dys, k * dy_words)
         if has_weight:
-            w_widen(factors, ws, k * w_words)
+            w_widen(factors, 0, ws, k * w_words)
 
     def kernel(
         dy: Any, dy_stride: int, x: Any, x_stride: int, dsum: Any, dsum_stride: int,
@@ -377,7 +399,7 @@ def backward_wide(spec: Spec) -> Any:
             third, _, _ = three(third, third, third, room, 0)
         else:
             first, second, third = three(first, second, third, room, 0)
-        moved, mean_g, mean_g_xh = coefficients(first, second, third, real(1) / real(cols))
+        moved, mean_g, mean_g_xh = coefficients(first, second, third, reciprocal_of(cols))
         if has_shift and lane == 0:
             shift[row] = moved
         if has_dx:
@@ -406,7 +428,7 @@ def columns(spec: Spec) -> Any:
     x, dy = Operand(spec, "x"), Operand(spec, "dy")
     has_dweight, has_dbias = spec.has("dweight"), spec.has("dbias")
     has_shift, has_mean, grouped = spec.has("shift"), spec.has("mean"), "grouped" in spec.flags
-    x_words, dy_words, shift_of_chunk = x.words, dy.words, log2(elements)
+    x_words, dy_words = x.words, dy.words
     x_count, dy_count = x_words * ROWS_IN_FLIGHT, dy_words * ROWS_IN_FLIGHT
     width, at_once, flight = COLUMN_CHUNKS * elements, COLUMN_ROWS, ROWS_IN_FLIGHT
     block, size = COLUMN_CHUNKS * COLUMN_ROWS, width * at_once
@@ -468,9 +490,9 @@ def columns(spec: Spec) -> Any:
                 row = index
                 if grouped:
                     row = (index // div * mod + group) * div + index % div
-                dy_widen(grads, dys, i * dy_words)
+                dy_widen(grads, 0, dys, i * dy_words)
                 if has_dweight:
-                    x_widen(values, xs, i * x_words)
+                    x_widen(values, 0, xs, i * x_words)
                     pivot, root, moved = real(0), real(0), real(0)
                     if index < count:
                         root = rstd[row]

@@ -16,7 +16,7 @@ import re
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -27,7 +27,9 @@ _SOURCES = ("plan", "ptx", "rows", "operands", "activation", "forward", "backwar
             "compiler")  # fmt: skip
 #: bfloat16 is converted by instructions that came with it.
 LEAST_CAPABILITY = (8, 0)
+#: Of a multiprocessor.
 REGISTERS = 65536
+_LOST = "row_stack"
 _lock = threading.RLock()
 
 
@@ -113,15 +115,15 @@ def _numba() -> Any:
         warnings.simplefilter("ignore")
         from numba import cuda
 
-        # numba-cuda registers np.row_stack, which NumPy 2.5 no longer has.
-        if not hasattr(np, "row_stack"):
-            np.row_stack = np.vstack
+        # numba-cuda registers np.row_stack, which NumPy 2.5 no longer has. Numba's own target has
+        # no such module and needs nothing.
+        if not hasattr(np, _LOST):
+            setattr(np, _LOST, np.vstack)
             try:
-                importlib.import_module("numba.cuda.np.arrayobj")
-            except ModuleNotFoundError:  # Numba's own target, which needs nothing
-                pass
+                with suppress(ModuleNotFoundError):
+                    importlib.import_module("numba.cuda.np.arrayobj")
             finally:
-                del np.row_stack
+                delattr(np, _LOST)
     return cuda
 
 
@@ -129,7 +131,7 @@ def _numba() -> Any:
 def _no_device(capability: tuple[int, int]) -> Iterator[None]:
     """Numba's own target asks the current device what to compile inlined functions for."""
     try:
-        dispatcher = importlib.import_module("numba.cuda.dispatcher")
+        dispatcher: Any = importlib.import_module("numba.cuda.dispatcher")
         asked = dispatcher.get_current_device
     except (ImportError, AttributeError):
         yield
@@ -199,23 +201,23 @@ def ptx_of(spec: plan.Spec, capability: tuple[int, int]) -> str:
 
 
 def _finished(text: str, spec: plan.Spec) -> str:
-    """The entry under our name, with what ptxas is to know of its launch."""
+    """The entry under our name, with what ptxas is to know of its launch: from how many threads
+    there are, and how many blocks a multiprocessor shall hold, it knows its registers."""
     found = re.search(r"\.visible\s+\.entry\s+([\w$]+)\s*\([^)]*\)", text)
     if found is None:
         raise RuntimeError(f"kernel {spec.kernel}: Numba's PTX has no entry")
     block = spec.threads * spec.rows
     text = (
         text[: found.end()]
-        + f"\n.maxntid {block}, 1, 1\n.minnctapersm {resident(spec)}\n"
+        + f"\n.maxntid {block}, 1, 1\n.minnctapersm {plan.resident_blocks(spec)}\n"
         + text[found.end() :]
     )
     return text.replace(found.group(1), entry_name(spec))
 
 
 def resident(spec: plan.Spec) -> int:
-    """Blocks that a multiprocessor shall have room for: ptxas sees to it that registers suffice."""
-    threads = 512 if spec.compute == "float64" else 1024
-    return max(1, threads // (spec.threads * spec.rows))
+    """Blocks that a multiprocessor shall have room for."""
+    return plan.resident_blocks(spec)
 
 
 def _linked(text: str, capability: tuple[int, int]) -> tuple[bytes, str] | None:

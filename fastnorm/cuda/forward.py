@@ -16,13 +16,25 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from numba import cuda, int32, int64
-
 from . import ptx
 from .activation import activation
 from .operands import Operand
-from .plan import Spec, held_type
-from .rows import INTEGER, RANGE, REAL, anyone, inlined, largest, log2, room_size, summing
+from .plan import Spec
+from .ptx import cuda, int32, int64
+from .rows import (
+    INTEGER,
+    RANGE,
+    REAL,
+    anyone,
+    inlined,
+    inverse_root,
+    largest,
+    log2,
+    reciprocal,
+    room_size,
+    scaling,
+    summing,
+)  # fmt: skip
 
 #: Registers that weight and bias may take while the row is summed. They are asked for before the
 #: sums, so that they are there when the sums are; more would cost occupancy.
@@ -32,8 +44,8 @@ WIDE_CHUNKS = 4
 
 
 def _adding(spec: Spec) -> Any:
-    """``(values, other, xs, rs, gs, ls)``: x*gate + linear_bias + residual, rounded at each step, of
-    chunks as they were loaded. Without a residual, x."""
+    """``(values, other, xs, at, rs, r_at, gs, ls)``: x*gate + linear_bias + residual of chunks as
+    they were loaded, each step rounded. Without a residual, x."""
     x, residual = Operand(spec, "x"), Operand(spec, "residual")
     gate, linear_bias = Operand(spec, "gate"), Operand(spec, "linear_bias")
     elements, has_gate, has_bias = spec.elements, gate.there, linear_bias.there
@@ -45,22 +57,22 @@ def _adding(spec: Spec) -> Any:
     def only_x(
         values: Any, other: Any, xs: Any, at: int, rs: Any, r_at: int, gs: Any, ls: Any
     ) -> None:
-        x_widen(values, xs, at)
+        x_widen(values, 0, xs, at)
 
     @inlined
     def add(
         values: Any, other: Any, xs: Any, at: int, rs: Any, r_at: int, gs: Any, ls: Any
     ) -> None:
-        x_widen(values, xs, at)
+        x_widen(values, 0, xs, at)
         if has_gate:
-            g_widen(other, gs, 0)
+            g_widen(other, 0, gs, 0)
             for j in range(elements):
                 values[j] = product(values[j], other[j])
         if has_bias:
-            l_widen(other, ls, 0)
+            l_widen(other, 0, ls, 0)
             for j in range(elements):
                 values[j] += other[j]
-        r_widen(other, rs, r_at)
+        r_widen(other, 0, rs, r_at)
         for j in range(elements):
             values[j] += other[j]
 
@@ -87,10 +99,9 @@ def _finish(spec: Spec) -> Any:
                 factor = weights[j]
                 if has_offset:
                     factor += offset
-                if has_bias:
-                    value = value * factor + biases[j]
-                else:
-                    value = value * factor
+                value *= factor
+                if has_bias:  # in one instruction with the product
+                    value += biases[j]
             elif has_bias:
                 value += biases[j]
             if active:
@@ -112,11 +123,10 @@ def forward(spec: Spec) -> Any:
     gate, linear_bias = Operand(spec, "gate", "kept"), Operand(spec, "linear_bias", "kept")
     weight, bias = Operand(spec, "weight", "kept"), Operand(spec, "bias", "kept")
     y, sums = Operand(spec, "y"), Operand(spec, "sum")
-    held_kind = held_type(dict(spec.types), compute, "round_sum" in spec.flags)
-    words = ptx.words_of(held_kind, elements)
-    held_word, held_count = ptx.word_type(held_kind), vectors * words
-    x_count = vectors * x.words if residual.there else 1
+    held_count = vectors * elements
+    x_count = vectors * x.words
     r_count = vectors * residual.words if residual.there else 1
+    round_sum, round_to_sum = "round_sum" in spec.flags, sums.rounded
     needed = vectors * (weight.registers * weight.there + bias.registers * bias.there)
     hoisted = needed <= HOISTED_WORDS
     w_count = (vectors if hoisted and weight.there else 1) * weight.words
@@ -126,15 +136,12 @@ def forward(spec: Spec) -> Any:
     has_weight, has_bias = weight.there, bias.there
     has_mean, has_rstd = spec.has("mean"), spec.has("rstd")
     # A float16 row cannot leave the range of float32.
-    scales = held_kind != "float16"
+    scales = adds or x.kind != "float16"
     shift_of_chunk, size = log2(elements), room_size(threads, rows_at_once)
-    held_widen, held_narrow = (
-        ptx.widen(held_kind, elements, compute),
-        ptx.narrow(held_kind, elements),
-    )
     one, two = summing(threads, rows_at_once, 1), summing(threads, rows_at_once, 2)
     top, among = largest(threads, rows_at_once), anyone(threads, rows_at_once)
-    magnitude, power_of_two = ptx.bits_of(compute), ptx.power_of_two(compute)
+    magnitude, scaled = ptx.bits_of(compute), scaling(compute)
+    reciprocal_of, inverse_root_of = reciprocal(compute), inverse_root(compute)
     added, finish = _adding(spec), _finish(spec)
     least, most, infinity = limits.least, limits.most, limits.infinity
     mantissa, half = limits.mantissa, limits.half
@@ -143,6 +150,7 @@ def forward(spec: Spec) -> Any:
     w_widen, b_widen, y_narrow, y_store = weight.widen, bias.widen, y.narrow, y.store
     s_narrow, s_store = sums.narrow, sums.store
     x_word, r_word, g_word, l_word = x.word, residual.word, gate.word, linear_bias.word
+    x_widen = x.widen
     w_word, b_word, y_word, s_word = weight.word, bias.word, y.word, sums.word
     g_words, l_words, y_words, s_words = gate.words, linear_bias.words, y.words, sums.words
     x_words, r_words = x.words, residual.words
@@ -151,13 +159,12 @@ def forward(spec: Spec) -> Any:
     own_weight, own_bias = weight.own, bias.own
 
     @inlined
-    def row_total(held: Any, values: Any, room: Any, phase: int) -> Any:
+    def row_total(held: Any, room: Any, phase: int) -> Any:
         total = real(0)
         for k in range(vectors):
-            held_widen(values, held, k * words)
-            part = values[0]
+            part = held[k * elements]
             for j in range(1, elements):
-                part += values[j]
+                part += held[k * elements + j]
             total += part
         total, _, _ = one(total, total, total, room, phase)
         return total
@@ -170,7 +177,8 @@ def forward(spec: Spec) -> Any:
         y: Any, y_stride: int, sum: Any, sum_stride: int, mean: Any, rstd: Any,
         rows: int, cols: int, eps: Any, offset: Any,
     ) -> None:  # fmt: skip
-        held = cuda.local.array(held_count, held_word)
+        held = cuda.local.array(held_count, real)
+        xs = cuda.local.array(x_count, x_word)
         values = cuda.local.array(elements, real)
         other = cuda.local.array(elements, real)
         weights = cuda.local.array(w_count, w_word)
@@ -190,7 +198,6 @@ def forward(spec: Spec) -> Any:
         place = row * x_stride + column
 
         if adds:
-            xs = cuda.local.array(x_count, x_word)
             rs = cuda.local.array(r_count, r_word)
             gs = cuda.local.array(g_words, g_word)
             ls = cuda.local.array(l_words, l_word)
@@ -216,10 +223,11 @@ def forward(spec: Spec) -> Any:
                 if has_sum:
                     s_narrow(ss, 0, values)
                     s_store(sum, sum_place + step, ss, 0, there)
-                held_narrow(held, k * words, values)
+                for j in range(elements):
+                    held[k * elements + j] = round_to_sum(values[j]) if round_sum else values[j]
         else:
             for k in range(vectors):
-                x_fetch(held, k * words, x, place + k * threads * elements, left > k * threads)
+                x_fetch(xs, k * x_words, x, place + k * threads * elements, left > k * threads)
 
         weight_place, bias_place = column, column
         if own_weight:
@@ -234,23 +242,24 @@ def forward(spec: Spec) -> Any:
                 if has_bias:
                     b_fetch(biases, k * b_step, bias, bias_place + step, there)
 
-        per_n = real(1) / real(cols)
-        padding, up, down = eps, real(1), real(1)
-        up_twice, down_twice = real(1), real(1)
+        if not adds:
+            for k in range(vectors):
+                x_widen(held, k * elements, xs, k * x_words)
+        per_n = reciprocal_of(cols)
+        padding, exponent = eps, integer(0)
         pivot, phase = real(0), 0
         if not rms:
-            pivot = row_total(held, values, room, phase) * per_n
+            pivot = row_total(held, room, phase) * per_n
             phase = 1
         c, variance, padded = real(0), real(0), real(0)
         for attempt in range(4):
             first, second = real(0), real(0)
             for k in range(vectors):
-                held_widen(values, held, k * words)
                 # What is past the end reads as 0.
                 middle = pivot if left > k * threads else real(0)
                 part, square = real(0), real(0)
                 for j in range(elements):
-                    away = values[j] - middle
+                    away = held[k * elements + j] - middle
                     part += away
                     square += away * away
                 first += part
@@ -270,26 +279,17 @@ def forward(spec: Spec) -> Any:
             moved = pivot + c
             if attempt == 0 and scales:
                 bits = integer(0)
-                for k in range(vectors):
-                    held_widen(values, held, k * words)
-                    for j in range(elements):
-                        size_of_one = magnitude(values[j])
-                        bits = size_of_one if size_of_one > bits else bits
+                for k in range(held_count):
+                    size_of_one = magnitude(held[k])
+                    bits = size_of_one if size_of_one > bits else bits
                 bits = top(bits, tops)
-                if not fine and 0 < bits and bits < infinity:
-                    exponent = half - (bits >> mantissa)
-                    up, up_twice = (
-                        power_of_two(exponent >> 1), power_of_two(exponent - (exponent >> 1)),
-                    )  # fmt: skip
-                    down, down_twice = real(1) / up, real(1) / up_twice
-                    padding = eps * up * up * up_twice * up_twice
-                for k in range(vectors):
-                    held_widen(values, held, k * words)
-                    for j in range(elements):
-                        values[j] = values[j] * up * up_twice
-                    held_narrow(held, k * words, values)
+                if not fine and bits > 0 and bits < infinity:
+                    exponent = integer(half - (bits >> mantissa))
+                    padding = scaled(scaled(eps, exponent), exponent)
+                for k in range(held_count):
+                    held[k] = scaled(held[k], exponent)
                 if not rms:
-                    total = row_total(held, values, room, phase)
+                    total = row_total(held, room, phase)
                     phase ^= 1
                     if not fine:
                         moved = total * per_n
@@ -298,13 +298,13 @@ def forward(spec: Spec) -> Any:
 
         if variance < 0:
             variance = real(0)
-        root = real(1) / real(math.sqrt(variance + padding))
-        reported = root * up * up_twice
+        root = inverse_root_of(variance + padding)
+        reported = scaled(root, exponent)
         if padding > most:  # next to which the variance is nothing
-            reported = real(1) / real(math.sqrt(eps))
-            root = reported * down * down_twice
+            reported = inverse_root_of(eps)
+            root = scaled(reported, -exponent)
         if variance == 0:
-            reported = real(1) / real(math.sqrt(eps))
+            reported = inverse_root_of(eps)
             root = root if root <= most else real(0)
         if rms and padded > most and padding <= most:  # infinity among the elements
             root = real(math.nan)
@@ -312,7 +312,7 @@ def forward(spec: Spec) -> Any:
         shift = -c * root
         if lane == 0 and inside:
             if has_mean:
-                mean[row] = (pivot + c) * down * down_twice
+                mean[row] = scaled(pivot + c, -exponent)
             if has_rstd:
                 rstd[row] = reported
 
@@ -324,10 +324,11 @@ def forward(spec: Spec) -> Any:
                 if has_bias:
                     b_fetch(biases, 0, bias, bias_place + step, there)
             if has_weight:
-                w_widen(factors, weights, k * w_step)
+                w_widen(factors, 0, weights, k * w_step)
             if has_bias:
-                b_widen(terms, biases, k * b_step)
-            held_widen(values, held, k * words)
+                b_widen(terms, 0, biases, k * b_step)
+            for j in range(elements):
+                values[j] = held[k * elements + j]
             finish(values, factors, terms, pivot, root, shift, offset)
             y_narrow(results, 0, values)
             y_store(y, row * y_stride + column + step, results, 0, there)
@@ -352,7 +353,8 @@ def forward_wide(spec: Spec) -> Any:
     has_mean, has_rstd = spec.has("mean"), spec.has("rstd")
     shift_of_chunk, size = log2(elements), room_size(threads, 1)
     one, two, top = summing(threads, 1, 1), summing(threads, 1, 2), largest(threads, 1)
-    magnitude, power_of_two = ptx.bits_of(compute), ptx.power_of_two(compute)
+    magnitude, scaled = ptx.bits_of(compute), scaling(compute)
+    reciprocal_of, inverse_root_of = reciprocal(compute), inverse_root(compute)
     added, finish = _adding(spec), _finish(spec)
     least, most, infinity = limits.least, limits.most, limits.infinity
     mantissa, half = limits.mantissa, limits.half
@@ -392,10 +394,10 @@ def forward_wide(spec: Spec) -> Any:
         added(values, other, xs, k * x_words, rs, k * r_words, gs, ls)
 
     @inlined
-    def seen(value: Any, up: Any, up_twice: Any) -> Any:
+    def seen(value: Any, exponent: int) -> Any:
         if round_sum:
             value = round_to_sum(value)
-        return value * up * up_twice
+        return scaled(value, exponent)
 
     def kernel(
         x: Any, x_stride: int, residual: Any, residual_stride: int,
@@ -434,16 +436,15 @@ def forward_wide(spec: Spec) -> Any:
         if own_bias:
             b_place += row // bias_div % bias_mod * cols
 
-        padding, up, down = eps, real(1), real(1)
-        up_twice, down_twice = real(1), real(1)
+        padding, exponent = eps, integer(0)
         pivot, phase = real(0), 0
-        per_n = real(1) / real(cols)
+        per_n = reciprocal_of(cols)
         c, variance, padded = real(0), real(0), real(0)
         first_chunks = chunks if chunks < flight * threads else int64(flight * threads)
         # A pass for the pivot, over the first columns; one for the sums; and, seldom, one for the
         # largest element, one for another pivot and one for the sums again.
         for attempt in range(4):
-            if not rms and (attempt == 0 or up != 1 or up_twice != 1) and attempt < 2:
+            if not rms and (attempt == 0 or (attempt == 1 and exponent != 0)):
                 total = real(0)
                 at = lane * elements
                 fetch(xs, rs, x, residual, place + at, other_place + at, first_chunks - lane)
@@ -453,7 +454,7 @@ def forward_wide(spec: Spec) -> Any:
                           bias_place + at, there)  # fmt: skip
                     if there:
                         for j in range(elements):
-                            total += seen(values[j], up, up_twice)
+                            total += seen(values[j], exponent)
                 total, _, _ = one(total, total, total, room, phase)
                 phase ^= 1
                 pivot = total / real(first_chunks * elements)
@@ -467,7 +468,7 @@ def forward_wide(spec: Spec) -> Any:
                           bias_place + at, there)  # fmt: skip
                     part, square = real(0), real(0)
                     for j in range(elements):
-                        away = seen(values[j], up, up_twice) - pivot
+                        away = seen(values[j], exponent) - pivot
                         part += away
                         square += away * away
                     if there:
@@ -495,28 +496,24 @@ def forward_wide(spec: Spec) -> Any:
                         chunk(values, other, xs, rs, gs, ls, k, gate, linear_bias,
                               gate_place + at, bias_place + at, there)  # fmt: skip
                         for j in range(elements):
-                            one_of = magnitude(seen(values[j], up, up_twice))
+                            one_of = magnitude(seen(values[j], exponent))
                             bits = one_of if there and one_of > bits else bits
                 bits = top(bits, tops)
-                if 0 < bits and bits < infinity:
-                    exponent = half - (bits >> mantissa)
-                    up, up_twice = (
-                        power_of_two(exponent >> 1), power_of_two(exponent - (exponent >> 1)),
-                    )  # fmt: skip
-                    down, down_twice = real(1) / up, real(1) / up_twice
-                    padding = eps * up * up * up_twice * up_twice
+                if bits > 0 and bits < infinity:
+                    exponent = integer(half - (bits >> mantissa))
+                    padding = scaled(scaled(eps, exponent), exponent)
             elif not rms:
                 pivot += c
 
         if variance < 0:
             variance = real(0)
-        root = real(1) / real(math.sqrt(variance + padding))
-        reported = root * up * up_twice
+        root = inverse_root_of(variance + padding)
+        reported = scaled(root, exponent)
         if padding > most:  # next to which the variance is nothing
-            reported = real(1) / real(math.sqrt(eps))
-            root = reported * down * down_twice
+            reported = inverse_root_of(eps)
+            root = scaled(reported, -exponent)
         if variance == 0:
-            reported = real(1) / real(math.sqrt(eps))
+            reported = inverse_root_of(eps)
             root = root if root <= most else real(0)
         if rms and padded > most and padding <= most:  # infinity among the elements
             root = real(math.nan)
@@ -524,7 +521,7 @@ def forward_wide(spec: Spec) -> Any:
         shift = -c * root
         if lane == 0:
             if has_mean:
-                mean[row] = (pivot + c) * down * down_twice
+                mean[row] = scaled(pivot + c, -exponent)
             if has_rstd:
                 rstd[row] = reported
 
@@ -535,17 +532,17 @@ def forward_wide(spec: Spec) -> Any:
                 there, step = chunks - start > k * threads, at + k * threads * elements
                 if has_weight:
                     w_fetch(ws, 0, weight, weight_place + step, there)
-                    w_widen(factors, ws, 0)
+                    w_widen(factors, 0, ws, 0)
                 if has_bias:
                     b_fetch(bs, 0, bias, b_place + step, there)
-                    b_widen(terms, bs, 0)
+                    b_widen(terms, 0, bs, 0)
                 chunk(values, other, xs, rs, gs, ls, k, gate, linear_bias, gate_place + at,
                       bias_place + at, there)  # fmt: skip
                 if has_sum:
                     s_narrow(ss, 0, values)
                     s_store(sum, row * sum_stride + step, ss, 0, there)
                 for j in range(elements):
-                    values[j] = seen(values[j], up, up_twice)
+                    values[j] = seen(values[j], exponent)
                 finish(values, factors, terms, pivot, root, shift, offset)
                 y_narrow(ys, 0, values)
                 y_store(y, row * y_stride + step, ys, 0, there)

@@ -7,9 +7,10 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from numba import float32, float64, int64, types
+from numba import types
 
 from . import backward, forward, plan, ptx
+from .ptx import float32, float64, int64
 from .rows import inlined
 
 FACTORIES: dict[str, Callable[[plan.Spec], Any]] = {
@@ -35,7 +36,7 @@ def kernel(spec: plan.Spec, name: str = "kernel") -> Any:
     for parameter in inspect.signature(body).parameters:
         if parameter in given:
             passed.append(parameter)
-        elif parameter in _ARRAYS + ("partials1", "result1") and parameter not in arrays:
+        elif parameter in _ARRAYS and parameter not in arrays:
             passed.append(spec.types[0][0])
         else:
             passed.append(stand_ins.get(parameter, "1"))
@@ -45,7 +46,7 @@ def kernel(spec: plan.Spec, name: str = "kernel") -> Any:
     return scope[name]
 
 
-_ARRAYS = (*plan.ROW_OPERANDS, *plan.PARAMETERS, *plan.STATISTICS)
+_ARRAYS = (*plan.ROW_OPERANDS, *plan.PARAMETERS, *plan.STATISTICS, "partials1", "result1")
 
 
 @functools.cache

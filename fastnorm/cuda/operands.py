@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from . import ptx
 from .plan import Spec
 
 
 class Operand:
-    """Functions for chunks of one array; of x's type where there is none, so that Numba can type the
-    code that it then drops."""
+    """Functions for chunks of one array; of x's type where there is none, so that Numba can type
+    the code that it then drops."""
 
     def __init__(self, spec: Spec, name: str, how: str = "once") -> None:
         types = dict(spec.types)

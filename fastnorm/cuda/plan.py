@@ -24,21 +24,27 @@ STATISTICS = ("mean", "rstd", "shift")
 
 WARP = 32
 MAX_THREADS = 1024
-#: 32-bit registers of a row that a thread may hold: at 1024 threads it has 64 for everything.
-MAX_WORDS = 32
 #: Of a block of several rows.
 BLOCK = 128
+#: Elements of a row that a thread may hold, in as many registers (float64: two each), where it can
+#: have 64 registers for everything: 1024 such threads fill a multiprocessor.
+MOST_ELEMENTS = 32
 #: What a thread gets of a narrow row: enough to make the reductions' share small.
 NARROW_ELEMENTS = 16
-#: Of a wide one: 64 bytes of loads a thread, so some 64 KB a multiprocessor, at little occupancy.
-WIDE_WORDS = 16
+#: Bytes of a wide row that a thread asks for before it waits: some 64 KB a multiprocessor, which is
+#: more than its share of what the memory must have under way.
+WIDE_BYTES = 64
 
-#: Backward: elements of a thread, which has two sums in registers for each.
+#: Backward with sums over rows: elements of a thread, which has two sums in registers for each;
+#: or two chunks, where these are more. 512 threads with 128 registers fill a multiprocessor and
+#: have 32 KB under way at all times, because they ask for the next row before they sum this one.
 BACKWARD_ELEMENTS = 8
 BACKWARD_BLOCK = 256
-#: Threads of all blocks that go over the rows: 1024 for each multiprocessor of an H100 or H200. A
+BACKWARD_THREADS = 512
+#: Threads of all blocks that go from row to row: as many as an H100 or H200 has room for. A
 #: constant, because the order of sums over rows follows from it.
-RESIDENT_THREADS = 132 * 1024
+MULTIPROCESSORS = 132
+RESIDENT_THREADS = MULTIPROCESSORS * BACKWARD_THREADS
 #: Fewer rows a block are not worth its partial sums.
 LEAST_ROWS = 2
 
@@ -165,31 +171,26 @@ def access(elements: int, types: Mapping[str, str], alignment: int) -> int:
     return min(alignment, elements * max(SIZES[kind] for kind in types.values()))
 
 
-def words(kind: str, elements: int) -> int:
-    """32-bit registers of a chunk as it was loaded."""
-    return max(1, elements * SIZES[kind] // 4)
-
-
 def power_of_two(number: int) -> int:
     """The least power of two that is no less."""
     return 1 << max(number - 1, 0).bit_length()
 
 
-def row_tile(chunks: int, elements: int, chunk_words: int) -> Tile | None:
-    """A row held in registers; None where it is too wide.
+def row_tile(chunks: int, elements: int, most: int, wanted: int) -> Tile | None:
+    """A row held in registers, at most so many elements a thread; None where it is too wide.
 
     Some lanes of a warp, or a warp, for narrow rows: several rows a warp, no barrier. Then as many
-    threads as give each 64 bytes to load.
+    threads as have the elements that are wanted.
     """
-    narrow = power_of_two(_up(chunks, max(1, NARROW_ELEMENTS // elements)))
+    narrow = power_of_two(_up(chunks, max(1, min(most, NARROW_ELEMENTS) // elements)))
     if narrow <= WARP:
         return Tile(narrow, _up(chunks, narrow))
-    if _up(chunks, WARP) * chunk_words <= MAX_WORDS:
+    if _up(chunks, WARP) * elements <= most:
         return Tile(WARP, _up(chunks, WARP))
-    wide = power_of_two(_up(chunks, max(1, WIDE_WORDS // chunk_words)))
+    wide = power_of_two(_up(chunks, max(1, min(most, wanted) // elements)))
     threads = min(max(wide, 2 * WARP), MAX_THREADS)
     vectors = _up(chunks, threads)
-    return Tile(threads, vectors) if vectors * chunk_words <= MAX_WORDS else None
+    return Tile(threads, vectors) if vectors * elements <= most else None
 
 
 def _up(a: int, b: int) -> int:
@@ -238,8 +239,8 @@ def forward(
         return _fills({name: (rows, types[name], values[name]) for name in values if name in types})
     compute = compute_type(types["x"], types.get("residual", types["x"]))
     elements = chunk(cols, types, alignment)
-    held = held_type(types, compute, round_sum)
-    tile = row_tile(cols // elements, elements, words(held, elements))
+    most = MOST_ELEMENTS if compute == "float32" else MOST_ELEMENTS // 2
+    tile = row_tile(cols // elements, elements, most, WIDE_BYTES // SIZES[types["x"]])
     found = {
         "rms": rms, "offset": offset, "round_before_weight": round_before_weight,
         "round_sum": round_sum and "residual" in types, "aliased": aliased,
@@ -262,13 +263,6 @@ def parameters_of(per_row: Mapping[str, bool] | None) -> dict[str, bool]:
 
 _FORWARD_ORDER = ("x", "residual", "gate", "linear_bias", "weight", "bias", "y", "sum", "mean",
                   "rstd")  # fmt: skip
-
-
-def held_type(types: Mapping[str, str], compute: str, round_sum: bool) -> str:
-    """What a row is held as: as it was loaded, or the sum, rounded or not."""
-    if "residual" not in types:
-        return types["x"]
-    return types["sum"] if round_sum else compute
 
 
 # ---- backward ------------------------------------------------------------------------------------
@@ -310,7 +304,7 @@ def backward(
             else Plan((), (), "none", 0, "nothing is asked for")
         )
     tile = call.fused_tile()
-    return call.in_two_passes() if tile is None else call.fused(tile)
+    return call.in_two_passes() if tile is None else call.fused(*tile)
 
 
 _BACKWARD_ORDER = ("dy", "x", "dsum", "weight", "mean", "rstd", "dx", "shift", "dweight", "dbias")
@@ -342,11 +336,20 @@ class _Backward(NamedTuple):
     def group_rows(self) -> int:
         return self.rows // self.groups[1]
 
-    def fused_tile(self) -> Tile | None:
-        """Threads that own columns and go from row to row, with all sums in registers."""
-        threads = power_of_two(_up(self.chunks, max(1, BACKWARD_ELEMENTS // self.elements)))
-        most = MAX_THREADS if self.compute == "float32" else MAX_THREADS // 2
-        return Tile(threads, _up(self.chunks, threads)) if threads <= most else None
+    def fused_tile(self) -> tuple[Tile, bool] | None:
+        """Threads that own columns and go from row to row, with all sums in registers; and whether
+        they have registers to ask for the next row ahead."""
+        narrower = 1 if self.compute == "float32" else 2
+        elements = max(2 * self.elements, BACKWARD_ELEMENTS // narrower)
+        threads = power_of_two(_up(self.chunks, elements // self.elements))
+        if threads <= BACKWARD_THREADS:
+            return Tile(threads, _up(self.chunks, threads)), True
+        # Twice as many threads of 64 registers, or as many with twice the doubles.
+        threads = 2 * BACKWARD_THREADS // narrower
+        vectors = _up(self.chunks, threads)
+        if vectors * self.elements <= BACKWARD_ELEMENTS:
+            return Tile(threads, vectors), False
+        return None
 
     def spec(self, kernel: str, tile: Tile, at_once: int, names: set[str], *flags: str) -> Spec:
         """A kernel that works with the operands `names`."""
@@ -360,13 +363,13 @@ class _Backward(NamedTuple):
             _flags(every | dict.fromkeys(flags, True), own),
         )  # fmt: skip
 
-    def fused(self, tile: Tile) -> Plan:
+    def fused(self, tile: Tile, ahead: bool) -> Plan:
         """x and dy are read once; what blocks have summed is added up by a second launch."""
         at_once = max(1, BACKWARD_BLOCK // tile.threads)
-        threads = at_once * tile.threads
-        resident = RESIDENT_THREADS if self.compute == "float32" else RESIDENT_THREADS // 2
-        slices = self.slices(at_once, resident // threads)
-        spec = self.spec("backward", tile, at_once, set(self.types), "sums", *self.grouped())
+        blocks = max(MULTIPROCESSORS, RESIDENT_THREADS // (at_once * tile.threads))
+        slices = self.slices(at_once, blocks)
+        flags = ["sums", *["ahead"] * ahead, *self.grouped()]
+        spec = self.spec("backward", tile, at_once, set(self.types), *flags)
         steps, workspace = self.in_slices(spec, slices, slices)
         return Plan(steps, workspace, _in_words(spec), self.alignment, _why(spec))
 
@@ -381,8 +384,8 @@ class _Backward(NamedTuple):
     def rowwise(self, more: dict[str, str]) -> tuple[Spec, Step]:
         """dx, and more of each row: rows held in registers, or read twice."""
         call = self._replace(types=self.types | more)
-        held = words(self.types["x"], self.elements) + words(self.types["dy"], self.elements)
-        tile = row_tile(self.chunks, self.elements, held)
+        most = MOST_ELEMENTS // (2 if self.compute == "float32" else 4)
+        tile = row_tile(self.chunks, self.elements, most, most)
         names = set(call.types) - {"dweight", "dbias"}
         if tile is None:
             spec = call.spec("backward_wide", Tile(MAX_THREADS, 1), 1, names)
@@ -454,6 +457,16 @@ def _in_order(types: Mapping[str, str], order: tuple[str, ...]) -> tuple[tuple[s
 def _flags(found: Mapping[str, bool], each: Mapping[str, bool]) -> tuple[str, ...]:
     names = [name for name, is_so in found.items() if is_so]
     return tuple(sorted(names + [f"each:{name}" for name, own in each.items() if own]))
+
+
+def resident_blocks(spec: Spec) -> int:
+    """Blocks that a multiprocessor shall have room for, which caps the registers of a thread."""
+    threads = MAX_THREADS
+    if spec.compute == "float64" or "sums" in spec.flags or spec.kernel == "backward_columns":
+        threads = BACKWARD_THREADS
+    elif spec.kernel == "backward":
+        threads = (MAX_THREADS + BACKWARD_THREADS) // 2
+    return max(1, threads // (spec.threads * spec.rows))
 
 
 def _step(spec: Spec, grid: int, places: Mapping[str, str] | None = None) -> Step:

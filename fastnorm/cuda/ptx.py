@@ -12,19 +12,38 @@ it came, `values` what is computed with. Numba's simulator gets plain Python in 
 from __future__ import annotations
 
 import functools
+import importlib
+from collections.abc import Callable
 from typing import Any
 
+import numba
+import numba.cuda
 import numpy as np
-from llvmlite import ir
-from numba import cuda, types
+from numba import types
 from numba.core import config
 
 try:
-    from numba.cuda.extending import intrinsic
-except ImportError:  # Numba's own CUDA target
-    from numba.core.extending import intrinsic
+    _extending = importlib.import_module("numba.cuda.extending")
+except ImportError:
+    _extending = importlib.import_module("numba.core.extending")
+if not hasattr(_extending, "intrinsic"):  # Numba's own CUDA target has its CPU's
+    _extending = importlib.import_module("numba.core.extending")
 
-SIMULATED = bool(config.ENABLE_CUDASIM)
+ir: Any = importlib.import_module("llvmlite.ir")
+SIMULATED = bool(vars(config)["ENABLE_CUDASIM"])
+
+# Numba's words, which stand for other things where it compiles than where it is checked.
+cuda: Any = numba.cuda
+int32: Any = numba.int32
+int64: Any = numba.int64
+float32: Any = numba.float32
+float64: Any = numba.float64
+
+
+def intrinsic(typing: Callable[..., Any]) -> Any:
+    """A function of the device that is written in LLVM's language."""
+    return _extending.intrinsic(typing)
+
 
 SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 #: How arrays travel: half types as their bits.
@@ -119,7 +138,7 @@ def fetch(kind: str, count: int, access: int, how: str) -> Any:
                     one = got if number == 1 else builder.extract_value(got, i)
                     one = builder.zext(one, _I32) if word is _I16 else one
                     # Narrow accesses of halves: two 16-bit words make one.
-                    at_word, high = part * number + i, False
+                    at_word, high = part * number + i, 0
                     if word is _I16 and count > 1:
                         at_word, high = divmod(part, 2)
                     slot = _element(builder, into, builder.add(start, ir.Constant(_I64, at_word)))
@@ -163,15 +182,16 @@ def _widened(builder: Any, kind: str, bits: Any, compute: str) -> Any:
 
 @functools.cache
 def widen(kind: str, count: int, compute: str) -> Any:
-    """``(values, words, at)``: a chunk's numbers from its words."""
+    """``(values, first, words, at)``: values[first:], a chunk's numbers, from words[at:]."""
     pairs = SIZES[kind] == 2 and count > 1
 
     @intrinsic
-    def widen_chunk(typing: Any, values: Any, words: Any, at: Any) -> Any:
+    def widen_chunk(typing: Any, values: Any, first: Any, words: Any, at: Any) -> Any:
         def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             into = _data(context, builder, values, arguments[0])
-            data = _data(context, builder, words, arguments[1])
-            start = context.cast(builder, arguments[2], at, types.int64)
+            begin = context.cast(builder, arguments[1], first, types.int64)
+            data = _data(context, builder, words, arguments[2])
+            start = context.cast(builder, arguments[3], at, types.int64)
             for i in range(count):
                 place = builder.add(start, ir.Constant(_I64, i // 2 if pairs else i))
                 bits = builder.load(_element(builder, data, place))
@@ -186,14 +206,15 @@ def widen(kind: str, count: int, compute: str) -> Any:
                         value = _widened(builder, kind, bits, compute)
                 else:
                     value = _widened(builder, kind, bits, compute)
-                builder.store(value, _element(builder, into, ir.Constant(_I64, i)))
+                place = builder.add(begin, ir.Constant(_I64, i))
+                builder.store(value, _element(builder, into, place))
             return context.get_dummy_value()
 
-        return types.none(values, words, at), build
+        return types.none(values, first, words, at), build
 
-    def simulated(values: Any, words: Any, at: int) -> None:
+    def simulated(values: Any, first: int, words: Any, at: int) -> None:
         chunk = np.ascontiguousarray(words[at : at + words_of(kind, count)])
-        values[:count] = _numbers(chunk, kind, count)
+        values[first : first + count] = _numbers(chunk, kind, count)
 
     return simulated if SIMULATED else widen_chunk
 
@@ -311,7 +332,7 @@ def store(kind: str, count: int, access: int) -> Any:
             for part in range(count * size // step):
                 values = []
                 for i in range(number):
-                    at_word, high = part * number + i, False
+                    at_word, high = part * number + i, 0
                     if word is _I16 and count > 1:
                         at_word, high = divmod(part, 2)
                     slot = builder.add(start, ir.Constant(_I64, at_word))
@@ -420,6 +441,24 @@ def product(compute: str) -> Any:
     return simulated if SIMULATED else rounded_product
 
 
+@functools.cache
+def approximate(name: str) -> Any:
+    """``(value)``: 1/x ("rcp") or 1/sqrt(x) ("rsqrt") of a float32 to an ulp or two; without the
+    branches and calls of the exact ones, which take registers even where they are not taken."""
+
+    @intrinsic
+    def function(typing: Any, value: Any) -> Any:
+        def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return _asm(builder, _FLOAT, arguments, f"{name}.approx.f32 $0, $1;", "=f,f", False)
+
+        return value(value), build
+
+    def simulated(value: Any) -> Any:
+        return np.float32(1) / (np.sqrt(value) if name == "rsqrt" else value)
+
+    return simulated if SIMULATED else function
+
+
 @intrinsic
 def _exp2(typing: Any, value: Any) -> Any:
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -433,7 +472,4 @@ def _exp2_simulated(value: Any) -> Any:
 
 
 #: ``(value)``: 2**value to 2 ulps, of a float32.
-exp2 = _exp2_simulated if SIMULATED else _exp2
-
-__all__ = ["bits_of", "cuda", "exp2", "fetch", "narrow", "power_of_two", "product", "rounded",
-           "store", "widen", "word_type", "words_of"]  # fmt: skip
+exp2: Any = _exp2_simulated if SIMULATED else _exp2

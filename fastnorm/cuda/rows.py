@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from numba import cuda, float32, float64, int32, int64
-
 from . import ptx
+from .ptx import cuda, float32, float64, int32, int64
 
 WARP = 32
 FULL = 0xFFFFFFFF
 REAL = {"float32": float32, "float64": float64}
 INTEGER = {"float32": int32, "float64": int64}
 
-#: Inlined by Numba: a call would ask for the current device, and there may be none.
-inlined = cuda.jit(device=True, inline="always")
+
+def inlined(function: Callable[..., Any]) -> Any:
+    """A function of the device, which becomes part of those that call it."""
+    return cuda.jit(device=True, inline="always")(function)
 
 
 class Range(NamedTuple):
@@ -24,7 +27,7 @@ class Range(NamedTuple):
     #: Variances below may have lost digits to underflow of squares.
     least: float
     most: float
-    #: The bits of infinity; where the exponent begins; that of numbers in [0.5, 1), as it is stored.
+    #: The bits of infinity; where the exponent begins; the stored one of numbers in [0.5, 1).
     infinity: int
     mantissa: int
     half: int
@@ -129,12 +132,12 @@ def largest(threads: int, rows: int) -> Any:
 
 @functools.cache
 def anyone(threads: int, rows: int) -> Any:
-    """``(flag)``: whether it is set for a row that takes the same branches: of this warp, or block."""
+    """``(flag)``: whether it is set for a row of this warp, or block, whose rows branch alike."""
     if threads > WARP and rows > 1:
 
         @inlined
         def among(flag: bool) -> bool:
-            return cuda.syncthreads_or(flag) != 0
+            return cuda.syncthreads_or(int32(flag)) != 0
 
     elif threads > WARP:
 
@@ -151,9 +154,58 @@ def anyone(threads: int, rows: int) -> Any:
     return among
 
 
+@functools.cache
+def scaling(compute: str) -> Any:
+    """``(value, exponent)``: value * 2**exponent, in two steps: the power may be out of range."""
+    power = ptx.power_of_two(compute)
+
+    @inlined
+    def scaled(value: Any, exponent: int) -> Any:
+        half = exponent >> 1
+        return value * power(half) * power(exponent - half)
+
+    return scaled
+
+
+@functools.cache
+def reciprocal(compute: str) -> Any:
+    """``(number)``: 1/number of a number of columns."""
+    real, about = REAL[compute], ptx.approximate("rcp")
+
+    @inlined
+    def exact(number: int) -> Any:
+        return real(1) / real(number)
+
+    @inlined
+    def refined(number: int) -> Any:
+        value = real(number)
+        first = about(value)
+        return cuda.fma(first, cuda.fma(-value, first, real(1)), first)
+
+    return exact if compute == "float64" else refined
+
+
+@functools.cache
+def inverse_root(compute: str) -> Any:
+    """``(number)``: 1/sqrt(number), infinity of 0."""
+    real, about = REAL[compute], ptx.approximate("rsqrt")
+    # Below, one step of Newton's would overflow; what is left is right to 2 ulps.
+    least, half = 2.0**-120, 0.5
+
+    @inlined
+    def exact(number: Any) -> Any:
+        return real(1) / real(math.sqrt(number))
+
+    @inlined
+    def refined(number: Any) -> Any:
+        first = about(number)
+        rest = cuda.fma(-number * first, first, real(1))
+        better = cuda.fma(first * real(half), rest, first)
+        return better if least <= number and number < most else first
+
+    most = RANGE[compute].most
+    return exact if compute == "float64" else refined
+
+
 def log2(power: int) -> int:
     return power.bit_length() - 1
-
-
-__all__ = ["FULL", "INTEGER", "RANGE", "REAL", "WARP", "anyone", "inlined", "largest", "log2",
-           "ptx", "room_size", "summing"]  # fmt: skip

@@ -275,7 +275,9 @@ def test_writes_where_another_has_just_read():
     faulty(Race, "thread 0 of block 0 writes what another", body.format(""))
     faulty(Race, "thread 0 of block 0 writes what another", body.format("bar.warp.sync -1;"))
     ok(body.format("bar.warp.sync -1;"), block=32)
-    ok(body.format(SHUFFLE.format("bfly", 1, 31, -1)), block=32)  # they have all read by then
+    vote, sum_ = "vote.sync.any.pred %p2, %p9, -1;", "redux.sync.add.s32 %r8, %r0, -1;"
+    for heard in (SHUFFLE.format("bfly", 1, 31, -1), vote, sum_):
+        ok(body.format(heard), block=32)  # they have all read by then
     faulty(Race, "thread 0 of block 0 writes what another", body.format(""), block=32)
 
 

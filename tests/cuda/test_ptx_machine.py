@@ -170,6 +170,21 @@ def test_sectors_of_a_warp(stride, shift, sectors):
     assert stats["x"].load_efficiency == 128 / (32 * sectors)
 
 
+def test_sectors_in_any_order():
+    """Lanes that jump to and fro touch no more sectors; stores are counted as loads are."""
+    body = f"""{THREAD}
+        mul.lo.u32 %r4, %r0, 9; and.b32 %r4, %r4, 31; and.b32 %r5, %r0, 32; or.b32 %r4, %r4, %r5;
+        mul.wide.u32 %d2, %r4, 4; add.u64 %d3, %d2, %d0; ld.global.u32 %r6, [%d3];
+        mul.wide.u32 %d4, %r4, 8; add.u64 %d5, %d4, %d1; st.global.u32 [%d5], %r6;
+    """
+    arrays = {"x": np.zeros(64, "u4"), "y": np.zeros(128, "u4")}
+    stats = run(entry(body, ["x", "y"]), arrays, 1, 64)
+    x, y = stats["x"], stats["y"]
+    assert (x.load_requests, x.load_sectors, x.load_efficiency) == (2, 8, 1)
+    assert (y.store_requests, y.store_sectors, y.store_efficiency) == (2, 16, 0.5)
+    assert (x.store_requests, x.store_sectors, y.load_requests, y.load_sectors) == (0, 0, 0, 0)
+
+
 # Threads
 
 
@@ -350,6 +365,13 @@ def test_shuffles_with_lanes_of_their_own(rng):
     b = rng.integers(0, 32, 96).astype("u4")
     found = compute("shfl.sync.idx.b32 $z, $a, $b, 31, -1;", [x, b], ["u32"] * 2, "u32")
     assert np.array_equal(found, np.take_along_axis(x.reshape(3, 32), b.reshape(3, 32), 1).ravel())
+
+
+def test_shuffles_of_what_all_threads_share():
+    found = compute(
+        "mov.u32 %r1, 7; shfl.sync.bfly.b32 $z, %r1, 1, 31, -1;", [numbers(64)], ["u32"], "u32"
+    )
+    assert (found == 7).all()
 
 
 def test_doubles_are_shuffled_by_halves(rng):
