@@ -163,9 +163,9 @@ class Op:
     A call's arguments, by position, are device arrays and options. Two calls that differ in
     nothing but the arrays' addresses (of the same alignment) share an entry: types, shapes,
     strides, devices, kinds, whether read-only, all options, and how each of `written` overlaps the
-    other arrays are what an entry is found by. `build` makes it: it gets the arguments with an Array
-    in the place of each device array, checks them, and raises, or returns the Entry, which must not
-    depend on an address.
+    other arrays are what an entry is found by. `build` makes it: it gets the arguments with an
+    Array in the place of each device array, checks them, and raises, or returns the Entry, which
+    must not depend on an address.
 
     Parameters
     ----------

@@ -150,7 +150,7 @@ def test_bits_do_not_depend_on_the_batch(cols, rng):
     assert all_rows["y"][4].tobytes() == alone["y"][0].tobytes()
 
 
-@pytest.mark.parametrize("misalign,stride", [(4, 770), (8, 770), (0, 772)])
+@pytest.mark.parametrize(("misalign", "stride"), [(4, 770), (8, 770), (0, 772)])
 def test_rows_that_lie_badly(misalign, stride, rng):
     x, weight, bias = row_arrays(rng, 5, 768, "float32")
     call = forward_call(x, weight, bias, misalign=misalign, strides={"x": stride, "y": stride + 2})
@@ -168,7 +168,7 @@ def test_statistics(rng):
     np.testing.assert_allclose(got["rstd"], 1 / np.sqrt(wide.var(1) + 1e-5), rtol=1e-6)
 
 
-@pytest.mark.parametrize("x_kind,y_kind", [("float32", "bfloat16"), ("float16", "float32")])
+@pytest.mark.parametrize(("x_kind", "y_kind"), [("float32", "bfloat16"), ("float16", "float32")])
 def test_a_result_of_another_type(x_kind, y_kind, rng):
     x, weight, bias = row_arrays(rng, 3, 512, x_kind)
     got, _ = run_forward(forward_call(x, weight, bias, out=y_kind))

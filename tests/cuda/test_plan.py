@@ -118,7 +118,7 @@ def test_frozen_parameters_cost_no_sums():
     assert not made.workspace
 
 
-@pytest.mark.parametrize("rows,cols", [(0, 5), (5, 0), (0, 0)])
+@pytest.mark.parametrize(("rows", "cols"), [(0, 5), (5, 0), (0, 0)])
 def test_no_elements(rows, cols):
     """Statistics and sums are filled, where they have elements; nothing else is launched."""
     types = {"x": "float32", "y": "float32", "mean": "float32", "rstd": "float32"}
