@@ -15,7 +15,6 @@ from fastnorm import _core
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="the whole sweep of test_accuracy.py")
-    parser.addoption("--write-registers", action="store_true", help="see test_ptx_budget.py")
     parser.addoption("--gpu", action="store_true", help="the tests marked gpu, and no others")
 
 

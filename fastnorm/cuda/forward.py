@@ -36,9 +36,9 @@ from .rows import (
     summing,
 )  # fmt: skip
 
-#: Registers that weight and bias may take while the row is summed. They are asked for before the
-#: sums, so that they are there when the sums are; more would cost occupancy.
-HOISTED_WORDS = 16
+#: Registers for the row's elements and for weight and bias together, up to which these are asked
+#: for before the row is summed, so that they are there when the sums are. More would be spilled.
+HELD_AND_HOISTED = 36
 #: Chunks that a thread of a wide row has in flight.
 WIDE_CHUNKS = 4
 
@@ -128,7 +128,7 @@ def forward(spec: Spec) -> Any:
     r_count = vectors * residual.words if residual.there else 1
     round_sum, round_to_sum = "round_sum" in spec.flags, sums.rounded
     needed = vectors * (weight.registers * weight.there + bias.registers * bias.there)
-    hoisted = needed <= HOISTED_WORDS
+    hoisted = held_count * (2 if compute == "float64" else 1) + needed <= HELD_AND_HOISTED
     w_count = (vectors if hoisted and weight.there else 1) * weight.words
     b_count = (vectors if hoisted and bias.there else 1) * bias.words
     w_step, b_step = (weight.words, bias.words) if hoisted else (0, 0)

@@ -176,6 +176,13 @@ def power_of_two(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
+def bucket(vectors: int) -> int:
+    """So many or a few more: 1, 2, 3, 4, 6, 8, 12 ... Fewer kernels are compiled, and what is past
+    the end of a row costs no traffic."""
+    whole = power_of_two(vectors)
+    return whole * 3 // 4 if vectors <= whole * 3 // 4 and whole > 2 else whole
+
+
 def row_tile(chunks: int, elements: int, most: int, wanted: int) -> Tile | None:
     """A row held in registers, at most so many elements a thread; None where it is too wide.
 
@@ -184,12 +191,12 @@ def row_tile(chunks: int, elements: int, most: int, wanted: int) -> Tile | None:
     """
     narrow = power_of_two(_up(chunks, max(1, min(most, NARROW_ELEMENTS) // elements)))
     if narrow <= WARP:
-        return Tile(narrow, _up(chunks, narrow))
+        return Tile(narrow, bucket(_up(chunks, narrow)))
     if _up(chunks, WARP) * elements <= most:
-        return Tile(WARP, _up(chunks, WARP))
+        return Tile(WARP, bucket(_up(chunks, WARP)))
     wide = power_of_two(_up(chunks, max(1, min(most, wanted) // elements)))
     threads = min(max(wide, 2 * WARP), MAX_THREADS)
-    vectors = _up(chunks, threads)
+    vectors = bucket(_up(chunks, threads))
     return Tile(threads, vectors) if vectors * elements <= most else None
 
 
@@ -343,10 +350,10 @@ class _Backward(NamedTuple):
         elements = max(2 * self.elements, BACKWARD_ELEMENTS // narrower)
         threads = power_of_two(_up(self.chunks, elements // self.elements))
         if threads <= BACKWARD_THREADS:
-            return Tile(threads, _up(self.chunks, threads)), True
+            return Tile(threads, bucket(_up(self.chunks, threads))), True
         # Twice as many threads of 64 registers, or as many with twice the doubles.
         threads = 2 * BACKWARD_THREADS // narrower
-        vectors = _up(self.chunks, threads)
+        vectors = bucket(_up(self.chunks, threads))
         if vectors * self.elements <= BACKWARD_ELEMENTS:
             return Tile(threads, vectors), False
         return None

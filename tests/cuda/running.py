@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import ml_dtypes
 import numpy as np
 
+from fastnorm import accuracy
 from fastnorm.cuda import compiler, plan
 
 from .ptx import Kernel, Memory, launch
@@ -76,7 +77,8 @@ class Call:
         for name, count, kind in planned.workspace:
             flat[name] = np.zeros(count, DTYPES[kind])
         fresh = [*outputs, *[name for name, *_ in planned.workspace]]
-        memory = Memory(flat, misalign=dict.fromkeys(flat, self.misalign), unwritten=fresh)
+        shifts = {name: self.misalign // a.itemsize * a.itemsize for name, a in flat.items()}
+        memory = Memory(flat, misalign=shifts, unwritten=fresh)
         rows, cols = self.shape
         values = {"rows": rows, "cols": cols, "eps": 1e-5, "offset": 0.0, **self.numbers}
         for name in self.arrays:
@@ -107,3 +109,31 @@ class Call:
         if name not in plan.ROW_OPERANDS:
             return flat.reshape(self.arrays[name].shape)
         return self.rows_of(flat, name).copy()
+
+
+# ---- results ------------------------------------------------------------------------------------
+
+F2, F4, F8 = np.dtype("f2"), np.dtype("f4"), np.dtype("f8")
+WIDE = np.longdouble
+
+
+def compute_type(dtype):
+    return F8 if dtype == F8 else F4
+
+
+def random(shape, dtype, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def assert_near(got, want, precise=1e-6, terms=None):
+    """Within `precise` of the scale of each row, or of `terms`, and half an ulp of a half type."""
+    wide, dtype = got.astype(WIDE), got.dtype
+    assert (np.isnan(wide) == np.isnan(want)).all()
+    finite = np.isfinite(want)
+    want = np.where(finite, want, 0)
+    scale = terms if terms is not None else np.maximum(1, np.abs(want).max(-1, keepdims=True))
+    allowed = precise * scale + np.zeros(want.shape)
+    if dtype.itemsize == 2:
+        allowed = allowed + 0.5 * accuracy.ulp(want.astype(float), dtype)
+    error = np.abs(np.where(finite, wide, 0) - want)
+    assert (error <= allowed).all(), (error / allowed).max()

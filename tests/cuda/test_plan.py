@@ -1,148 +1,188 @@
-"""Plans: which kernels a call takes, for every width; no device and no compiler."""
+"""Plans of every width: which kernel, how rows lie over threads, how many blocks."""
 
-import ast
 import itertools
-import math
-from pathlib import Path
 
 import pytest
 
 from fastnorm.cuda import plan
 
-TYPES = tuple(plan.SIZES)
-WIDTHS = (*range(1, 2049), *range(2050, 70_001, 127), 4096, 8192, 16_384, 32_768, 65_536, 131_072)
-#: Rows that are held in registers are read once: so many bytes of them at least.
-READ_ONCE_BYTES = 64 << 10
+SIZES = plan.SIZES
+EVERY_WIDTH = range(1, 70001)
+FORWARD = ("x", "weight", "bias", "y")
+BACKWARD = ("dy", "x", "weight", "dx")
 
 
-def forward(rows, cols, kind="float32", alignment=16, rms=False, **more):
-    types = {"x": kind, "weight": "float32", "bias": "float32", "y": kind}
-    return plan.forward(rows, cols, types, alignment=alignment, rms=rms, **more)
+def forward(rows, cols, kind, alignment=16, **options):
+    stats = "float64" if kind == "float64" else "float32"
+    types = dict.fromkeys(FORWARD, kind) | {"mean": stats, "rstd": stats} | options.pop("more", {})
+    return plan.forward(rows, cols, types, alignment=alignment, rms=False, return_stats=True,
+                        **options)  # fmt: skip
 
 
-def backward(rows, cols, kind="float32", alignment=16, rms=False, sums=True, **more):
-    compute = plan.compute_type(kind)
-    types = {"dy": kind, "x": kind, "weight": "float32", "mean": compute, "rstd": compute}
-    types |= {"dx": kind}
-    if sums:
-        types |= {"dweight": compute, "dbias": compute}
-    return plan.backward(rows, cols, types, alignment=alignment, rms=rms, **more)
+def backward(rows, cols, kind, alignment=16, sums=("dweight", "dbias"), **options):
+    stats = "float64" if kind == "float64" else "float32"
+    types = dict.fromkeys(BACKWARD, kind) | dict.fromkeys(("mean", "rstd", *sums), stats)
+    return plan.backward(rows, cols, types, alignment=alignment, rms=False, **options)
 
 
-def steps_of(rows, cols, kind, alignment):
-    plans = forward(rows, cols, kind, alignment), backward(rows, cols, kind, alignment)
-    return [step for each in plans for step in each.steps]
+def alignment_of(cols, kind):
+    """Of rows that lie one after the other from an aligned address on."""
+    size = cols * SIZES[kind]
+    return min(16, size & -size)
 
 
-def test_it_imports_no_compiler():
-    """Plans are made where there is no Numba."""
-    tree = ast.parse(Path(plan.__file__).read_text())
-    names = [
-        node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
-    ] + [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import)
-         for alias in node.names]  # fmt: skip
-    assert set(names) <= {"__future__", "math", "typing", "collections.abc"}
+def assert_launches(step):
+    """What any device can launch, and what kernels take for granted."""
+    spec = step.spec
+    assert 1 <= step.block == spec.threads * spec.rows <= 1024
+    assert 1 <= step.grid < 2**31
+    assert spec.threads & (spec.threads - 1) == 0
+    assert step.block % 32 == 0 or spec.threads < 32
+    assert len(step.arguments) == len(plan.arguments(spec)) == len(plan.layout(spec))
+    assert 65536 // (step.block * plan.resident_blocks(spec)) >= 64
+    hash(spec)
 
 
-@pytest.mark.parametrize("kind", TYPES)
-def test_every_width_is_covered_within_a_device_s_limits(kind):
-    for cols, alignment in itertools.product(WIDTHS, (16, 8, 4, 2)):
-        if alignment < plan.SIZES[kind]:
-            continue
-        for step in steps_of(1000, cols, kind, alignment):
-            spec = step.spec
-            assert 1 <= step.block <= plan.MAX_THREADS, (cols, spec)
-            assert step.block == spec.threads * spec.rows
-            assert step.block >= plan.WARP or spec.threads * spec.rows % plan.WARP == 0, spec
-            assert 1 <= step.grid < 2**31
-            assert spec.access <= 16
-            assert cols % spec.elements == 0, "a chunk never lies half past a row's end"
+def assert_covers(spec, cols):
+    """Each element belongs to one chunk of one thread, all of it or nothing."""
+    assert cols % spec.elements == 0
+    assert spec.threads * spec.vectors * spec.elements >= cols
+    assert (spec.vectors - 1) * spec.elements * spec.threads < 1.5 * cols
 
 
-@pytest.mark.parametrize("kind", TYPES)
-def test_a_row_in_registers_fits_its_tile(kind):
-    """Chunks of the tile reach the row's end, and no power of two less would."""
-    for cols in WIDTHS:
-        [step] = forward(1000, cols, kind).steps
+@pytest.mark.parametrize("kind", SIZES)
+def test_forward_of_every_width(kind):
+    specs, rows = set(), 1000
+    for cols in EVERY_WIDTH:
+        alignment = alignment_of(cols, kind)
+        (step,) = forward(rows, cols, kind, alignment).steps
         spec = step.spec
+        assert_launches(step)
+        assert spec.elements * SIZES[kind] == min(16, alignment)
+        assert step.grid * spec.rows >= rows > (step.grid - 1) * spec.rows
         if spec.kernel == "forward":
-            assert spec.threads * spec.vectors * spec.elements >= cols
-            assert spec.threads * (spec.vectors - 1) * spec.elements < cols
+            assert_covers(spec, cols)
+            most = 32 if kind != "float64" else 16
+            assert spec.vectors * spec.elements <= most
+        else:
+            assert spec.kernel == "forward_wide"
+            assert cols * SIZES[kind] > 65536 or alignment < 16
+        specs.add(spec)
+    # Compiling one takes a second or two.
+    assert len(specs) <= 110
+    aligned = {spec for spec in specs if spec.access == 16}
+    assert len(aligned) <= 30
 
 
-@pytest.mark.parametrize("kind", TYPES)
-def test_rows_of_64_kb_are_read_once_by_16_bytes(kind):
-    size = plan.SIZES[kind]
-    for cols in range(16 // size, READ_ONCE_BYTES // size + 1, 16 // size):
-        [step] = forward(100, cols, kind).steps
-        assert step.spec.kernel == "forward", cols
-        assert step.spec.elements * size == 16, cols
+@pytest.mark.parametrize("kind", SIZES)
+def test_backward_of_every_width(kind):
+    specs, rows = set(), 4096
+    for cols in EVERY_WIDTH:
+        alignment = alignment_of(cols, kind)
+        planned = backward(rows, cols, kind, alignment)
+        for step in planned.steps:
+            assert_launches(step)
+            specs.add(step.spec)
+        main = planned.steps[0].spec
+        if main.kernel == "backward":
+            assert_covers(main, cols)
+        fused = "sums" in main.flags
+        if cols * SIZES[kind] <= 8192 * 2 and alignment == 16:
+            assert fused
+        assert fused == ("backward_columns" not in [step.spec.kernel for step in planned.steps])
+        # What the workspace holds is what blocks write and the second stage reads.
+        sizes = {name: count for name, count, _ in planned.workspace}
+        strips = 1 if fused else -(-cols // (plan.COLUMN_CHUNKS * main.elements))
+        if planned.steps[-1].spec.kernel == "reduce":
+            assert sizes["dweight_partials"] * strips == planned.steps[-2].grid * cols
+        else:
+            assert planned.steps[-1].grid == strips
+        assert fused or sizes["shift"] == rows
+    assert len(specs) <= 120
 
 
-def test_a_row_s_kernel_does_not_depend_on_how_many_there_are():
-    for cols in WIDTHS:
-        specs = {step.spec for rows in (1, 2, 33, 10**6) for step in forward(rows, cols).steps}
-        assert len(specs) == 1, cols
+@pytest.mark.parametrize("kind", SIZES)
+def test_a_rows_sums_do_not_depend_on_how_many_rows_there_are(kind):
+    for cols, rows in itertools.product((1, 100, 128, 4096, 40000), (1, 2, 1000, 2**31)):
+        spec, other = (
+            forward(n, cols, kind, alignment_of(cols, kind)).steps[0].spec for n in (rows, 7)
+        )
+        assert spec == other
 
 
-def test_specs_are_few():
-    """A kernel takes a second to compile: widths share them."""
-    specs = {step.spec for cols in range(8, 65_537, 8) for step in forward(100, cols).steps}
-    assert len(specs) <= 64
+def test_sums_over_rows_do_not_depend_on_the_device():
+    """Blocks follow from the rows and columns, up to what fills an H200."""
+    blocks = [backward(rows, 4096, "float32").steps[0].grid for rows in (1, 2, 100, 10**4, 10**6)]
+    assert blocks == [1, 1, 50, 132, 132]
 
 
-@pytest.mark.parametrize("rows", [1, 7, 128, 4096, 32_768, 2**31 - 1, 2**33])
-@pytest.mark.parametrize("cols", [1, 100, 768, 4096, 8192, 32_768, 100_000])
-def test_all_rows_get_a_block(rows, cols):
-    """Of the forward call; the grid ends at 2^31 - 1 blocks."""
-    [step] = forward(rows, cols).steps
-    if step.spec.kernel == "forward" and rows <= 2**31 - 1:
-        assert step.grid * step.spec.rows >= rows
-    assert step.grid >= 1
+@pytest.mark.parametrize("cols", [64, 4096, 16384])
+def test_one_slice_of_rows_is_the_result(cols):
+    planned = backward(3, cols, "float32")
+    assert all(step.spec.kernel != "reduce" for step in planned.steps)
+    assert {"dweight", "dbias"} <= set(planned.steps[-1].arguments)
+    assert all(not name.endswith("_partials") for name, *_ in planned.workspace)
 
 
-@pytest.mark.parametrize("cols", [8, 256, 768, 1024, 4096, 8192, 20_000])
-def test_partial_sums_follow_from_the_shape_alone(cols):
-    """And are little next to x and dy, which are read for them."""
-    for rows in (1, 64, 4096, 32_768, 262_144):
-        made = backward(rows, cols)
-        assert made == backward(rows, cols)
-        elements = sum(count for name, count, _ in made.workspace if name.endswith("partials"))
-        assert elements <= max(rows * cols, 2 * cols), (rows, cols)
-        assert rows < 32_768 or elements <= rows * cols // 25, (rows, cols)
+def test_groups_of_rows():
+    """Gradients of parameters that rows share by row // div % mod."""
+    planned = backward(4096, 256, "float32", groups=(128, 32), per_row={"weight": True})
+    main, second = planned.steps
+    assert main.grid % 32 == 0
+    assert {"dweight_div", "dweight_mod", "weight_div", "weight_mod"} <= set(main.arguments)
+    assert planned.workspace[0][1] == main.grid * 256
+    assert second.spec.kernel == "reduce"
+    (each,) = backward(24, 256, "float32", groups=(1, 24), per_row={"weight": True}).steps
+    assert each.grid == 24
 
 
-def test_frozen_parameters_cost_no_sums():
-    made = backward(4096, 1024, sums=False)
-    assert len(made.steps) == 1
-    assert not made.workspace
+@pytest.mark.parametrize("asked", [*itertools.product([False, True], repeat=3)])
+def test_gradients_that_are_asked_for(asked):
+    dx, *sums = asked
+    wanted = [name for name, ask in zip(("dweight", "dbias"), sums, strict=True) if ask]
+    for cols in (256, 40000):
+        types = dict.fromkeys(("dy", "x", "weight", "mean", "rstd"), "float32")
+        types |= dict.fromkeys((["dx"] if dx else []) + wanted, "float32")
+        planned = plan.backward(500, cols, types, alignment=16, rms=False)
+        given = {name for step in planned.steps for name in step.arguments}
+        assert ("dx" in given) == dx
+        assert all((name in given) == (name in wanted) for name in ("dweight", "dbias"))
+        # A column's sum of dy needs no pass over rows.
+        if cols > 8192 and not dx:
+            kernels = [step.spec.kernel for step in planned.steps]
+            assert ("backward_wide" in kernels) == ("dweight" in wanted)
 
 
-@pytest.mark.parametrize(("rows", "cols"), [(0, 5), (5, 0), (0, 0)])
-def test_no_elements(rows, cols):
-    """Statistics and sums are filled, where they have elements; nothing else is launched."""
-    types = {"x": "float32", "y": "float32", "mean": "float32", "rstd": "float32"}
-    made = plan.forward(rows, cols, types, alignment=16, rms=False)
-    assert all(step.spec.kernel == "fill" for step in made.steps)
-    assert len(made.steps) == (2 if rows else 0)
-    made = backward(rows, cols)
-    assert len(made.steps) == (2 if cols else 0)
+def test_alignment():
+    """Narrower accesses where addresses, distances or odd widths ask for them."""
+    for alignment, elements in ((16, 8), (8, 4), (4, 2), (2, 1)):
+        spec = forward(4, 4096, "bfloat16", alignment).steps[0].spec
+        assert (spec.elements, spec.access) == (elements, alignment)
+    assert forward(1, 1001, "float32").steps[0].spec.elements == 1
+    mixed = forward(4, 4096, "bfloat16", more={"y": "float32", "weight": "float64"})
+    assert mixed.steps[0].spec.elements == 8
+    assert mixed.steps[0].spec.access == 16
 
 
-@pytest.mark.parametrize("make", [forward, backward])
-def test_arguments_and_layout_agree(make):
-    for cols in (1, 96, 768, 20_000, 200_000):
-        for step in make(100, cols).steps:
-            names, kinds = plan.arguments(step.spec), plan.layout(step.spec)
-            assert len(names) == len(kinds) == len(step.arguments)
-            arrays = {name for name, _ in step.spec.types}
-            assert {name for name, kind in zip(names, kinds, strict=True) if kind == "a"} == arrays
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0)])
+def test_no_elements(shape):
+    """Statistics of rows of nothing, and gradients summed over no rows, are written."""
+    rows, cols = shape
+    filled = {step.arguments[0]: step.spec.flags for step in forward(*shape, "float32").steps}
+    assert filled == ({"mean": ("zero",), "rstd": ("nan",)} if rows else {})
+    filled = [step.arguments for step in backward(*shape, "float32").steps]
+    assert filled == ([("dweight",), ("dbias",)] if cols else [])
 
 
-@pytest.mark.parametrize("alignment", [16, 8, 4, 2])
-def test_what_lies_badly_is_moved_by_less(alignment):
-    for kind in TYPES:
-        if alignment >= plan.SIZES[kind]:
-            [step] = forward(10, 1024, kind, alignment).steps
-            assert step.spec.access <= max(alignment, plan.SIZES[kind])
-            assert math.gcd(step.spec.elements, 1024) == step.spec.elements
+def test_layouts():
+    spec = (
+        forward(4, 256, "float64", offset=True, per_row={"weight": True, "x": True}).steps[0].spec
+    )
+    names = plan.arguments(spec)
+    letters = dict(zip(names, plan.layout(spec), strict=True))
+    assert [letters[name] for name in ("x", "x_stride", "weight_div", "eps", "offset")] == list(
+        "aqqdd"
+    )
+    assert "x_div" not in names
+    assert "bias_div" not in names
+    assert eval(repr(spec), vars(plan)) == spec
