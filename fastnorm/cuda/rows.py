@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numba.cuda
+
 from . import ptx
 from .ptx import cuda, float32, float64, int32, int64
 
@@ -15,10 +17,13 @@ FULL = 0xFFFFFFFF
 REAL = {"float32": float32, "float64": float64}
 INTEGER = {"float32": int32, "float64": int64}
 
+_jit: Any = numba.cuda.jit
+
 
 def inlined(function: Callable[..., Any]) -> Any:
     """A function of the device, which becomes part of those that call it."""
-    return cuda.jit(device=True, inline="always")(function)
+    # Not this module's `cuda`, which the simulator replaces while a kernel runs.
+    return _jit(device=True, inline="always")(function)
 
 
 class Range(NamedTuple):

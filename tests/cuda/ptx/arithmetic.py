@@ -138,7 +138,7 @@ def _fma64(a, b, c, mode):
         plain &= ~np.isfinite(a * b + c)
     sums = np.where(np.isfinite(a) & np.isfinite(b) & ~np.isfinite(c), c, a * b + c)
     result = np.where(plain, sums, result)
-    for place in zip(*np.nonzero(~(safe | plain)), strict=True):
+    for place in map(tuple, np.argwhere(~(safe | plain))):  # none or one of a scalar
         result[place] = exact_fma(a[place], b[place], c[place], mode)
     return result.reshape(shape)[()]
 
