@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import platform
@@ -11,7 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +127,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json != "-":
         _show(results, options, Console())
     if options.json:
-        _write_json(results, options.json)
+        timing.write_json(machine(), results, options.json)
     if options.plot:
         plot(results, options.plot)
         print(f"plot: {options.plot}", file=sys.stderr)
@@ -201,17 +200,6 @@ def machine_line() -> str:
         f"{here['cpu']} ({here['isa']}, {here['cpus']} CPUs), Python {here['python']}, "
         f"{', '.join(found)}{missing}."
     )
-
-
-def _write_json(results: list[Result], path: str) -> None:
-    text = json.dumps(
-        {"machine": machine(), "command": sys.argv, "results": [asdict(r) for r in results]},
-        indent=1,
-    )
-    if path == "-":
-        print(text)
-    else:
-        Path(path).write_text(text + "\n")
 
 
 # ---- the plot -----------------------------------------------------------------------------------

@@ -7,10 +7,14 @@ and for a ratio the median of the rounds' ratios.
 
 from __future__ import annotations
 
+import json
 import statistics
+import sys
 import time
 import timeit
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Protocol
 
 ROUNDS = 15
@@ -58,6 +62,16 @@ def interleave(
 def median_ratio(times: Sequence[float], base: Sequence[float]) -> float:
     """The median over the rounds of times / base."""
     return statistics.median(t / b for t, b in zip(times, base, strict=True))
+
+
+def write_json(machine: Mapping[str, Any], results: Sequence[Any], path: str) -> None:
+    """Dataclasses of results, and where they were measured; "-" is the standard output."""
+    found = {"machine": machine, "command": sys.argv, "results": [asdict(r) for r in results]}
+    text = json.dumps(found, indent=1)
+    if path == "-":
+        print(text)
+    else:
+        Path(path).write_text(text + "\n")
 
 
 def duration(seconds: float) -> str:

@@ -10,13 +10,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import fastnorm
@@ -324,7 +322,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json != "-":
         show(results)
     if options.json:
-        write_json(results, options.json)
+        timing.write_json(machine(), results, options.json)
     return 0
 
 
@@ -389,14 +387,3 @@ def show(results: list[Result]) -> None:
         f"error: the largest, against float64. {here}.",
         highlight=False, soft_wrap=True, style="dim",
     )  # fmt: skip
-
-
-def write_json(results: list[Result], path: str) -> None:
-    text = json.dumps(
-        {"machine": machine(), "command": sys.argv, "results": [asdict(r) for r in results]},
-        indent=1,
-    )
-    if path == "-":
-        print(text)
-    else:
-        Path(path).write_text(text + "\n")

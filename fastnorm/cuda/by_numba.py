@@ -69,7 +69,7 @@ class Launcher:
 def source_of(spec: plan.Spec) -> tuple[Any, tuple[Any, ...], int]:
     """The kernel for Numba to compile, its arguments' types, and a thread's most registers."""
     kernels = importlib.import_module(".kernels", __package__)
-    threads = spec.threads * spec.rows * compiler.resident(spec)
+    threads = spec.threads * spec.rows * plan.resident_blocks(spec)
     registers = min(compiler.REGISTERS // threads, 255)
     name = compiler.entry_name(spec)
     return kernels.kernel(spec, name), kernels.signature(spec), registers

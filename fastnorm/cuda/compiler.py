@@ -215,11 +215,6 @@ def _finished(text: str, spec: plan.Spec) -> str:
     return text.replace(found.group(1), entry_name(spec))
 
 
-def resident(spec: plan.Spec) -> int:
-    """Blocks that a multiprocessor shall have room for."""
-    return plan.resident_blocks(spec)
-
-
 def _linked(text: str, capability: tuple[int, int]) -> tuple[bytes, str] | None:
     """A cubin, which any driver of the same generation loads; None where there is no linker."""
     try:

@@ -111,6 +111,32 @@ def _finish(spec: Spec) -> Any:
     return finish
 
 
+def _rstds(spec: Spec) -> Any:
+    """``(variance, padding, padded, eps, exponent)``: what the row, times 2^exponent, is multiplied
+    by, and the rstd of the row as it came."""
+    rms, real, most = "rms" in spec.flags, REAL[spec.compute], RANGE[spec.compute].most
+    scaled, inverse_root_of = scaling(spec.compute), inverse_root(spec.compute)
+
+    @inlined
+    def rstds(variance: Any, padding: Any, padded: Any, eps: Any, exponent: int) -> Any:
+        if variance < 0:
+            variance = real(0)
+        root = inverse_root_of(variance + padding)
+        reported = scaled(root, exponent)
+        if padding > most:  # next to which the variance is nothing
+            reported = inverse_root_of(eps)
+            root = scaled(reported, -exponent)
+        if variance == 0:
+            reported = inverse_root_of(eps)
+            root = root if root <= most else real(0)
+        if rms and padded > most and padding <= most:  # infinity among the elements
+            root = real(math.nan)
+            reported = root
+        return root, reported
+
+    return rstds
+
+
 def forward(spec: Spec) -> Any:
     """A row in registers: by some lanes of a warp, a warp, or a block."""
     threads, rows_at_once, vectors, elements = (
@@ -141,7 +167,7 @@ def forward(spec: Spec) -> Any:
     one, two = summing(threads, rows_at_once, 1), summing(threads, rows_at_once, 2)
     top, among = largest(threads, rows_at_once), anyone(threads, rows_at_once)
     magnitude, scaled = ptx.bits_of(compute), scaling(compute)
-    reciprocal_of, inverse_root_of = reciprocal(compute), inverse_root(compute)
+    reciprocal_of, rstds = reciprocal(compute), _rstds(spec)
     added, finish = _adding(spec), _finish(spec)
     least, most, infinity = limits.least, limits.most, limits.infinity
     mantissa, half = limits.mantissa, limits.half
@@ -296,19 +322,7 @@ def forward(spec: Spec) -> Any:
             if not rms and not settled:
                 pivot = moved
 
-        if variance < 0:
-            variance = real(0)
-        root = inverse_root_of(variance + padding)
-        reported = scaled(root, exponent)
-        if padding > most:  # next to which the variance is nothing
-            reported = inverse_root_of(eps)
-            root = scaled(reported, -exponent)
-        if variance == 0:
-            reported = inverse_root_of(eps)
-            root = root if root <= most else real(0)
-        if rms and padded > most and padding <= most:  # infinity among the elements
-            root = real(math.nan)
-            reported = root
+        root, reported = rstds(variance, padding, padded, eps, exponent)
         shift = -c * root
         if lane == 0 and inside:
             if has_mean:
@@ -354,7 +368,7 @@ def forward_wide(spec: Spec) -> Any:
     shift_of_chunk, size = log2(elements), room_size(threads, 1)
     one, two, top = summing(threads, 1, 1), summing(threads, 1, 2), largest(threads, 1)
     magnitude, scaled = ptx.bits_of(compute), scaling(compute)
-    reciprocal_of, inverse_root_of = reciprocal(compute), inverse_root(compute)
+    reciprocal_of, rstds = reciprocal(compute), _rstds(spec)
     added, finish = _adding(spec), _finish(spec)
     least, most, infinity = limits.least, limits.most, limits.infinity
     mantissa, half = limits.mantissa, limits.half
@@ -505,19 +519,7 @@ def forward_wide(spec: Spec) -> Any:
             elif not rms:
                 pivot += c
 
-        if variance < 0:
-            variance = real(0)
-        root = inverse_root_of(variance + padding)
-        reported = scaled(root, exponent)
-        if padding > most:  # next to which the variance is nothing
-            reported = inverse_root_of(eps)
-            root = scaled(reported, -exponent)
-        if variance == 0:
-            reported = inverse_root_of(eps)
-            root = root if root <= most else real(0)
-        if rms and padded > most and padding <= most:  # infinity among the elements
-            root = real(math.nan)
-            reported = root
+        root, reported = rstds(variance, padding, padded, eps, exponent)
         shift = -c * root
         if lane == 0:
             if has_mean:

@@ -56,12 +56,8 @@ BACKWARD = {
 NAMES = {op: tuple(inspect.signature(CALLS[op]).parameters)[:-1] for op in (*FORWARD, *BACKWARD)}
 
 
-def compute_type(*kinds: str) -> str:
-    return "float64" if "float64" in kinds else "float32"
-
-
 def wider(a: str, b: str) -> str:
-    return a if a == b else compute_type(a, b)
+    return a if a == b else plan.compute_type(a, b)
 
 
 class Operand(NamedTuple):
@@ -340,7 +336,7 @@ class Forward(Call):
         checks.as_activation(activation)
         offset = checks.as_offset(given.get("offset", family.offset))
         residual_type = self.type if residual is None else self.type_of("residual", residual)
-        self.compute = compute_type(self.type, residual_type)
+        self.compute = plan.compute_type(self.type, residual_type)
         self.numbers["eps"] = self.eps()
         self.add_rows("x", "x")
         self.add_parameter("weight", family.weight)
@@ -400,7 +396,7 @@ class Backward(Call):
         family = BACKWARD[op]
         super().__init__(op, family, args)
         given = self.given
-        self.compute = compute_type(self.type)
+        self.compute = plan.compute_type(self.type)
         if given.get("from_output"):
             raise TypeError(
                 "from_output: got True, wanted False for arrays on a CUDA device: pass x, mean and "
