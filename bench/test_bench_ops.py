@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import fastnorm
-from fastnorm import _core, bench, cases, contenders
+from fastnorm import _core, bench, cases, channels, contenders
 
 THREADS = (1, 2)
 
@@ -31,9 +31,25 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 @pytest.mark.benchmark(max_time=0.2)
 @pytest.mark.parametrize("shape", bench.SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
 @pytest.mark.parametrize("dtype", _core.DTYPES)
-@pytest.mark.parametrize("op", _core.OPS)
+@pytest.mark.parametrize("op", [op for op in _core.OPS if op not in cases.CHANNELS])
 def test_op(
-    benchmark: Callable[..., Any], op: str, dtype: str, shape: tuple[int, int], threads: int
+    benchmark: Callable[..., Any], op: str, dtype: str, shape: tuple[int, ...], threads: int
+) -> None:
+    run(benchmark, op, dtype, shape, threads)
+
+
+@pytest.mark.benchmark(max_time=0.2)
+@pytest.mark.parametrize("shape", bench.IMAGES, ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("dtype", _core.DTYPES)
+@pytest.mark.parametrize("op", cases.CHANNELS)
+def test_op_of_channels(
+    benchmark: Callable[..., Any], op: str, dtype: str, shape: tuple[int, ...], threads: int
+) -> None:
+    run(benchmark, op, dtype, shape, threads)
+
+
+def run(
+    benchmark: Callable[..., Any], op: str, dtype: str, shape: tuple[int, ...], threads: int
 ) -> None:
     if dtype == "bfloat16":
         pytest.importorskip("ml_dtypes", reason="NumPy has no bfloat16 of its own")
@@ -43,3 +59,7 @@ def test_op(
     benchmark.group = f"{op} {dtype} {case.name}"  # type: ignore[attr-defined]
     benchmark(eval(f"lambda: {call.statement}", call.names))
     assert case.largest_error(call.results()) <= cases.allowed_error(op, dtype)
+
+
+def test_every_op_of_channels_is_timed() -> None:
+    assert set(cases.CHANNELS.values()) == set(channels.OPS)

@@ -28,6 +28,9 @@ SHAPES = [
     *[(65536, 8), (65536, 32), (8192, 128), (32768, 768)],
 ]
 QUICK_SHAPES = [(1, 768), (32, 768), (512, 768), (16384, 8)]
+# Of arrays with channels: one image, some that fit in the cache, many that do not.
+IMAGES = [(1, 64, 56, 56), (8, 256, 28, 28), (32, 64, 112, 112)]
+QUICK_IMAGES = IMAGES[:2]
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,7 @@ class Result:
 
     op: str
     dtype: str
-    rows: int
-    cols: int
+    shape: tuple[int, ...]
     align: int
     threads: int
     provider: str
@@ -50,8 +52,8 @@ class Result:
     rounds: list[float]
 
     @property
-    def shape(self) -> str:
-        return f"({self.rows}, {self.cols})"
+    def name(self) -> str:
+        return str(self.shape)
 
 
 def measure(
@@ -79,8 +81,7 @@ def measure(
             Result(
                 op=case.op,
                 dtype=case.dtype.name,
-                rows=case.shape[0],
-                cols=case.shape[1],
+                shape=case.shape,
                 align=case.align,
                 threads=threads,
                 provider=contender.provider,
@@ -121,7 +122,7 @@ def _cpu_model() -> str:
 def run(options: argparse.Namespace) -> int:
     if options.plot:
         import matplotlib.figure  # noqa: F401  (said before the measurement, not after it)
-    shapes = options.shapes or (QUICK_SHAPES if options.quick else SHAPES)
+    shapes = options.shapes or default_shapes(options.op, options.quick)
     seconds = options.seconds or (0.5 if options.quick else 3.0)
     results = _measure_all(shapes, seconds, options)
     if options.json != "-":
@@ -134,8 +135,14 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def default_shapes(op: str, quick: bool) -> Sequence[tuple[int, ...]]:
+    if op in cases.CHANNELS:
+        return QUICK_IMAGES if quick else IMAGES
+    return QUICK_SHAPES if quick else SHAPES
+
+
 def _measure_all(
-    shapes: Sequence[tuple[int, int]], seconds: float, options: argparse.Namespace
+    shapes: Sequence[tuple[int, ...]], seconds: float, options: argparse.Namespace
 ) -> list[Result]:
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
@@ -169,7 +176,7 @@ def _show(results: list[Result], options: argparse.Namespace, console: Console) 
         if first and before is not None:
             table.add_section()
         table.add_row(
-            result.shape if first else "",
+            result.name if first else "",
             result.provider,
             result.output,
             timing.duration(result.seconds),
@@ -220,7 +227,7 @@ def plot(results: list[Result], path: str) -> None:
     """Each contender's time over fastnorm's, a column for each shape."""
     from matplotlib.figure import Figure
 
-    shapes = list(dict.fromkeys(result.shape for result in results))
+    shapes = list(dict.fromkeys(result.name for result in results))
     providers = list(dict.fromkeys(result.provider for result in results))
     figure = Figure(figsize=(max(6.5, 1.5 + 0.95 * len(shapes)), 5.2), layout="constrained")
     axes = figure.add_subplot()
@@ -239,7 +246,7 @@ def _draw_ratios(axes: Any, results: list[Result], shapes: list[str], providers:
     for result in results:
         color = COLORS.get(result.provider)
         axes.plot(
-            shapes.index(result.shape) + shift[result.provider],
+            shapes.index(result.name) + shift[result.provider],
             result.ratio,
             marker="s" if result.output == "out" else "o",
             markerfacecolor=color if result.output == "out" else "white",
@@ -256,11 +263,11 @@ def _label(axes: Any, results: list[Result], shapes: list[str]) -> None:
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
     axes.set_ylabel("time / fastnorm's time with the same kind of output")
-    ours = {r.shape: r.seconds for r in reversed(results) if r.provider == "fastnorm"}
+    ours = {r.name: r.seconds for r in reversed(results) if r.provider == "fastnorm"}
     axes.set_xticks(
         range(len(shapes)), [f"{s}\n{timing.duration(ours[s])}" for s in shapes], fontsize=8
     )
-    axes.set_xlabel("rows, columns and what fastnorm takes with a new output")
+    axes.set_xlabel("the shape, and what fastnorm takes with a new output")
     axes.grid(axis="y", which="major", color="0.9")
     first = results[0]
     axes.set_title(

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import fastnorm
-from fastnorm import accuracy, reference
+from fastnorm import accuracy, accuracy_channels, reference
 
 Array = NDArray[Any]
 
@@ -33,26 +33,49 @@ ARRAYS_MOVED = {
     "segment_rms_norm": 2,
     "segment_rms_norm_backward": 3,
     "moments": 1,
+    "batch_norm": 2,
+    "batch_norm_backward": 3,
+    "batch_norm_training": 2,
+    "batch_norm_training_backward": 3,
+    "group_norm": 2,
+    "group_norm_backward": 3,
+    "instance_norm": 2,
+    "instance_norm_backward": 3,
+    "adaptive_instance_norm": 3,
 }
+# Those of arrays with channels, (N, C, ...), and the public function of each.
+CHANNELS = {
+    "batch_norm": "batch_norm",
+    "batch_norm_backward": "batch_norm_backward",
+    "batch_norm_training": "batch_norm",
+    "batch_norm_training_backward": "batch_norm_backward",
+    "group_norm": "group_norm",
+    "group_norm_backward": "group_norm_backward",
+    "instance_norm": "instance_norm",
+    "instance_norm_backward": "instance_norm_backward",
+    "adaptive_instance_norm": "adaptive_instance_norm",
+}
+# Groups of group norm, at most: as many of them as divide the channels.
+GROUPS = 32
 # Rows of a sample (the tokens of an image in DiT) and of a segment (the nodes of a small graph),
 # at most: as many of them as divide the rows.
 TOKENS, NODES = 256, 32
 
 
 class Case:
-    """The arrays of one measurement: rows x cols of an op and a dtype.
+    """The arrays of one measurement: an op's at a shape, rows x cols or (N, C, ...), and a dtype.
 
     Every array starts at an address that is `align` modulo 64 (align = 64: at a cache line). All
     are of one dtype, parameters too.
     """
 
     def __init__(
-        self, op: str, shape: tuple[int, int], dtype: str, align: int = 64, eps: float = 1e-5
+        self, op: str, shape: tuple[int, ...], dtype: str, align: int = 64, eps: float = 1e-5
     ) -> None:
         self.op, self.shape, self.align, self.eps = op, shape, align, eps
         self.dtype = _storage(dtype)
         self._rng = np.random.default_rng(0)
-        rows, cols = shape
+        rows, cols = shape[0], shape[1] if op in CHANNELS else shape[-1]
         self.x, self.y = self.normal(shape), self.empty(shape)
         self.weight, self.bias = self.normal((cols,)), self.normal((cols,))
         self.weight += 1
@@ -61,6 +84,8 @@ class Case:
         if op.startswith("add_"):
             name = "dsum" if op.endswith("_backward") else "residual"
             self._more = {name: self.normal(shape), "total": self.empty(shape)}
+        elif op in CHANNELS:
+            self._more = self._of_channels(cols)
         elif op.startswith("adaptive_"):
             samples = rows // math.gcd(rows, TOKENS)
             tokens = (samples, -1, cols)
@@ -72,15 +97,33 @@ class Case:
         elif op.startswith("segment_"):
             self._more = {"offsets": np.arange(0, rows + 1, math.gcd(rows, NODES))}
 
+    def _of_channels(self, channels: int) -> dict[str, Any]:
+        running_var = self.normal((channels,))
+        running_var *= running_var
+        running_var += 1
+        return {
+            "running_mean": self.normal((channels,)),
+            "running_var": running_var,
+            "groups": math.gcd(channels, GROUPS),
+            "style": self.normal(self.shape) if self.op == "adaptive_instance_norm" else None,
+        }
+
+    @property
+    def running(self) -> tuple[Array, Array] | None:
+        """What batch norm normalises by in inference; None in training."""
+        if "training" in self.op:
+            return None
+        return self._more["running_mean"], self._more["running_var"]
+
     @property
     def arrays(self) -> dict[str, Any]:
         """What the statements that are timed may name."""
         arrays = {name: getattr(self, name) for name in ("x", "dy", "weight", "bias", "y")}
-        return arrays | {"cols": self.shape[1], "eps": self.eps} | self._more
+        return arrays | {"cols": self.shape[-1], "eps": self.eps} | self._more
 
     @property
     def name(self) -> str:
-        return f"({self.shape[0]}, {self.shape[1]})"
+        return str(self.shape)
 
     @property
     def bytes_moved(self) -> int:
@@ -279,6 +322,62 @@ def _moments(case: Case, mean: Array, variance: Array) -> float:
     return max(accuracy.moments_errors((mean, variance), case.x))
 
 
+# ---- arrays with channels -----------------------------------------------------------------------
+
+
+def _batch_norm(case: Case, y: Array, *running: Array) -> float:
+    """`running`: where they have been updated by one call, from those of the case."""
+    error = accuracy_channels.batch_norm_error(
+        y, case.x, case.running, case.weight, case.bias, case.eps
+    )
+    if not running:
+        return error
+    before = case.arrays["running_mean"], case.arrays["running_var"]
+    mean, variance = running
+    return max(error, accuracy_channels.running_error((mean, variance), before, case.x))
+
+
+def _batch_norm_backward(case: Case, *gradients: Array) -> float:
+    dx, dweight, dbias = gradients
+    errors = accuracy_channels.batch_norm_backward_errors(
+        (dx, dweight, dbias), case.dy, case.x, case.running, case.weight, case.eps
+    )
+    return max(errors)
+
+
+def _group_norm(case: Case, y: Array) -> float:
+    return accuracy_channels.group_norm_error(
+        y, case.x, _groups(case), case.weight, case.bias, case.eps
+    )
+
+
+def _group_norm_backward(case: Case, *gradients: Array) -> float:
+    dx, dweight, dbias = gradients
+    errors = accuracy_channels.group_norm_backward_errors(
+        (dx, dweight, dbias), case.dy, case.x, _groups(case), case.weight, case.eps
+    )
+    return max(errors)
+
+
+def _groups(case: Case) -> int:
+    """Instance norm has a group for each channel."""
+    return case.shape[1] if "instance" in case.op else case.arrays["groups"]
+
+
+def _adaptive_instance_norm(case: Case, y: Array) -> float:
+    """As an affine map of each plane, by the style's std and mean."""
+    planes = (*case.shape[:2], -1)
+    style = case.arrays["style"].reshape(planes)
+    worst = 0.0
+    for k, x in enumerate(case.x.reshape(planes)):
+        mean, variance = reference.moments(style[k])
+        std = np.sqrt(variance + case.eps)[:, None]
+        xh = reference.layer_norm(x, eps=case.eps)
+        error = accuracy.affine_error(y.reshape(planes)[k], xh, std, mean[:, None])
+        worst = max(worst, error)
+    return worst
+
+
 _ERRORS: dict[str, Callable[..., float]] = {
     "layer_norm": _layer_norm,
     "layer_norm_backward": _layer_norm_backward,
@@ -296,4 +395,13 @@ _ERRORS: dict[str, Callable[..., float]] = {
     "segment_rms_norm": _segment_rms_norm,
     "segment_rms_norm_backward": _segment_rms_norm_backward,
     "moments": _moments,
+    "batch_norm": _batch_norm,
+    "batch_norm_backward": _batch_norm_backward,
+    "batch_norm_training": _batch_norm,
+    "batch_norm_training_backward": _batch_norm_backward,
+    "group_norm": _group_norm,
+    "group_norm_backward": _group_norm_backward,
+    "instance_norm": _group_norm,
+    "instance_norm_backward": _group_norm_backward,
+    "adaptive_instance_norm": _adaptive_instance_norm,
 }

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import fastnorm
+from fastnorm import cases
 
 # What an extra brings, by the name it is imported under.
 PACKAGES = {
@@ -63,10 +64,11 @@ def _add_info(commands: Any) -> None:
 def _add_demo(commands: Any) -> None:
     demo = commands.add_parser(
         "demo",
-        help="train a small network on handwritten digits, with and without layer norm",
+        help="train a small network on handwritten digits, with layer norm, batch norm and neither",
         description="Trains a small network on scikit-learn's handwritten digits at batch sizes "
-        "1, 4 and 64, with and without layer norm, and checks every normalised batch, forward "
-        "and backward, against the float64 reference.",
+        "1, 4 and 64, with layer norm, batch norm and no norm, tests it in training and in "
+        "inference mode, and checks what was normalised, forward and backward, against the float64 "
+        "reference.",
     )
     demo.add_argument(
         "--plot",
@@ -75,7 +77,11 @@ def _add_demo(commands: Any) -> None:
         default="fastnorm-demo.png",
         help="where the plot goes (default: %(default)s)",
     )
-    demo.add_argument("--quick", action="store_true", help="three epochs in place of ten")
+    demo.add_argument(
+        "--quick",
+        action="store_true",
+        help="three epochs in place of ten, two seeds in place of five",
+    )
     demo.set_defaults(run=_demo)
 
 
@@ -92,10 +98,15 @@ def _add_bench(commands: Any) -> None:
         choices=("cpu", "cuda"),
         help="cuda: on a GPU, next to torch, torch.compile, Triton and its copy speed",
     )
-    bench.add_argument("--op", default="layer_norm", choices=fastnorm._core.OPS)
+    ops = dict.fromkeys((*fastnorm._core.OPS, *cases.CHANNELS))
+    bench.add_argument("--op", default="layer_norm", choices=tuple(ops))
     bench.add_argument("--dtype", default="float32", choices=fastnorm._core.DTYPES)
     bench.add_argument(
-        "--shapes", metavar="ROWSxCOLS", type=_shape, nargs="+", help="for example 1x768 32x768"
+        "--shapes",
+        metavar="ROWSxCOLS",
+        type=_shape,
+        nargs="+",
+        help="for example 1x768 32x768; of ops on channels NxC, NxCxS, NxCxHxW or NxCxDxHxW",
     )
     bench.add_argument(
         "--threads", type=_positive(int), default=1, help="for every library (default: 1)"
@@ -117,14 +128,14 @@ def _add_bench(commands: Any) -> None:
     bench.add_argument(
         "--plot", metavar="FILE", type=_plot_file, help="draw the results (.png, .svg or .pdf)"
     )
-    bench.set_defaults(run=_bench)
+    bench.set_defaults(run=_bench, error=bench.error)
 
 
-def _shape(text: str) -> tuple[int, int]:
-    rows, _, cols = text.partition("x")
-    if not (rows.isdecimal() and cols.isdecimal() and int(rows) and int(cols)):
+def _shape(text: str) -> tuple[int, ...]:
+    numbers = text.split("x")
+    if not (2 <= len(numbers) <= 5 and all(n.isdecimal() and int(n) for n in numbers)):
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted ROWSxCOLS, for example 32x768")
-    return int(rows), int(cols)
+    return tuple(map(int, numbers))
 
 
 def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
@@ -173,6 +184,8 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
+    if options.op not in cases.CHANNELS and any(len(shape) != 2 for shape in options.shapes or ()):
+        options.error(f"argument --shapes: {options.op} wants ROWSxCOLS, for example 32x768")
     if options.device == "cuda":
         from fastnorm.cuda import bench as on_cuda
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import fastnorm
+from fastnorm.cases import CHANNELS
 from fastnorm.cases import Case as Case
 
 Array = NDArray[Any]
@@ -31,18 +33,25 @@ class Contender:
     statement: str
     names: dict[str, Any]
     into: tuple[Any, ...] | None = None  # what an "out" statement fills
+    # What else a call changes, and a copy of what was there before the first.
+    changed: tuple[tuple[Array, Array], ...] = ()
 
     @property
     def name(self) -> str:
         return f"{self.provider} {self.output}"
 
     def results(self) -> tuple[Array, ...]:
-        """Runs the statement once."""
+        """Runs the statement once: what it returns or fills, and what it changes.
+
+        As if it were the first time: what had been changed is put back before.
+        """
+        for memory, before in self.changed:
+            memory[...] = before
         value = eval(self.statement, dict(self.names))
         if self.into is not None:
             value = self.into
         parts = value if isinstance(value, tuple | list) else (value,)
-        return tuple(_ndarray(part) for part in parts)
+        return (*(_ndarray(part) for part in parts), *(memory.copy() for memory, _ in self.changed))
 
 
 # ---- fastnorm -----------------------------------------------------------------------------------
@@ -70,6 +79,19 @@ FASTNORM = {
     "segment_rms_norm": "segment_rms_norm(x, offsets, weight, eps)",
     "segment_rms_norm_backward": "segment_rms_norm_backward(dy, x, offsets, rstd, weight)",
     "moments": "moments(x)",
+    "batch_norm": "batch_norm(x, running_mean, running_var, weight, bias, False, 0.1, eps)",
+    "batch_norm_backward": (
+        "batch_norm_backward(dy, x, running_mean, running_var, weight, bias, False, eps)"
+    ),
+    "batch_norm_training": "batch_norm(x, running_mean, running_var, weight, bias, True, 0.1, eps)",
+    "batch_norm_training_backward": (
+        "batch_norm_backward(dy, x, None, None, weight, bias, True, eps, mean=mean, rstd=rstd)"
+    ),
+    "group_norm": "group_norm(x, groups, weight, bias, eps)",
+    "group_norm_backward": "group_norm_backward(dy, x, groups, mean, rstd, weight, bias)",
+    "instance_norm": "instance_norm(x, None, None, weight, bias, True, 0.1, eps)",
+    "instance_norm_backward": "instance_norm_backward(dy, x, mean, rstd, weight, bias)",
+    "adaptive_instance_norm": "adaptive_instance_norm(x, style, eps)",
 }
 # What has no such keyword returns new arrays only.
 OUT = {
@@ -81,28 +103,47 @@ OUT = {
     "parallel_layer_norm": "out=(y, y2)",
     "segment_layer_norm": "out=y",
     "segment_rms_norm": "out=y",
+    "batch_norm": "out=y",
+    "batch_norm_training": "out=y",
+    "group_norm": "out=y",
+    "instance_norm": "out=y",
+    "adaptive_instance_norm": "out=y",
 }
 
 
 def _fastnorm(case: Case, threads: int) -> Iterator[Contender]:
     fastnorm.set_num_threads(threads)
-    names = case.arrays | {case.op: getattr(fastnorm, case.op)}
+    function = CHANNELS.get(case.op, case.op)
+    names = case.arrays | {function: getattr(fastnorm, function)}
     if case.op.endswith("_backward"):
         names |= _statistics(case)
     call = FASTNORM[case.op]
-    yield Contender("fastnorm", "new", call, names)
+    own, changed = _own_running(case)
+    names |= own
+    yield Contender("fastnorm", "new", call, names, changed=changed)
     if case.op in OUT:
         into = tuple(names[name] for name in ("y", "total", "y2") if name in names)
         call = f"{call.removesuffix(')')}, {OUT[case.op]})"
-        yield Contender("fastnorm", "out", call, names, into)
+        yield Contender("fastnorm", "out", call, names, into, changed)
     if case.op == "layer_norm":
         layer = fastnorm.LayerNorm(case.shape[1], case.eps, dtype=case.dtype)
         layer.weight, layer.bias = case.weight, case.bias
         yield Contender("fastnorm object", "out", "layer(x, y)", names | {"layer": layer}, into)
 
 
+def _own_running(case: Case) -> tuple[dict[str, Array], tuple[tuple[Array, Array], ...]]:
+    """Copies of running statistics that a library may change, and as what it `changed` them."""
+    if case.op != "batch_norm_training":
+        return {}, ()
+    before = {name: case.arrays[name] for name in ("running_mean", "running_var")}
+    own = {name: array.copy() for name, array in before.items()}
+    return own, tuple(zip(own.values(), before.values(), strict=True))
+
+
 def _statistics(case: Case) -> dict[str, Any]:
     """mean and rstd as the forward call saves them; RMS norm has no mean."""
+    if case.op in CHANNELS:
+        return _channel_statistics(case)
     name = "rms_norm" if "rms_norm" in case.op else "layer_norm"
     names = case.arrays
     if case.op.startswith("segment_"):
@@ -111,6 +152,21 @@ def _statistics(case: Case) -> dict[str, Any]:
     else:
         _, *found = getattr(fastnorm, name)(names["x"], eps=case.eps, return_stats=True)
     return dict(zip(("mean", "rstd")[-len(found) :], found, strict=True))
+
+
+def _channel_statistics(case: Case) -> dict[str, Any]:
+    names, eps = case.arrays, case.eps
+    if case.op == "group_norm_backward":
+        _, *found = fastnorm.group_norm(names["x"], names["groups"], eps=eps, return_stats=True)
+    elif case.op == "instance_norm_backward":
+        _, *found = fastnorm.instance_norm(names["x"], eps=eps, return_stats=True)
+    elif case.op == "batch_norm_training_backward":
+        _, *found = fastnorm.batch_norm(
+            names["x"], None, None, training=True, eps=eps, return_stats=True
+        )
+    else:
+        return {}
+    return dict(zip(("mean", "rstd"), found, strict=True))
 
 
 # ---- NumPy --------------------------------------------------------------------------------------
@@ -138,12 +194,35 @@ NUMPY = {
         " * weight + bias, xh * weight2 + bias2)"
     ),
     "moments": "(x.mean(-1), x.var(-1))",
+    "batch_norm": "(x - mean) / np.sqrt(var + eps) * weight + bias",
+    "batch_norm_backward": "batch_norm_backward(dy, x, mean, rstd, weight)",
+    "batch_norm_training": (
+        "batch_norm_training(x, running_mean, running_var, weight, bias, 0.1, eps)"
+    ),
+    "batch_norm_training_backward": "units_backward(dy, x, mean, rstd, weight, axes)",
+    "group_norm": (
+        "((x - x.mean(axes, keepdims=True)) / np.sqrt(x.var(axes, keepdims=True) + eps)"
+        " * weight + bias).reshape(shape)"
+    ),
+    "group_norm_backward": "units_backward(dy, x, mean, rstd, weight, axes)",
+    "instance_norm": (
+        "(x - x.mean(axes, keepdims=True)) / np.sqrt(x.var(axes, keepdims=True) + eps)"
+        " * weight + bias"
+    ),
+    "instance_norm_backward": "units_backward(dy, x, mean, rstd, weight, axes)",
+    "adaptive_instance_norm": (
+        "(x - x.mean(axes, keepdims=True)) / np.sqrt(x.var(axes, keepdims=True) + eps)"
+        " * np.sqrt(style.var(axes, keepdims=True) + eps) + style.mean(axes, keepdims=True)"
+    ),
 }
 
 
 def _numpy(case: Case, threads: int) -> Iterator[Contender]:
     if case.op not in NUMPY or case.dtype.itemsize == 2:
         return  # its sums of half types are either rounded at each step or very slow
+    if case.op in CHANNELS:
+        yield _numpy_channels(case)
+        return
     names = case.arrays | {"np": np}
     if case.op.endswith("_backward"):
         names |= {"layer_norm_backward": _numpy_backward, "rms_norm_backward": _numpy_rms_backward}
@@ -167,6 +246,62 @@ def _numpy_rms_backward(dy: Array, x: Array, rstd: Array, weight: Array) -> Any:
     return rstd * (g - xh * (g * xh).mean(-1, keepdims=True)), (dy * xh).sum(0)
 
 
+def _numpy_channels(case: Case) -> Contender:
+    """Arrays as (N, G, C/G, S), so that statistics and parameters broadcast."""
+    arrays = case.arrays
+    groups = arrays["groups"] if case.op.startswith("group_norm") else case.shape[1]
+    split = case.shape[0], groups, case.shape[1] // groups, math.prod(case.shape[2:])
+    axes = (0, 3) if case.op.startswith("batch_norm") else (2, 3)
+    names: dict[str, Any] = {"np": np, "eps": case.eps, "axes": axes, "shape": case.shape}
+    names |= {name: arrays[name].reshape(split) for name in ("x", "dy")}
+    names |= {name: arrays[name].reshape(*split[1:3], 1) for name in ("weight", "bias")}
+    if case.op == "adaptive_instance_norm":
+        names["style"] = arrays["style"].reshape(split)
+    own, changed = _own_running(case)
+    names |= own
+    if case.op in ("batch_norm", "batch_norm_backward"):
+        mean, var = (arrays[name].reshape(-1, 1, 1) for name in ("running_mean", "running_var"))
+    else:
+        mean, var = (f(names["x"], axes, keepdims=True) for f in (np.mean, np.var))
+    names |= {"mean": mean, "var": var, "rstd": 1 / np.sqrt(var + case.dtype.type(case.eps))}
+    names |= {
+        "batch_norm_training": _numpy_batch_norm_training,
+        "batch_norm_backward": _numpy_batch_norm_backward,
+        "units_backward": _numpy_units_backward,
+    }
+    return Contender("numpy", "new", NUMPY[case.op], names, changed=changed)
+
+
+def _numpy_batch_norm_training(
+    x: Array,
+    running_mean: Array,
+    running_var: Array,
+    weight: Array,
+    bias: Array,
+    momentum: float,
+    eps: float,
+) -> Any:
+    mean, var = x.mean((0, 3), keepdims=True), x.var((0, 3), keepdims=True)
+    n = x.size // mean.size
+    running_mean += momentum * (mean.reshape(-1) - running_mean)
+    running_var += momentum * (var.reshape(-1) * (n / max(1, n - 1)) - running_var)
+    return (x - mean) / np.sqrt(var + eps) * weight + bias
+
+
+def _numpy_batch_norm_backward(dy: Array, x: Array, mean: Array, rstd: Array, weight: Array) -> Any:
+    xh = (x - mean) * rstd
+    return dy * (rstd * weight), (dy * xh).sum((0, 3)).reshape(-1), dy.sum((0, 3)).reshape(-1)
+
+
+def _numpy_units_backward(
+    dy: Array, x: Array, mean: Array, rstd: Array, weight: Array, axes: tuple[int, int]
+) -> Any:
+    xh = (x - mean) * rstd
+    g = dy * weight
+    towards = g - g.mean(axes, keepdims=True) - xh * (g * xh).mean(axes, keepdims=True)
+    return rstd * towards, (dy * xh).sum((0, 3)).reshape(-1), dy.sum((0, 3)).reshape(-1)
+
+
 # ---- torch --------------------------------------------------------------------------------------
 
 # The layer norm that it has by itself; a composite of its calls for the rest, as models write it.
@@ -188,6 +323,18 @@ TORCH = {
     "segment_layer_norm": "segment_layer_norm(x, batch, sizes, weight, bias, eps)",
     "segment_rms_norm": "segment_rms_norm(x, batch, sizes, weight, eps)",
     "moments": "var_mean(x, -1, correction=0)[::-1]",
+    "batch_norm": "batch_norm(x, running_mean, running_var, weight, bias, False, 0.1, eps)",
+    "batch_norm_backward": (
+        "backward(dy, x, weight, running_mean, running_var, None, None, False, eps, mask)"
+    ),
+    "batch_norm_training": "batch_norm(x, running_mean, running_var, weight, bias, True, 0.1, eps)",
+    "batch_norm_training_backward": (
+        "backward(dy, x, weight, running_mean, running_var, mean, rstd, True, eps, mask)"
+    ),
+    "group_norm": "group_norm(x, groups, weight, bias, eps)",
+    "group_norm_backward": "backward(dy, x, mean, rstd, weight, *counts, groups, mask)",
+    "instance_norm": "instance_norm(x, None, None, weight, bias, True, 0.1, eps)",
+    "adaptive_instance_norm": "adaptive_instance_norm(x, style, eps)",
 }
 # Without a call of their own: autograd, of the graph of the forward line above, which is kept.
 TORCH_AUTOGRAD = {
@@ -196,6 +343,7 @@ TORCH_AUTOGRAD = {
     "adaptive_layer_norm_backward": ("adaptive_layer_norm", "x", "scale", "shift"),
     "segment_layer_norm_backward": ("segment_layer_norm", "x", "weight", "bias"),
     "segment_rms_norm_backward": ("segment_rms_norm", "x", "weight"),
+    "instance_norm_backward": ("instance_norm", "x", "weight", "bias"),
 }
 
 
@@ -204,10 +352,14 @@ def _torch(case: Case, threads: int) -> Iterator[Contender]:
 
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
+    if _without_planes(case):
+        return
     # No "out": torch's generated out= variant of native_layer_norm copies a new result.
-    names = _torch_names(case)
+    own, changed = _own_running(case)
+    names = _torch_channel_names(case) if case.op in CHANNELS else _torch_names(case)
+    names |= {name: tensor(array) for name, array in own.items()}
     if case.op not in TORCH_AUTOGRAD:
-        yield Contender("torch", "new", TORCH[case.op], names)
+        yield Contender("torch", "new", TORCH[case.op], names, changed=changed)
         return
     forward, *inputs = TORCH_AUTOGRAD[case.op]
     names |= {name: names[name].requires_grad_() for name in inputs}
@@ -217,6 +369,11 @@ def _torch(case: Case, threads: int) -> Iterator[Contender]:
     if "dsum" in names:
         call = f"((g := {call})[0] + dsum, g[1])"
     yield Contender("torch", "new", call, names)
+
+
+def _without_planes(case: Case) -> bool:
+    """Planes of one element, which only fastnorm and NumPy normalise."""
+    return "instance" in case.op and len(case.shape) < 3
 
 
 def _torch_names(case: Case) -> dict[str, Any]:
@@ -244,6 +401,42 @@ def _torch_names(case: Case) -> dict[str, Any]:
         arguments = names["x"], names["shape"], names["weight"], names["bias"], case.eps
         _, names["mean"], names["rstd"] = torch.native_layer_norm(*arguments)
     return names
+
+
+def _torch_channel_names(case: Case) -> dict[str, Any]:
+    import torch
+
+    names = {
+        name: tensor(value) if isinstance(value, np.ndarray) else value
+        for name, value in case.arrays.items()
+    }
+    x, eps = names["x"], case.eps
+    counts = case.shape[0], case.shape[1], math.prod(case.shape[2:])
+    names |= {
+        "counts": counts,
+        "mask": [True, True, True],
+        "batch_norm": torch.nn.functional.batch_norm,
+        "group_norm": torch.nn.functional.group_norm,
+        "instance_norm": torch.nn.functional.instance_norm,
+        "adaptive_instance_norm": _torch_adaptive_instance_norm,
+    }
+    if case.op == "group_norm_backward":
+        names["backward"] = torch.ops.aten.native_group_norm_backward.default
+        _, mean, rstd = torch.native_group_norm(x, None, None, *counts, names["groups"], eps)
+        names |= {"mean": mean, "rstd": rstd}
+    elif case.op.startswith("batch_norm"):
+        names["backward"] = torch.ops.aten.native_batch_norm_backward.default
+        _, mean, rstd = torch.native_batch_norm(x, None, None, None, None, True, 0.1, eps)
+        names |= {"mean": mean, "rstd": rstd}
+    return names
+
+
+def _torch_adaptive_instance_norm(x: Any, style: Any, eps: float) -> Any:
+    import torch
+
+    axes = tuple(range(2, style.ndim))
+    var, mean = torch.var_mean(style, axes, correction=0, keepdim=True)
+    return torch.nn.functional.instance_norm(x, eps=eps) * (var + eps).sqrt() + mean
 
 
 # PyTorch Geometric's LayerNorm(mode="graph"), its scatter being index_add.
@@ -294,12 +487,17 @@ class OnnxNode:
     outputs: tuple[str, ...] = ("y",)
     domain: str = ""
     dtypes: tuple[str, ...] = ("float32", "float64")
+    attributes: tuple[str, ...] = ("epsilon",)
 
 
 # The second and third outputs of the Skip nodes are for training, and empty.
 ONNX = {
-    "layer_norm": OnnxNode("LayerNormalization", ("x",), ("weight", "bias")),
-    "rms_norm": OnnxNode("SimplifiedLayerNormalization", ("x",), ("weight",)),
+    "layer_norm": OnnxNode(
+        "LayerNormalization", ("x",), ("weight", "bias"), attributes=("epsilon", "axis")
+    ),
+    "rms_norm": OnnxNode(
+        "SimplifiedLayerNormalization", ("x",), ("weight",), attributes=("epsilon", "axis")
+    ),
     "add_layer_norm": OnnxNode(
         "SkipLayerNormalization",
         ("x", "residual"),
@@ -316,12 +514,24 @@ ONNX = {
         "com.microsoft",
         ("float32",),
     ),
+    "batch_norm": OnnxNode(
+        "BatchNormalization", ("x",), ("weight", "bias", "running_mean", "running_var")
+    ),
+    "group_norm": OnnxNode(
+        "GroupNormalization",
+        ("x",),
+        ("weight", "bias"),
+        attributes=("epsilon", "num_groups"),
+    ),
+    "instance_norm": OnnxNode(
+        "InstanceNormalization", ("x",), ("weight", "bias"), dtypes=("float32",)
+    ),
 }
 
 
 def _onnxruntime(case: Case, threads: int) -> Iterator[Contender]:
     node = ONNX.get(case.op)
-    if node is None or case.dtype.name not in node.dtypes:
+    if node is None or case.dtype.name not in node.dtypes or _without_planes(case):
         return
     import onnxruntime
 
@@ -347,8 +557,8 @@ def _onnx_model(case: Case) -> bytes:
     import onnx
 
     arrays, node = case.arrays, ONNX[case.op]
-    # The Skip nodes know no axis but the last.
-    attributes = {"epsilon": case.eps} if node.domain else {"epsilon": case.eps, "axis": -1}
+    values = {"epsilon": case.eps, "axis": -1, "num_groups": arrays.get("groups")}
+    attributes = {name: values[name] for name in node.attributes}
     element = onnx.helper.np_dtype_to_tensor_dtype(case.dtype)
     ins, outs = (
         [onnx.helper.make_tensor_value_info(name, element, case.shape) for name in which if name]
@@ -363,9 +573,11 @@ def _onnx_model(case: Case) -> bytes:
     )
     parameters = [onnx.numpy_helper.from_array(arrays[name], name) for name in node.parameters]
     graph = onnx.helper.make_graph([made], case.op, ins, outs, parameters)
-    opsets = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("com.microsoft", 1)]
+    # GroupNormalization has had a pair of parameters a channel since 21.
+    version = 21 if case.op == "group_norm" else 17
+    opsets = [onnx.helper.make_opsetid("", version), onnx.helper.make_opsetid("com.microsoft", 1)]
     model: bytes = onnx.helper.make_model(
-        graph, opset_imports=opsets, ir_version=8
+        graph, opset_imports=opsets, ir_version=10 if version == 21 else 8
     ).SerializeToString()
     return model
 

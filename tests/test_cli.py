@@ -38,7 +38,10 @@ def test_version():
     assert (done.returncode, done.stdout) == (0, f"fastnorm {fastnorm.__version__}\n")
 
 
-WRONG = [[], ["dance"], ["info", "--loud"], ["bench", "--shapes", "3"]]
+WRONG = [
+    *[[], ["dance"], ["info", "--loud"], ["bench", "--shapes", "3"]],
+    ["bench", "--op", "layer_norm", "--shapes", "2x3x4"],
+]
 
 
 @pytest.mark.parametrize("arguments", WRONG, ids=" ".join)
@@ -60,4 +63,16 @@ def test_bench():
     pytest.importorskip("rich", reason="the extra [bench] is not installed")
     done = fastnorm_command("bench", "--shapes", "4x32", "--seconds", "0.05", "--json", "-")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)
+    results = json.loads(done.stdout)["results"]
+    assert {tuple(result["shape"]) for result in results} == {(4, 32)}
+
+
+@pytest.mark.parametrize("op", ["group_norm", "batch_norm_training"])
+def test_bench_of_channels(op):
+    pytest.importorskip("rich", reason="the extra [bench] is not installed")
+    arguments = "--op", op, "--shapes", "2x6x3x3", "--seconds", "0.05", "--json", "-"
+    done = fastnorm_command("bench", *arguments)
+    assert done.returncode == 0, done.stderr
+    ours = [r for r in json.loads(done.stdout)["results"] if r["provider"] == "fastnorm"]
+    assert ours
+    assert all(r["shape"] == [2, 6, 3, 3] and r["error"] <= 1e-6 for r in ours)
