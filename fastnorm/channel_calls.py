@@ -1,10 +1,11 @@
 """Calls of batch, group and instance norm: checked, laid out, and run.
 
-An array is seen as (N, C, S), planes of S contiguous elements that the kernels of channels.c take where
-they lie (channels first), or, where the channels are the last axis, as rows of channels (N, M, C). What
-lies otherwise is copied. A *unit* is what has statistics of its own: a channel of all samples, a group
-of a sample's channels, a plane. Units that leave the range of the type that is computed in are refused
-by the kernels, and put right here, in double precision and scaled by a power of two.
+An array is seen as (N, C, S), planes of S contiguous elements that the kernels of channels.c take
+where they lie (channels first), or, where the channels are the last axis, as rows of channels (N,
+M, C). What lies otherwise is copied. A *unit* is what has statistics of its own: a channel of all
+samples, a group of a sample's channels, a plane. Units that leave the range of the type that is
+computed in are refused by the kernels, and put right here, in double precision and scaled by a
+power of two.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ DIALECTS = {
 
 #: Padded variances below these may have lost digits to underflow of the squares (op_stats.h).
 LEAST_VARIANCE = {checks.FLOAT32: 2.0**-80, checks.FLOAT64: 2.0**-600}
-#: As channels.c: roots whose squares, times a gradient, stay in range, and sums of products that do.
+#: As channels.c: roots whose squares, times a gradient, stay in range, and sums of products that
+#: do.
 LARGEST_RSTD = {checks.FLOAT32: 2.0**41, checks.FLOAT64: 2.0**301}
 LEAST_SUM = {checks.FLOAT32: 2.0**-90, checks.FLOAT64: 2.0**-900}
 
@@ -71,8 +73,8 @@ class Normalised(NamedTuple):
 
 
 def _scaled(x: np.ndarray) -> tuple[np.ndarray, int] | None:
-    """x as doubles times the power of two that brings max|x| into [0.5, 1), and its exponent; None where
-    x holds NaN or infinity."""
+    """x times the power of two that brings max|x| into [0.5, 1), and its exponent; None where x
+    holds NaN or infinity."""
     wide = interop.widened(x).astype(np.float64)
     largest = float(np.max(np.abs(wide)))
     if not math.isfinite(largest):
@@ -122,7 +124,8 @@ def gradients(
     dy: np.ndarray, x: np.ndarray, weight: Any, mean: float, rstd: float, given: bool,
     axes: tuple[int, ...],
 ) -> Gradients:  # fmt: skip
-    """Of all of x as one unit; `axes`: those of a plane. given: mean and rstd do not depend on x."""
+    """Of all of x as one unit; `axes`: those of a plane. given: mean and rstd do not depend on
+    x."""
     scaled, scaled_dy = _scaled(x), _scaled(dy)
     if scaled is None or scaled_dy is None or math.isnan(rstd) or math.isnan(mean):
         bias = interop.widened(dy).astype(np.float64).sum(axes)
@@ -288,8 +291,8 @@ def rstd_of(variance: np.ndarray, eps: float) -> np.ndarray:
 
 
 class ChannelCall:
-    """What the calls share: x as the kernels see it. `over_samples`: batch norm, whose units take in all
-    axes but the channels'."""
+    """What the calls share: x as the kernels see it. `over_samples`: batch norm, whose units take
+    in all axes but the channels'."""
 
     result: Any
 
@@ -352,7 +355,8 @@ class ChannelCall:
         return why
 
     def laid_out(self, name: str, array: np.ndarray, fill: bool = True) -> np.ndarray:
-        """The array as it is, or contiguous, native, its channels first where axes lie around them."""
+        """The array as it is, or contiguous, native, its channels first where axes lie around
+        them."""
         why = self.why_copied(array)
         if not why:
             return array
@@ -379,7 +383,8 @@ class ChannelCall:
     # ---- where units lie -------------------------------------------------------------------------
 
     def layout(self, groups: int, per_sample: bool, given: bool) -> Layout:
-        """Of planes. given: statistics are each channel's, so planes may go in the order they lie in."""
+        """Of planes. given: statistics are each channel's, so planes may go in the order they lie
+        in."""
         channels, size = self.channels, self.size
         if self.over_samples and not given:
             return Layout(channels, channels, 0, size, self.samples, channels * size, size, size,
@@ -543,8 +548,8 @@ class ForwardCall(ChannelCall):
     def merge_groups(
         self, moments: np.ndarray, w: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Pivot, shift and rstd for each channel, the variance and what is out of range of each group,
-        from the moments of each channel."""
+        """Pivot, shift and rstd for each channel, the variance and what is out of range of each
+        group, from the moments of each channel."""
         lots, n, count = moments.shape[1], self.rows_each, self.channels // self.groups
         first, own, squares = moments.reshape(3, lots, self.groups, count)
         with np.errstate(all="ignore"):
@@ -792,8 +797,8 @@ class BackwardCall(ChannelCall):
     def coefficients(
         self, dots: np.ndarray, shift: np.ndarray, rstd: np.ndarray, w: Any
     ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-        """Factor, shift and slope of dx for each channel, the sums of dy*xh and dy, and which groups are
-        out of range. As gradients_of_unit of channels.c has them."""
+        """Factor, shift and slope of dx for each channel, the sums of dy*xh and dy, and which
+        groups are out of range. As gradients_of_unit of channels.c has them."""
         lots = dots.shape[1]
         grouped = (lots, self.groups, self.channels // self.groups)
         n = self.rows_each * grouped[2]

@@ -1,7 +1,7 @@
 """Batch, group and instance norm, and AdaIN: the public functions.
 
-Shapes: x is (N, C, ...), N samples of C channels of S elements each (1 where there are no more axes);
-`channel_axis` says where else the channels are.
+Shapes: x is (N, C, ...), N samples of C channels of S elements each (1 where there are no more
+axes); `channel_axis` says where else the channels are.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def batch_norm(
     dialect: Dialect = "torch", out: Any = None, dtype: Any = None, return_stats: bool = False,
     activation: Activation = None,
 ) -> Any:  # fmt: skip
-    """Batch normalization: ``y = (x - mean) / sqrt(var + eps) * weight + bias``, a channel at a time.
+    """Batch normalization: ``y = (x - mean) / sqrt(var + eps) * weight + bias``.
 
     In training, mean and (biased) variance are those of the channel in this batch, and the running
     statistics take them up; else they are the running ones.
@@ -45,11 +45,11 @@ def batch_norm(
     ----------
     x : array_like
         Of shape (N, C, ...), 2 axes or more, float16, bfloat16, float32 or float64 (integers and
-        booleans become float64), of any layout. Arrays that are contiguous, channels first or last, are
-        read in place; others are copied.
+        booleans become float64), of any layout. Arrays that are contiguous, channels first or last,
+        are read in place; others are copied.
     running_mean, running_var : array_like
-        Of shape (C,). Without `training` they normalise, and both are needed; with it they are updated
-        in place (ndarrays then, or None).
+        Of shape (C,). Without `training` they normalise, and both are needed; with it they are
+        updated in place (ndarrays then, or None).
     weight, bias : array_like, optional
         Of shape (C,), of any real type.
     training : bool
@@ -61,9 +61,9 @@ def batch_norm(
     channel_axis : int
         The axis of the channels: 1, or -1 for channels last, or any but the first.
     dialect : str
-        How running statistics take up a batch's: "torch": ``(1 - momentum)*running + momentum*batch``,
-        with the variance of n - 1; "keras", "flax", "onnx": ``momentum*running + (1 - momentum)*batch``,
-        with the variance of n.
+        How running statistics take up a batch's: "torch": ``(1 - momentum)*running +
+        momentum*batch``, with the variance of n - 1; "keras", "flax", "onnx": ``momentum*running +
+        (1 - momentum)*batch``, with the variance of n.
     out : ndarray, optional
         Array for the result, of x's shape and the result's type. It may be x itself.
     dtype : dtype, optional
@@ -83,18 +83,18 @@ def batch_norm(
     Raises
     ------
     TypeError, ValueError
-        For types and shapes that do not fit, read-only running statistics in training, an `out` that
-        overlaps an input, an eps that is negative or NaN, a momentum that is not finite, an unknown
-        dialect (``numpy.exceptions.AxisError`` for a channel_axis out of range). Nothing is written
-        then.
+        For types and shapes that do not fit, read-only running statistics in training, an `out`
+        that overlaps an input, an eps that is negative or NaN, a momentum that is not finite, an
+        unknown dialect (``numpy.exceptions.AxisError`` for a channel_axis out of range). Nothing is
+        written then.
 
     Notes
     -----
-    One element a channel is legal (y is the bias; torch raises), no elements change nothing. A channel
-    that holds a NaN or an infinity becomes NaN. The statistics are right for any mean: the large common
-    part of all elements is taken off before they are squared. In inference, too, x - mean is formed
-    first: the usual fold to ``a*x + c`` loses digits. Channels-last arrays are summed in another order
-    than channels-first ones, so the last bits may differ between the two.
+    One element a channel is legal (y is the bias; torch raises), no elements change nothing. A
+    channel that holds a NaN or an infinity becomes NaN. The statistics are right for any mean: the
+    large common part of all elements is taken off before they are squared. In inference, too, x -
+    mean is formed first: the usual fold to ``a*x + c`` loses digits. Channels-last arrays are
+    summed in another order than channels-first ones, so the last bits may differ between the two.
 
     References
     ----------
@@ -239,10 +239,10 @@ def group_norm(
     channel_axis: int = 1, out: Any = None, dtype: Any = None, return_stats: bool = False,
     activation: Activation = None,
 ) -> Any:  # fmt: skip
-    """Group normalization: ``y = (x - mean) / sqrt(var + eps) * weight + bias``, over groups of channels.
+    """Group normalization: ``y = (x - mean) / sqrt(var + eps) * weight + bias``.
 
-    Mean and (population) variance are those of C / num_groups consecutive channels of one sample, in
-    training and inference alike.
+    Mean and (population) variance are those of C / num_groups consecutive channels of one sample,
+    in training and inference alike.
 
     Parameters
     ----------
@@ -272,8 +272,8 @@ def group_norm(
 
     Notes
     -----
-    A sample's result depends on that sample alone, to the bit. A group that holds a NaN or an infinity
-    becomes NaN.
+    A sample's result depends on that sample alone, to the bit. A group that holds a NaN or an
+    infinity becomes NaN.
 
     References
     ----------
@@ -286,13 +286,13 @@ def group_norm(
     >>> fastnorm.group_norm(np.float32([[1, 3, 2, 2]]), 2, eps=0.0)
     array([[-1.,  1.,  0.,  0.]], dtype=float32)
     """
-    if channel_axis == 1 and dtype is None and activation is None and return_stats is False:
-        if type(num_groups) is int and num_groups > 0:
-            done = _core.straight_channel_norm(
-                x, num_groups, weight, bias, eps, out, None, None, False
-            )
-            if done is not None:
-                return done[0]
+    if (
+        channel_axis == 1 and type(num_groups) is int and num_groups > 0 and dtype is None
+        and activation is None and return_stats is False
+    ):  # fmt: skip
+        done = _core.straight_channel_norm(x, num_groups, weight, bias, eps, out, None, None, False)
+        if done is not None:
+            return done[0]
     return handlers["group_norm"](
         x, num_groups, weight, bias, eps, channel_axis, out, dtype, return_stats, activation
     )
@@ -317,8 +317,8 @@ def group_norm_backward(
     num_groups, weight, channel_axis
         The forward call's.
     mean, rstd : array_like
-        Of shape (N, num_groups): what the forward call returned with ``return_stats=True``. `mean` is a
-        pivot only: what rounding it lost is formed again.
+        Of shape (N, num_groups): what the forward call returned with ``return_stats=True``. `mean`
+        is a pivot only: what rounding it lost is formed again.
     bias, output_mask
         As for :func:`batch_norm_backward`.
 
@@ -351,20 +351,21 @@ def group_norm_backward(
 
 def instance_norm(
     x: Any, running_mean: Any = None, running_var: Any = None, weight: Any = None, bias: Any = None,
-    use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5, *, channel_axis: int = 1,
-    dialect: Dialect = "torch", out: Any = None, dtype: Any = None, return_stats: bool = False,
-    activation: Activation = None,
+    use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5, *,
+    channel_axis: int = 1, dialect: Dialect = "torch", out: Any = None, dtype: Any = None,
+    return_stats: bool = False, activation: Activation = None,
 ) -> Any:  # fmt: skip
-    """Instance normalization: ``y = (x - mean) / sqrt(var + eps) * weight + bias``, over each channel of
-    each sample.
+    """Instance normalization: ``y = (x - mean) / sqrt(var + eps) * weight + bias``.
+
+    Mean and (population) variance are those of each channel of each sample.
 
     Parameters
     ----------
     x, channel_axis, out, dtype, activation
         As for :func:`batch_norm`.
     running_mean, running_var : array_like, optional
-        Of shape (C,). With `use_input_stats` they are updated in place by the means over the samples of
-        the instances' statistics; without it they normalise, and both are needed.
+        Of shape (C,). With `use_input_stats` they are updated in place by the means over the
+        samples of the instances' statistics; without it they normalise, and both are needed.
     weight, bias : array_like, optional
         Of shape (C,), or (N, C) for a pair a sample, of any real type.
     use_input_stats : bool
@@ -467,8 +468,9 @@ def adaptive_instance_norm(
     x: Any, style: Any, eps: float = 1e-5, *, ddof: int = 0, channel_axis: int = 1, out: Any = None,
     dtype: Any = None,
 ) -> Any:  # fmt: skip
-    """AdaIN, for style transfer: x with the mean and standard deviation of `style`, a channel of a sample
-    at a time: ``y = std(style) * (x - mean(x)) / std(x) + mean(style)``.
+    """AdaIN, for style transfer: ``y = std(style) * (x - mean(x)) / std(x) + mean(style)``.
+
+    Mean and standard deviation are those of each channel of each sample.
 
     Parameters
     ----------
@@ -499,7 +501,8 @@ def adaptive_instance_norm(
     Examples
     --------
     >>> import numpy as np, fastnorm
-    >>> fastnorm.adaptive_instance_norm(np.float32([[[1, 3]]]), np.float32([[[10, 30, 20, 20]]]), 0.0)
+    >>> x, style = np.float32([[[1, 3]]]), np.float32([[[10, 30, 20, 20]]])
+    >>> fastnorm.adaptive_instance_norm(x, style, 0.0)
     array([[[12.928932, 27.071068]]], dtype=float32)
     """
     return handlers["adaptive_instance_norm"](x, style, eps, ddof, channel_axis, out, dtype)
@@ -614,8 +617,8 @@ def _instance_norm_backward(
     output_mask: Any, explained: bool = False,
 ) -> ChannelCall:  # fmt: skip
     return BackwardCall(
-        dy, x, channel_axis, None, mean, rstd, weight, bias, output_mask, parameters_per_sample=True,
-        explained=explained,
+        dy, x, channel_axis, None, mean, rstd, weight, bias, output_mask,
+        parameters_per_sample=True, explained=explained,
     )  # fmt: skip
 
 
