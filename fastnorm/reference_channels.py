@@ -57,7 +57,8 @@ class Planes:
 
     def of(self, array: Array) -> Array:
         """`array` as (N, C, S)."""
-        return np.moveaxis(array, self.channel_axis, 1).reshape(self.shape)
+        moved = np.moveaxis(array, self.channel_axis, 1)
+        return np.ascontiguousarray(moved).reshape(self.shape)
 
     def restore(self, array: Array) -> Array:
         moved = list(self.given)
