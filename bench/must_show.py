@@ -6,11 +6,11 @@
 The promises are in promises.py, by topic. One thread pinned to one CPU, all contenders of a shape
 interleaved in one process, medians of 15 rounds of at least 20 ms each; for a ratio the median of
 the rounds' ratios. Everything is measured twice: with arrays at a cache line, and at 16 modulo 64
-as NumPy often has them. Before that, each contender has to compute the same function on the first
-rows. A mark says whether the promise was kept here; nothing fails by it, for timings depend on the
-machine.
+as NumPy often has them. Before that, each contender has to compute the same function, on the first
+rows or on all channels. A mark says whether the promise was kept here; nothing fails by it, for
+timings depend on the machine.
 
-oneDNN is measured where FASTNORM_ONEDNN names the program built from onednn_layer_norm.cpp: that
+oneDNN is measured where FASTNORM_ONEDNN names the program built from onednn_norms.cpp: that
 program and this process take turns, five times at each shape.
 """
 
@@ -71,7 +71,7 @@ class Timings(NamedTuple):
 
     @property
     def name(self) -> str:
-        op = self.op.replace("layer_norm_backward", "backward")
+        op = "backward" if self.op == "layer_norm_backward" else self.op
         dtype = "" if self.dtype == "float32" else f" {self.dtype}"
         return f"{op}{dtype} {self.shape}"
 
@@ -100,8 +100,7 @@ def build(what: Timings, align: int, wanted: set[str]) -> variants.Timed:
         made = variants.of_op(what.op, what.shape, what.dtype, align)
         found = {name: made.found[name] for name in made.found.keys() & wanted}
         return variants.Timed(found, made.error)
-    rows, cols = what.shape
-    case = cases.Case(what.op, (rows, cols), what.dtype, align)
+    case = cases.Case(what.op, what.shape, what.dtype, align)
     providers = contenders.PROVIDERS.keys() & {name.partition(" ")[0] for name in wanted}
     found = contenders.contenders(case, providers=providers)
     found = {name: found[name] for name in found.keys() & wanted}
@@ -113,8 +112,9 @@ def build(what: Timings, align: int, wanted: set[str]) -> variants.Timed:
 
 def check(what: Timings, wanted: set[str]) -> None:
     """Ends the script where a contender computes another function than its peers."""
-    few = what._replace(shape=(min(CHECKED_ROWS, what.shape[0]), *what.shape[1:]))
-    made = build(few, ALIGNMENTS[0], wanted)
+    if what.op not in cases.CHANNELS:
+        what = what._replace(shape=(min(CHECKED_ROWS, what.shape[0]), *what.shape[1:]))
+    made = build(what, ALIGNMENTS[0], wanted)
     for name, contender in made.found.items():
         if contender.provider in ("copy", "nt copy", "dense"):
             continue
@@ -148,12 +148,12 @@ class OneDnnTimes(NamedTuple):
 
 
 def onednn_times(
-    program: str, shape: tuple[int, int], op: str = "layer_norm", dtype: str = "float32"
+    program: str, shape: Shape, op: str = "layer_norm", dtype: str = "float32"
 ) -> OneDnnTimes:
     """This process, from Python with out, and oneDNN's in turns."""
     case = cases.Case(op, shape, dtype)
     ours = {OUT: contenders.contenders(case, providers=("fastnorm",))[OUT]}
-    command = [program, op, dtype, f"{shape[0]}x{shape[1]}"]
+    command = [program, op, dtype, "x".join(map(str, shape))]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     found = OneDnnTimes([], [], "")
     for _ in range(ONEDNN_TURNS):
@@ -341,7 +341,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--topic", choices=(PROCESS, *PROMISES), help="a part of the table")
-    parser.add_argument("--only", type=_shape, metavar="ROWSxCOLS", help="one shape")
+    parser.add_argument("--only", type=_shape, metavar="ROWSxCOLS", help="one shape, or NxCxHxW")
     parser.add_argument(
         "--cpu", type=int, default=min(os.sched_getaffinity(0)), help="the CPU to pin to"
     )

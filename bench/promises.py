@@ -62,7 +62,7 @@ class Promise:
 class OneDnn:
     """Ours, from Python with out, is `faster` times faster than oneDNN's primitive from C++."""
 
-    shape: tuple[int, int]
+    shape: Shape
     faster: float
     op: str = "layer_norm"
     dtype: str = "float32"
@@ -175,6 +175,35 @@ def _ragged() -> list[Promise]:
     ]
 
 
+# One image, a batch that fits in the cache, and one that does not.
+IMAGES, LARGE = ((1, 64, 56, 56), (8, 256, 28, 28)), (32, 64, 112, 112)
+
+
+def _channels() -> list[Promise]:
+    # Times torch, which has no out: with a new output, and with out for the large batch.
+    forward = {
+        "group_norm": (1.1, 4),
+        "instance_norm": (4, 6),
+        "batch_norm": (0.95, 4),  # inference
+        "batch_norm_training": (3, 5),
+    }
+    return [
+        *[
+            Promise(shape, NEW, TORCH, faster=small, op=op)
+            for op, (small, _) in forward.items()
+            for shape in IMAGES
+        ],
+        *[Promise(LARGE, OUT, TORCH, faster=large, op=op) for op, (_, large) in forward.items()],
+        *[Promise(shape, NEW, COPY_NEW, within=1.2, op="batch_norm") for shape in IMAGES],
+        Promise(LARGE, OUT, COPY_OUT, within=1.2, op="batch_norm"),
+        *[
+            Promise(shape, NEW, TORCH, faster=1.5, op=f"{op}_backward")
+            for op in forward
+            for shape in (*IMAGES, LARGE)
+        ],
+    ]
+
+
 PROMISES: dict[str, list[Promise]] = {
     "layer_norm": _layer_norm(),
     "types": _types(),
@@ -182,6 +211,7 @@ PROMISES: dict[str, list[Promise]] = {
     "fused": _fused(),
     "channels_first": _channels_first(),
     "ragged": _ragged(),
+    "channels": _channels(),
 }
 
 ONEDNN: dict[str, list[OneDnn]] = {
@@ -209,4 +239,5 @@ ONEDNN: dict[str, list[OneDnn]] = {
         OneDnn((4096, 768), 0.93, op="rms_norm"),
         OneDnn((16384, 4096), 1.4, op="rms_norm"),
     ],
+    "channels": [OneDnn(shape, 3, op="group_norm") for shape in (*IMAGES, LARGE)],
 }

@@ -3,7 +3,7 @@
     python bench/readme.py [--cpu 0] [--cpu-time] [--quick] [--readme README.md]
 
 ``make readme`` makes the environment that this needs and calls it. oneDNN is measured where
-FASTNORM_ONEDNN names the program built from onednn_layer_norm.cpp. --quick measures a few shapes
+FASTNORM_ONEDNN names the program built from onednn_norms.cpp. --quick measures a few shapes
 for a short time: to see whether this script works, not for a README that is to be read.
 """
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 import fastnorm
 from fastnorm import accuracy, reference, reference_channels
+from fastnorm.modules_channels import BatchNorm
 
 Array = NDArray[Any]
 
@@ -26,7 +27,7 @@ OPS = (
 )
 # How many numbers of calls are kept until they are checked.
 KEPT = 1 << 17
-LAYERS: dict[str, Any] = {"none": None, "layer": fastnorm.LayerNorm, "batch": fastnorm.BatchNorm}
+LAYERS: dict[str, Any] = {"none": None, "layer": fastnorm.LayerNorm, "batch": BatchNorm}
 
 
 # ---- norms, checked -----------------------------------------------------------------------------
@@ -123,7 +124,7 @@ class CheckedNorm:
 
     @property
     def has_modes(self) -> bool:
-        return isinstance(self.layer, fastnorm.BatchNorm)
+        return isinstance(self.layer, BatchNorm)
 
     # Many batches of one size, (count, batch, width), are normalised over one of their axes.
 

@@ -22,8 +22,6 @@ MARKERS = {"none": "s", "layer": "o", "batch": "^"}
 NUMPY = "#9aa5b1"
 NOTE: dict[str, Any] = {"style": "dim", "highlight": False, "soft_wrap": True}
 STYLE: dict[str, Any] = {"title_justify": "left", "box": box.SIMPLE_HEAD, "pad_edge": False}
-# Ten digits: what guessing gets right, and what is not much more.
-CHANCE, HARDLY_MORE = 0.1, 0.2
 
 
 @dataclass(frozen=True)
@@ -49,15 +47,16 @@ def show(console: Console, settings: list[Setting], speeds: list[Speed], data: D
 
 
 def show_learning(console: Console, settings: list[Setting], data: Digits) -> None:
-    first = settings[0].runs
+    runs = settings[0].runs
     table = Table(
-        title=f"{len(first[0].loss)} epochs on {len(data.learn.labels):,} handwritten digits, "
-        f"tested on {len(data.test.labels)} others: mean of {len(first)} seeds (worst to best)",
+        title=f"Digits right, in percent, after {len(runs[0].loss)} epochs on "
+        f"{len(data.learn.labels):,},\nof {len(data.test.labels)} others: mean of {len(runs)} "
+        "seeds (worst to best)",
         **STYLE,
     )
-    for heading in ("batch size", "norm"):
+    for heading in ("batch", "norm"):
         table.add_column(heading)
-    for heading in ("learning rate", "training loss", "right, training mode", "inference mode"):
+    for heading in ("rate", "loss", "in training mode", "in inference mode"):
         table.add_column(heading, justify="right")
     for before, setting in zip([None, *settings], settings, strict=False):
         is_first = before is None or before.batch_size != setting.batch_size
@@ -74,22 +73,27 @@ def show_learning(console: Console, settings: list[Setting], data: Digits) -> No
     console.print(table)
     rates = ", ".join(f"{rate:g}" for rate in RATES)
     console.print(
-        "Training mode: test digits in batches of the size trained with, batch norm by their "
-        "statistics. Inference mode: batch norm by its running statistics. Learning rates: of "
-        f"{rates} times the root of batch size / 64, falling to 0 in the course of the training, "
-        f"that of the least loss on {len(data.choose.labels)} digits that are in neither set, for "
-        "the first seed. One test digit is "
-        f"{1 / len(data.test.labels):.1%}.",
+        "Training mode: the test digits in batches of the size trained with, which batch norm "
+        "normalises by their own statistics. Inference mode: by its running statistics. Rate: the "
+        "first learning rate, which falls to 0 in the course of the training; of "
+        f"{rates} times the root of batch size / 64, that of the least loss on "
+        f"{len(data.choose.labels)} digits that are in neither set, for the first seed. Loss: of "
+        f"the last epoch. One test digit is {1 / len(data.test.labels):.1%}.",
         **NOTE,
     )
 
 
 def _with_range(setting: Setting, what: str) -> str:
     low, high = (100 * value for value in setting.range(what))
-    return f"{setting.mean(what):.1%} ({low:.1f} to {high:.1f})"
+    return f"{100 * setting.mean(what):.1f} ({low:.1f} to {high:.1f})"
 
 
 # ---- claims -------------------------------------------------------------------------------------
+
+# Ten digits: what guessing gets right, and what is not much more.
+CHANCE, HARDLY_MORE = 0.1, 0.2
+# How many standard errors of the seeds' mean a difference must be to count.
+ERRORS = 3
 
 
 class Claim(NamedTuple):
@@ -101,99 +105,89 @@ class Claim(NamedTuple):
 
 
 def show_claims(console: Console, settings: list[Setting]) -> None:
-    table = Table(title="What articles claim, and what was measured", **STYLE)
-    table.add_column("claim")
-    table.add_column("here")
-    table.add_column("test digits right, mean of the seeds")
+    table = Table(title="What articles claim", show_header=False, **STYLE)
     for claim in claims(settings):
-        table.add_row(claim.claim, "shown" if claim.holds else "refuted", claim.measured)
+        table.add_row("shown" if claim.holds else "refuted", f"{claim.claim}: {claim.measured}")
     console.print(table)
     console.print(
-        f"Differences of up to {_points(noise(settings))} points count as none: so far seeds of a "
-        "network without batch norm differ.",
+        "In percentage points, means of the seeds. A gain is what a norm changes in the digits "
+        f"right at the same seed. Differences of up to {ERRORS} standard errors count as none"
+        f"{'' if len(settings[0].runs) > 3 else '; so few seeds tell little'}.",
         **NOTE,
     )
 
 
 def claims(settings: list[Setting]) -> Iterator[Claim]:
-    at = {(s.norm, s.batch_size): s for s in settings}
-    sizes = sorted({s.batch_size for s in settings})
-    small, large = sizes[0], sizes[-1]
-    allowed = noise(settings)
-
-    layer = [at["layer", size].mean("in_inference") for size in sizes]
-    none = [at["none", size].mean("in_inference") for size in sizes]
+    sizes = sorted({setting.batch_size for setting in settings})
+    small, middle, large = sizes
+    layer = gains(settings, "layer", "in_inference")
     yield Claim(
         "Layer norm does not care about the batch size",
-        max(layer) - min(layer) <= allowed,
-        f"{_list(layer)} at {_sizes(sizes)}; without norm {_list(none)}",
+        not any(_differ(layer[a], layer[b]) for a in sizes for b in sizes),
+        f"its gain over no norm is {_listed(layer)}",
     )
     gaps = [abs(s.mean("in_training") - s.mean("in_inference")) for s in _of("layer", settings)]
     yield Claim(
-        "Layer norm is the same in training and inference",
-        max(gaps) == 0,
-        f"at most {_points(max(gaps))} points apart",
+        "Layer norm is the same in training and in inference",
+        max(gaps) < 1e-3,
+        f"at most {100 * max(gaps):.1f} apart",
     )
     for what, mode in (("in_training", "training"), ("in_inference", "inference")):
-        batch = [at["batch", size].mean(what) for size in sizes[1:]]
+        batch = gains(settings, "batch", what)
         yield Claim(
-            f"Batch norm degrades with small batches: {mode} mode",
-            batch[-1] - batch[0] > allowed,
-            f"{_list(batch)} at {_sizes(sizes[1:])}",
+            f"Batch norm degrades with small batches, in {mode} mode",
+            bool(batch[middle].mean() < batch[large].mean())
+            and _differ(batch[middle], batch[large]),
+            f"its gain is {_listed(batch)}",
         )
-    failed = [at["batch", small].mean(what) for what in ("in_training", "in_inference")]
+    failed = next(s for s in _of("batch", settings) if s.batch_size == small)
+    shares = failed.mean("in_training"), failed.mean("in_inference")
     yield Claim(
         f"Batch norm fails at batch size {small}",
-        max(failed) <= HARDLY_MORE,
-        f"{_list(failed)} in training and inference mode; guessing: {CHANCE:.0%}",
-    )
-    gain = at["batch", large].mean("in_inference") - at["none", large].mean("in_inference")
-    yield Claim(
-        f"Batch norm helps at batch size {large}",
-        gain > 0,
-        f"{100 * gain:+.1f} points over no norm",
+        max(shares) <= HARDLY_MORE,
+        f"{shares[0]:.1%} right in training mode, {shares[1]:.1%} in inference mode; guessing "
+        f"gets {CHANCE:.0%}",
     )
 
 
-def noise(settings: list[Setting]) -> float:
-    """The largest difference between seeds of one setting, batch norm aside."""
-    ranges = (s.range("in_inference") for s in settings if s.norm != "batch")
-    return max(high - low for low, high in ranges)
+def gains(settings: list[Setting], norm: str, what: str) -> dict[int, Any]:
+    """By batch size, of each seed: what the norm adds to the share right without norm."""
+    pairs = zip(_of(norm, settings), _of("none", settings), strict=True)
+    return {having.batch_size: having.of(what) - lacking.of(what) for having, lacking in pairs}
 
 
 def _of(norm: str, settings: list[Setting]) -> list[Setting]:
     return [setting for setting in settings if setting.norm == norm]
 
 
-def _list(shares: list[float]) -> str:
-    return ", ".join(f"{100 * share:.1f}" for share in shares) + " %"
+def _differ(a: Any, b: Any) -> bool:
+    """Whether the means of a and b do; seeds go in pairs."""
+    difference = a - b
+    error = difference.std(ddof=1) / np.sqrt(len(difference))
+    return bool(abs(difference.mean()) > ERRORS * error)
 
 
-def _sizes(sizes: list[int]) -> str:
-    return "batch sizes " + ", ".join(map(str, sizes))
-
-
-def _points(share: float) -> str:
-    return f"{100 * share:.1f}"
+def _listed(gains: dict[int, Any]) -> str:
+    return ", ".join(f"{100 * gain.mean():+.1f} at {size}" for size, gain in gains.items())
 
 
 # ---- calls --------------------------------------------------------------------------------------
 
 PASSES = {
     "layer_norm": "layer norm",
-    "layer_norm_backward": "layer norm, backward",
+    "layer_norm_backward": "  backward",
     "batch_norm_training": "batch norm, training",
-    "batch_norm_training_backward": "batch norm, backward",
+    "batch_norm_training_backward": "  backward",
     "batch_norm": "batch norm, inference",
 }
 
 
 def show_calls(console: Console, settings: list[Setting], speeds: list[Speed]) -> None:
     """The calls' largest errors and their speed, for each batch size."""
-    table = Table(title="Calls: largest errors of all that were checked, and speed", **STYLE)
+    table = Table(title="Calls: the largest error of all that were checked, and speed", **STYLE)
     for heading in ("batch", "call"):
-        table.add_column(heading)
-    for heading in ("checked", "largest error", "fastnorm", "NumPy", "ratio"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("checked", "error", "fastnorm", "NumPy", "ratio"):
         table.add_column(heading, justify="right")
     for speed in speeds:
         errors = [
@@ -286,18 +280,19 @@ def _draw_line(axes: Any, setting: Setting, what: str, label: str) -> None:
 
 def draw_ends(axes: Any, settings: list[Setting], sizes: list[int]) -> None:
     """What is wrong after the last epoch, by batch size, in both modes."""
-    for norm in NORMS:
-        of_norm = [setting for setting in settings if setting.norm == norm]
+    for k, norm in enumerate(NORMS):
+        of_norm = _of(norm, settings)
+        places = np.arange(len(sizes)) + 0.08 * (k - 1)
         for what in ("in_inference", "in_training"):
             if what == "in_training" and norm != "batch":
                 continue  # the same
-            values = _wrong(np.array([[getattr(r, what)[-1] for r in s.runs] for s in of_norm]))
+            values = _wrong(np.array([setting.of(what) for setting in of_norm]))
             means = values.mean(1)
             style: dict[str, Any] = {"color": COLORS[norm], "marker": MARKERS[norm]}
             if what == "in_training":
                 style |= {"linestyle": "--", "markerfacecolor": "white"}
             spread = [means - values.min(1), values.max(1) - means]
-            axes.errorbar(range(len(sizes)), means, spread, capsize=3, markersize=5, **style)
+            axes.errorbar(places, means, spread, capsize=3, markersize=5, **style)
     axes.set_yscale("log")
     axes.set_xticks(range(len(sizes)), sizes)
     axes.set_xlim(-0.3, len(sizes) - 0.7)
@@ -320,15 +315,15 @@ def _percents(axes: Any) -> None:
 
 SPEED_SHOWN = {
     "layer_norm": "layer norm",
-    "batch_norm_training": "batch norm, training",
-    "batch_norm": "batch norm, inference",
+    "batch_norm_training": "batch norm,\ntraining",
+    "batch_norm": "inference",
 }
 
 
 def draw_speed(axes: Any, speeds: list[Speed]) -> None:
     """A line for each forward call, from fastnorm's time to NumPy's."""
     shown = [s for op in SPEED_SHOWN for s in speeds if s.op == op]
-    labels = [f"{SPEED_SHOWN[s.op]} ({s.batch_size}, {WIDTHS[1]})" for s in shown]
+    labels = [f"{SPEED_SHOWN[s.op]}\n({s.batch_size}, {WIDTHS[1]})" for s in shown]
     places = range(len(shown))
     ours, numpy = [1e6 * s.fastnorm for s in shown], [1e6 * s.numpy for s in shown]
     axes.hlines(places, ours, numpy, color="0.8", linewidth=2, zorder=1)
@@ -346,7 +341,7 @@ def draw_speed(axes: Any, speeds: list[Speed]) -> None:
                 ha="center",
                 fontsize=7,
             )
-    axes.set_yticks(places, labels, fontsize=8)
+    axes.set_yticks(places, labels, fontsize=7)
     axes.set_ylim(len(shown) - 0.5, -1.6)
     axes.set_xscale("log")
     axes.margins(x=0.2)

@@ -122,13 +122,15 @@ class Setting:
         """The learning rate of the first step."""
         return float(learning_rates(self.rate, self.batch_size, 0, 1, 1)[0])
 
-    def mean(self, what: str, epoch: int = -1) -> float:
-        """Over the seeds, of `loss`, `in_training` or `in_inference`."""
-        return statistics.fmean(getattr(run, what)[epoch] for run in self.runs)
+    def of(self, what: str) -> Array:
+        """`loss`, `in_training` or `in_inference` after the last epoch, of each seed."""
+        return np.array([getattr(run, what)[-1] for run in self.runs])
 
-    def range(self, what: str, epoch: int = -1) -> tuple[float, float]:
-        found = [getattr(run, what)[epoch] for run in self.runs]
-        return min(found), max(found)
+    def mean(self, what: str) -> float:
+        return float(self.of(what).mean())
+
+    def range(self, what: str) -> tuple[float, float]:
+        return float(self.of(what).min()), float(self.of(what).max())
 
 
 def measure_setting(
