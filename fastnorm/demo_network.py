@@ -27,7 +27,7 @@ OPS = (
 )
 # How many numbers of calls are kept until they are checked.
 KEPT = 1 << 17
-LAYERS: dict[str, Any] = {"none": None, "layer": fastnorm.LayerNorm, "batch": BatchNorm}
+LAYERS: dict[str, Any] = {"layer": fastnorm.LayerNorm, "batch": BatchNorm}
 
 
 # ---- norms, checked -----------------------------------------------------------------------------
@@ -77,6 +77,7 @@ class CheckedNorm:
 
     layer: Any
     checks: Checks | None
+    is_batch_norm: bool
     forwards: list[Forward] = field(default_factory=list)
     backwards: list[Backward] = field(default_factory=list)
 
@@ -100,7 +101,7 @@ class CheckedNorm:
     def by_batch(self, x: Array) -> Array:
         """y in training mode, of a batch that nothing is to be learned from."""
         layer = self.layer
-        if not self.has_modes:
+        if not self.is_batch_norm:
             y: Array = layer(x)
         else:
             given = layer.weight, layer.bias
@@ -111,7 +112,7 @@ class CheckedNorm:
     def in_inference(self, x: Array) -> Array:
         """y of any number of images."""
         layer = self.layer
-        if not self.has_modes:
+        if not self.is_batch_norm:
             return self.by_batch(x)
         y: Array = layer.eval()(x)
         layer.train()
@@ -121,10 +122,6 @@ class CheckedNorm:
             columns = layer.weight[:, None], layer.bias[:, None]
             self.checks.add("batch_norm", accuracy.affine_error(y.T, xh.T, *columns))
         return y
-
-    @property
-    def has_modes(self) -> bool:
-        return isinstance(self.layer, BatchNorm)
 
     # Many batches of one size, (count, batch, width), are normalised over one of their axes.
 
@@ -142,11 +139,11 @@ class CheckedNorm:
 
     @property
     def _op(self) -> str:
-        return "batch_norm_training" if self.has_modes else "layer_norm"
+        return "batch_norm_training" if self.is_batch_norm else "layer_norm"
 
     @property
     def _axis(self) -> int:
-        return 1 if self.has_modes else 2
+        return 1 if self.is_batch_norm else 2
 
     def _rows(self, a: Array) -> Array:
         """What is normalised together, last."""
@@ -196,7 +193,7 @@ def _sum_error(total: Array, terms: Array, magnitudes: Array) -> float:
 
 
 class Network:
-    """Dense layers with ReLU between them, and a norm (a key of LAYERS) before each ReLU."""
+    """Dense layers with ReLU between them, and before each ReLU one of LAYERS, or "none"."""
 
     def __init__(self, norm: str, seed: int, checks: Checks | None = None) -> None:
         rng = np.random.default_rng(seed)
@@ -205,8 +202,10 @@ class Network:
             for inputs, outputs in pairwise(WIDTHS)
         ]
         self.biases = [np.zeros(outputs, np.float32) for outputs in WIDTHS[1:]]
-        layer = LAYERS[norm]
-        self.norms = [CheckedNorm(layer(width), checks) for width in WIDTHS[1:-1]] if layer else []
+        self.norms = []
+        if norm != "none":
+            layers = [LAYERS[norm](width) for width in WIDTHS[1:-1]]
+            self.norms = [CheckedNorm(layer, checks, norm == "batch") for layer in layers]
 
     def step(self, images: Array, labels: Array, rate: np.float32) -> float:
         """One step down the gradient of the batch's mean cross-entropy, which is returned."""
