@@ -83,6 +83,10 @@ def weight_norm(
     array([[3., 4.],
            [0., 1.]], dtype=float32)
     """
+    if type(dim) is int and dim == 0 and out is None and dtype is None and return_stats is False:
+        w = _plain_weight_norm(v, g)
+        if w is not None:
+            return w
     return interop.run(_weight_norm, _FORWARD, v, g, dim, out, dtype, return_stats, main="v")
 
 
@@ -164,6 +168,10 @@ def unit_norm(
     array([[0.6, 0.8],
            [0. , 0. ]], dtype=float32)
     """
+    if type(axis) is int and axis == -1 and out is None and dtype is None and return_stats is False:
+        y = _plain_unit_norm(x, eps)
+        if y is not None:
+            return y
     return interop.run(_unit_norm, _UNIT, x, axis, eps, out, dtype, return_stats)
 
 
@@ -484,9 +492,7 @@ def _times(
 ) -> tuple[np.ndarray, np.ndarray]:
     """rms_norm times a factor for each vector, and rstd; rounded to `kind` once."""
     weight = factor.astype(vectors.compute)
-    if not vectors.lead:
-        return _rms_norm(vectors, _per_element(vectors, weight.item()), kind, out)
-    contiguous = vectors.in_rows and vectors.array.flags.c_contiguous
+    contiguous = vectors.lead and vectors.in_rows and vectors.array.flags.c_contiguous
     run = _run_of(vectors.n) if contiguous and vectors.array.size >= _MANY else 0
     if run and (out is None or out.flags.c_contiguous):
         return _times_rows(vectors, weight, kind, run, out)
@@ -530,6 +536,43 @@ def _dots(vectors: _Vectors, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     mean, variance = np.empty((2, len(products)), vectors.compute)
     _core.moments_rows(1, vectors.compute, products, mean, variance)
     return mean.astype(np.float64) * vectors.n
+
+
+# ---- small and ordinary calls, without what others take ------------------------------------------
+
+
+def _is_plain(x: Any) -> bool:
+    return (
+        type(x) is np.ndarray
+        and (x.dtype is checks.FLOAT32 or x.dtype is checks.FLOAT64)
+        and 0 < x.size < _MANY
+        and x.flags.c_contiguous
+    )
+
+
+def _plain_weight_norm(v: Any, g: Any) -> np.ndarray | None:
+    """weight_norm of rows, or None where they want more care; the bits are the same."""
+    if not (_is_plain(v) and _is_plain(g) and g.ndim == v.ndim > 1 and g.size == len(v) == len(g)):
+        return None
+    factor = g.astype(np.float64) / math.sqrt(v.size // len(v))
+    weight = factor.astype(v.dtype)
+    w, rstd = _core.rms_norm(v, v.shape[1:], None, 0.0, return_stats=True)
+    with np.errstate(all="ignore"):
+        # Finite where no rstd is infinite or NaN, and no weight 0 or too small to have its digits.
+        if not math.isfinite(np.dot(rstd, 1 / weight.ravel())):
+            return None
+        return np.multiply(w, weight, out=w)
+
+
+def _plain_unit_norm(x: Any, eps: Any) -> np.ndarray | None:
+    """unit_norm of rows, or None where they want more care; the bits are the same."""
+    if not (_is_plain(x) and type(eps) is float and x.ndim):
+        return None
+    root = math.sqrt(x.shape[-1])
+    weight = np.full(x.shape[-1], 1 / root, x.dtype)
+    y, rstd = _core.rms_norm(x, None, weight, 0.0, return_stats=True)
+    # Not so for NaN; a norm next to eps is told in float64.
+    return y if rstd.max() * eps < 0.999 * root and eps >= 0 else None
 
 
 # ---- norms beyond the range of the type that is computed in --------------------------------------
@@ -597,7 +640,7 @@ def _weight_norm(v: Any, g: Any, dim: Any, out: Any, dtype: Any, return_stats: A
     else:
         with np.errstate(all="ignore"):
             w, norms = _weight_normed(vectors, gains, kind, place)
-            norm = norms.as_kept()
+            norm = norms.as_kept() if return_stats else None
     w = w if out is None else out
     return (w, norm) if return_stats else w
 
@@ -703,7 +746,7 @@ def _unit_norm(x: Any, axis: Any, eps: Any, out: Any, dtype: Any, return_stats: 
     else:
         with np.errstate(all="ignore"):
             y, norms = _shortened(vectors, least, kind, place)
-            norm = norms.as_kept().reshape(vectors.lead)
+            norm = norms.as_kept().reshape(vectors.lead) if return_stats else None
     y = y if out is None else out
     return (y, norm) if return_stats else y
 
