@@ -34,7 +34,8 @@ def weight_norm(
         The axis along which vectors lie side by side: each norm is over all the others. None: one
         norm of the whole array. Negative numbers count from the end.
     return_stats : bool
-        Return ``(w, norm)``; norm has v's axes, with 1 in the place of all but `dim`.
+        Return ``(w, norm)``; norm has v's axes, with 1 in the place of all but `dim`, or
+        the shape () where dim is None.
 
     Returns
     -------
@@ -52,6 +53,7 @@ def weight_norm(
     with np.errstate(all="ignore"):
         w = unit * _gain(g, mantissa)
     norm = np.ldexp(mantissa, exponent)
+    norm = norm.reshape(()) if dim is None else norm
     return (_float64(w), _float64(norm)) if return_stats else _float64(w)
 
 

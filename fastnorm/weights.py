@@ -36,8 +36,8 @@ def weight_norm(
     v : array_like
         float16, bfloat16, float32 or float64 of any shape and layout; integers become float64.
     g : array_like
-        The lengths, of any real type: of v's axes, with 1 in the place of all but `dim` (torch's
-        shape), or what broadcasts to that.
+        The lengths, of any real type: of v's axes, with 1 in the place of all but `dim`, or what
+        broadcasts to that. torch's have these shapes, and () where dim is None.
     dim : int, optional
         The axis along which vectors lie side by side: each norm is over all other axes. None: one
         norm of the whole array. Negative numbers count from the end (torch's weight_norm takes -1
@@ -55,8 +55,8 @@ def weight_norm(
     w : ndarray
         Of v's shape and type, or `dtype` (`out` where given).
     norm : ndarray
-        With `return_stats`, of v's axes with 1 in the place of all but `dim`, float32 (float64 for
-        float64 input).
+        With `return_stats`, of v's axes with 1 in the place of all but `dim`, or of shape () where
+        that is None; float32 (float64 for float64 input).
 
     Raises
     ------
@@ -79,9 +79,9 @@ def weight_norm(
     Examples
     --------
     >>> import numpy as np, fastnorm
-    >>> fastnorm.weight_norm(np.float32([[3, 4], [0, 2]]), np.float32([[5], [1]]))
-    array([[3., 4.],
-           [0., 1.]], dtype=float32)
+    >>> fastnorm.weight_norm(np.float32([[2, 2, 2, 2], [0, 2, 0, 0]]), np.float32([[8], [1]]))
+    array([[4., 4., 4., 4.],
+           [0., 1., 0., 0.]], dtype=float32)
     """
     if type(dim) is int and dim == 0 and out is None and dtype is None and return_stats is False:
         w = _plain_weight_norm(v, g)
@@ -124,9 +124,9 @@ def weight_norm_backward(
     Examples
     --------
     >>> import numpy as np, fastnorm
-    >>> v, g, dw = np.float32([[3, 4]]), np.float32([[10]]), np.float32([[5, 10]])
+    >>> v, g, dw = np.float32([[1, 1, 1, 1]]), np.float32([[4]]), np.float32([[1, 2, 3, 2]])
     >>> fastnorm.weight_norm_backward(dw, v, g)
-    (array([[-3.2,  2.4]], dtype=float32), array([[11.]], dtype=float32))
+    (array([[-2.,  0.,  2.,  0.]], dtype=float32), array([[4.]], dtype=float32))
     """
     return interop.run(_weight_norm_backward, _BACKWARD, dw, v, g, dim, norm, output_mask, main="v")
 
@@ -205,8 +205,8 @@ def unit_norm_backward(
     Examples
     --------
     >>> import numpy as np, fastnorm
-    >>> fastnorm.unit_norm_backward(np.float32([5, 10]), np.float32([3, 4]))
-    array([-0.32,  0.24], dtype=float32)
+    >>> fastnorm.unit_norm_backward(np.float32([1, 2, 3, 2]), np.float32([1, 1, 1, 1]))
+    array([-0.5,  0. ,  0.5,  0. ], dtype=float32)
     """
     return interop.run(_unit_norm_backward, _UNIT_BACKWARD, dy, x, axis, eps, norm)
 
@@ -307,8 +307,8 @@ def spectral_norm_backward(
     >>> import numpy as np, fastnorm
     >>> weight, u = np.float32([[4, 0], [0, 2]]), np.float32([1, 0])
     >>> fastnorm.spectral_norm_backward(weight, weight, u, u)
-    array([[0. , 0. ],
-           [0. , 0.5]], dtype=float32)
+    array([[-0.25,  0.  ],
+           [ 0.  ,  0.5 ]], dtype=float32)
     """
     return interop.run(
         _spectral_norm_backward, _SPECTRAL_BACKWARD, dy, weight, u, v, sigma, dim, main="weight"
@@ -389,22 +389,26 @@ class _Vectors:
         return checks.as_statistic("norm", value, self.lead, self.kept, checks.FLOAT64)
 
 
-def _other_axes(array: np.ndarray, dim: Any, optional: bool = True) -> tuple[int, ...]:
-    """All axes but `dim`."""
-    if dim is None and optional:
-        return tuple(range(array.ndim))
+def as_dim(dim: Any, ndim: int, wanted: str = "an integer") -> int:
+    """One axis of an array of `ndim` dimensions, not negative."""
     try:
         index = operator.index(dim)
     except TypeError:
-        wanted = "an integer or None" if optional else "an integer"
         raise TypeError(f"dim: got {dim!r}, wanted {wanted}") from None
-    if not -array.ndim <= index < array.ndim:
-        raise AxisError(index, array.ndim, "dim")
-    return tuple([d for d in range(array.ndim) if d != index % array.ndim])
+    if not -ndim <= index < ndim:  # which may be more than NumPy's own check can take
+        raise AxisError(index, ndim, "dim")
+    return index % ndim
+
+
+def _all_but(dim: int, ndim: int) -> tuple[int, ...]:
+    return tuple([d for d in range(ndim) if d != dim])
 
 
 def _weight_vectors(v: Any, dim: Any) -> _Vectors:
-    return _Vectors("v", v, lambda array: _other_axes(array, dim))
+    if dim is None:
+        return _Vectors("v", v, lambda array: tuple(range(array.ndim)))
+    wanted = "an integer or None"
+    return _Vectors("v", v, lambda array: _all_but(as_dim(dim, array.ndim, wanted), array.ndim))
 
 
 def _gains(g: Any, vectors: _Vectors) -> np.ndarray:
@@ -595,7 +599,6 @@ class _Norms:
     """Norms as mantissa and exponent; `odd` are those that rstd, or a float64, cannot tell."""
 
     def __init__(self, vectors: _Vectors, rstd: np.ndarray) -> None:
-        self.vectors = vectors
         self.mantissa = math.sqrt(vectors.n) / rstd.astype(np.float64)
         self.exponent = np.zeros(len(rstd), np.int32)
         self.odd = _is_odd(rstd) | (self.mantissa == np.inf)
@@ -603,10 +606,6 @@ class _Norms:
         if self.odd.any():
             rows = vectors.as_rows(vectors.array)[self.odd]
             self.units, self.mantissa[self.odd], self.exponent[self.odd] = _split(rows)
-
-    def as_kept(self) -> np.ndarray:
-        """In the type that is computed in, of the vectors' axes with 1 for their own."""
-        return self.values().astype(self.vectors.compute).reshape(self.vectors.kept)
 
     def values(self) -> np.ndarray:
         return np.ldexp(self.mantissa, self.exponent)
@@ -640,9 +639,13 @@ def _weight_norm(v: Any, g: Any, dim: Any, out: Any, dtype: Any, return_stats: A
     else:
         with np.errstate(all="ignore"):
             w, norms = _weight_normed(vectors, gains, kind, place)
-            norm = norms.as_kept() if return_stats else None
+            norm = norms.values().astype(vectors.compute)
     w = w if out is None else out
-    return (w, norm) if return_stats else w
+    return (w, norm.reshape(_shape_of_g(vectors, dim))) if return_stats else w
+
+
+def _shape_of_g(vectors: _Vectors, dim: Any) -> tuple[int, ...]:
+    return () if dim is None else vectors.kept
 
 
 def _weight_normed(
@@ -746,9 +749,9 @@ def _unit_norm(x: Any, axis: Any, eps: Any, out: Any, dtype: Any, return_stats: 
     else:
         with np.errstate(all="ignore"):
             y, norms = _shortened(vectors, least, kind, place)
-            norm = norms.as_kept().reshape(vectors.lead) if return_stats else None
+            norm = norms.values().astype(vectors.compute)
     y = y if out is None else out
-    return (y, norm) if return_stats else y
+    return (y, norm.reshape(vectors.lead)) if return_stats else y
 
 
 def _shortened(
@@ -818,7 +821,7 @@ class _Matrix:
     """
 
     def __init__(self, weight: Any, dim: Any) -> None:
-        self.vectors = _Vectors("weight", weight, lambda a: _other_axes(a, dim, optional=False))
+        self.vectors = _Vectors("weight", weight, lambda a: _all_but(as_dim(dim, a.ndim), a.ndim))
         self.compute = self.vectors.compute
         rows = checks.as_plain(self.vectors.as_rows(self.vectors.array), self.compute)
         self.array, self.exponent = rows, 0
