@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
 from . import checks, interop
-from .module_state import State, as_dtype, own_copy, unpacked
+from .module_state import IncompatibleKeys, State, as_dtype, own_copy, unpacked
 from .weights import (
     as_dim,
     spectral_norm,
@@ -76,8 +77,10 @@ class _Reparametrized(State):
     def _assign(self, name: str, value: Any) -> None:
         self._keep({name: self._checked(name, value)})
 
-    def load_state_dict(self, state_dict: Any, strict: bool = True) -> Any:
-        if isinstance(state_dict, dict):
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True
+    ) -> IncompatibleKeys:
+        if isinstance(state_dict, Mapping):
             # An array under both of its names stays there twice, one of them unexpected.
             state_dict = {
                 self._aliases[key]

@@ -8,6 +8,7 @@ every CPU. What a kernel's float cannot hold (a norm of 1e-40, of 1e300) is form
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable
@@ -456,12 +457,31 @@ def _rms_norm(
     vectors: _Vectors, weight: np.ndarray | None, kind: np.dtype, out: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """rms_norm without an eps, in `kind`, and rstd = sqrt(n) / ||x|| of each vector, flat."""
+    dtype = None if kind == vectors.dtype else kind
+    if _is_soon_copied(vectors):
+        rows = np.ascontiguousarray(vectors.seen(vectors.array))
+        y, rstd = _core.rms_norm(
+            rows, vectors.elements, weight, 0.0, dtype=dtype, return_stats=True
+        )
+        whole = interop.as_bits(y).transpose(np.argsort(vectors.order))
+        if out is None:
+            return np.ascontiguousarray(whole), rstd.ravel()
+        out[...] = whole
+        return out, rstd.ravel()
     y, rstd = _core.rms_norm(
         _with_axis(vectors, vectors.array), weight=weight, eps=0.0,
-        out=None if out is None else _with_axis(vectors, out),
-        dtype=None if kind == vectors.dtype else kind, return_stats=True, **_where(vectors),
+        out=None if out is None else _with_axis(vectors, out), dtype=dtype, return_stats=True,
+        **_where(vectors),
     )  # fmt: skip
     return interop.as_bits(y.reshape(vectors.shape)), rstd.ravel()
+
+
+def _is_soon_copied(vectors: _Vectors) -> bool:
+    """Whether to bring vectors into rows costs less than to read them where they lie."""
+    if vectors.in_rows:
+        return False
+    side_by_side = vectors.order[0] == len(vectors.shape) - 1
+    return vectors.array.size < (_MANY // 4 if side_by_side else _MANY)
 
 
 def _per_element(vectors: _Vectors, value: float) -> np.ndarray:
@@ -486,16 +506,16 @@ def _times_rows(
     return interop.as_bits(y.reshape(vectors.shape)), rstd
 
 
+@functools.cache
 def _run_of(n: int) -> int:
     """The longest run of weights that divides a row of n; 0 where there is none."""
     return max((run for run in _RUN if n % run == 0), default=0)
 
 
 def _times(
-    vectors: _Vectors, factor: np.ndarray, kind: np.dtype, out: np.ndarray | None
+    vectors: _Vectors, weight: np.ndarray, kind: np.dtype, out: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """rms_norm times a factor for each vector, and rstd; rounded to `kind` once."""
-    weight = factor.astype(vectors.compute)
+    """rms_norm with a weight for each vector, and rstd; rounded to `kind` once."""
     contiguous = vectors.lead and vectors.in_rows and vectors.array.flags.c_contiguous
     run = _run_of(vectors.n) if contiguous and vectors.array.size >= _MANY else 0
     if run and (out is None or out.flags.c_contiguous):
@@ -527,6 +547,12 @@ def _to_odd(values: np.ndarray) -> np.ndarray:
     return near
 
 
+def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a * b, b of a's shape or 1 along some axes; in memory that may have been used before."""
+    product: np.ndarray = _core.new_result(a.shape, a.dtype)[0]
+    return np.multiply(a, b, out=product)
+
+
 def _dots(vectors: _Vectors, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """The scalar product of each vector of a with that of b, in float64; C-contiguous arrays."""
     if vectors.lead and vectors.axes and vectors.order[0] == len(vectors.shape) - 1:
@@ -536,7 +562,7 @@ def _dots(vectors: _Vectors, a: np.ndarray, b: np.ndarray) -> np.ndarray:
             a.reshape(shape), b.reshape(shape), shape[1], ones, output_mask=(False, True)
         )[1]
         return product.astype(np.float64)
-    products = np.ascontiguousarray(vectors.as_rows(a * b))
+    products = np.ascontiguousarray(vectors.as_rows(_product(a, b)))
     mean, variance = np.empty((2, len(products)), vectors.compute)
     _core.moments_rows(1, vectors.compute, products, mean, variance)
     return mean.astype(np.float64) * vectors.n
@@ -558,14 +584,11 @@ def _plain_weight_norm(v: Any, g: Any) -> np.ndarray | None:
     """weight_norm of rows, or None where they want more care; the bits are the same."""
     if not (_is_plain(v) and _is_plain(g) and g.ndim == v.ndim > 1 and g.size == len(v) == len(g)):
         return None
-    factor = g.astype(np.float64) / math.sqrt(v.size // len(v))
-    weight = factor.astype(v.dtype)
     w, rstd = _core.rms_norm(v, v.shape[1:], None, 0.0, return_stats=True)
     with np.errstate(all="ignore"):
-        # Finite where no rstd is infinite or NaN, and no weight 0 or too small to have its digits.
-        if not math.isfinite(np.dot(rstd, 1 / weight.ravel())):
-            return None
-        return np.multiply(w, weight, out=w)
+        weight = (g.astype(np.float64) / math.sqrt(v.size // len(v))).astype(v.dtype)
+        ordinary = _are_ordinary(rstd, weight.ravel())
+        return np.multiply(w, weight, out=w) if ordinary else None
 
 
 def _plain_unit_norm(x: Any, eps: Any) -> np.ndarray | None:
@@ -638,8 +661,8 @@ def _weight_norm(v: Any, g: Any, dim: Any, out: Any, dtype: Any, return_stats: A
         norm = np.zeros(vectors.kept, vectors.compute)
     else:
         with np.errstate(all="ignore"):
-            w, norms = _weight_normed(vectors, gains, kind, place)
-            norm = norms.values().astype(vectors.compute)
+            w, length = _weight_normed(vectors, gains, kind, place)
+            norm = length.astype(vectors.compute)
     w = w if out is None else out
     return (w, norm.reshape(_shape_of_g(vectors, dim))) if return_stats else w
 
@@ -650,21 +673,31 @@ def _shape_of_g(vectors: _Vectors, dim: Any) -> tuple[int, ...]:
 
 def _weight_normed(
     vectors: _Vectors, gains: np.ndarray, kind: np.dtype, place: np.ndarray | None
-) -> tuple[np.ndarray, _Norms]:
+) -> tuple[np.ndarray, np.ndarray]:
+    """w and the norms, in float64."""
     # Vectors that take care are read once more: not from where the result has been written.
     in_place = _has_same_memory(place, vectors.array)
     factor = gains / math.sqrt(vectors.n)
-    w, rstd = _times(vectors, factor, kind, None if in_place else place)
-    norms = _Norms(vectors, rstd)
-    if norms.units is not None:
-        _put(vectors, w, norms.odd, norms.units * gains[norms.odd, np.newaxis])
-    small = _is_odd(factor.astype(vectors.compute)) & (gains != 0) & ~norms.odd
-    if small.any():
-        units = _split(vectors.as_rows(vectors.array)[small])[0]
-        _put(vectors, w, small, units * gains[small, np.newaxis])
+    weight = factor.astype(vectors.compute)
+    w, rstd = _times(vectors, weight, kind, None if in_place else place)
+    if _are_ordinary(rstd, weight):
+        length = math.sqrt(vectors.n) / rstd.astype(np.float64)
+    else:
+        norms = _Norms(vectors, rstd)
+        length = norms.values()
+        care = norms.odd | _is_odd(weight) & (gains != 0)
+        if care.any():
+            units = _split(vectors.as_rows(vectors.array)[care])[0]
+            _put(vectors, w, care, units * gains[care, np.newaxis])
     if place is not None and in_place:
         place[...] = w
-    return w, norms
+        w = place
+    return w, length
+
+
+def _are_ordinary(rstd: np.ndarray, weight: np.ndarray) -> bool:
+    """False where an rstd is infinite or NaN, or a weight 0 or too small to have its digits."""
+    return math.isfinite(np.dot(rstd, 1 / weight))
 
 
 def _weight_norm_backward(
@@ -696,7 +729,7 @@ def _units(vectors: _Vectors, given: np.ndarray | None) -> tuple[np.ndarray, _No
             norms = _Norms(vectors, rstd)
             norms.mantissa = given.ravel()
             shorten = (1 / norms.mantissa).astype(vectors.compute).reshape(vectors.kept)
-            return np.multiply(checks.as_plain(vectors.array, vectors.compute), shorten), norms
+            return _product(checks.as_plain(vectors.array, vectors.compute), shorten), norms
     weight = _per_element(vectors, 1 / math.sqrt(vectors.n))
     units, rstd = _rms_norm(vectors, weight, vectors.compute, None)
     norms = _Norms(vectors, rstd)
@@ -905,7 +938,7 @@ def _spectral_norm_backward(
         formed = matrix.sigma(u_now, v_now)
         if known is not None and matrix.exponent == 0:
             formed = np.float64(known)
-        along = _sum(grad * matrix.over(matrix.array, formed), matrix.compute)
+        along = _sum(_product(grad, matrix.over(matrix.array, formed)), matrix.compute)
         away = np.multiply.outer((u_now * along).astype(matrix.compute), v_now)
         np.subtract(grad, away, out=away)
         return matrix.restored(np.ldexp(matrix.over(away, formed), -matrix.exponent))
