@@ -40,7 +40,7 @@ def weight_norm(
     Returns
     -------
     float64 array of v's shape, or two arrays
-        There is no eps: a vector of zeros gives NaN, as in torch.
+        There is no eps: a vector of zeros gives NaN, as in torch; so does one that is not finite.
 
     Raises
     ------
@@ -221,12 +221,17 @@ def _axes(x: Array, axis: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def _unit(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array, Array]:
-    """x / ||x||, and the norm as mantissa and exponent of two, axes kept; 0 / 0 is NaN."""
+    """x / ||x||, and the norm as mantissa and exponent of two, axes kept.
+
+    0 / 0 is NaN, and so is all of what is not finite.
+    """
     largest = np.abs(x).max(axes, keepdims=True, initial=0)
     with np.errstate(all="ignore"):
-        exponent = np.where(np.isfinite(largest), np.frexp(largest)[1], 0)
+        finite = np.isfinite(largest)
+        exponent = np.where(finite, np.frexp(largest)[1], 0)
         scaled = np.ldexp(x, -exponent)
         mantissa = np.sqrt((scaled * scaled).sum(axes, keepdims=True))
+        mantissa = np.where(finite, mantissa, np.nan)
         return scaled / mantissa, mantissa, exponent
 
 

@@ -608,13 +608,15 @@ def _plain_unit_norm(x: Any, eps: Any) -> np.ndarray | None:
 def _split(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of rows of any type: u, of length 1; the norm as a mantissa and an exponent of two.
 
-    A row of zeros has a u of NaN.
+    A row of zeros has a u of NaN; one that is not finite, a norm of NaN too.
     """
     wide = interop.widened(rows).astype(np.float64)
     largest = np.abs(wide).max(axis=1, keepdims=True, initial=0)
-    exponent = np.where(np.isfinite(largest), np.frexp(largest)[1], 0)
+    finite = np.isfinite(largest)
+    exponent = np.where(finite, np.frexp(largest)[1], 0)
     scaled = np.ldexp(wide, -exponent)
     mantissa = np.sqrt((scaled * scaled).sum(axis=1, keepdims=True))
+    mantissa[~finite] = np.nan
     return scaled / mantissa, mantissa[:, 0], exponent[:, 0]
 
 
@@ -658,13 +660,17 @@ def _weight_norm(v: Any, g: Any, dim: Any, out: Any, dtype: Any, return_stats: A
     place = vectors.output(out, kind, {"g": g})
     if not vectors.array.size:
         w = np.empty(vectors.shape, kind) if place is None else place
-        norm = np.zeros(vectors.kept, vectors.compute)
+        lengths = np.zeros(vectors.kept) if return_stats else None
     else:
         with np.errstate(all="ignore"):
-            w, length = _weight_normed(vectors, gains, kind, place)
-            norm = length.astype(vectors.compute)
+            w, lengths = _weight_normed(vectors, gains, kind, place, bool(return_stats))
     w = w if out is None else out
-    return (w, norm.reshape(_shape_of_g(vectors, dim))) if return_stats else w
+    return w if lengths is None else (w, _as_stats(vectors, lengths, _shape_of_g(vectors, dim)))
+
+
+def _as_stats(vectors: _Vectors, lengths: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    with np.errstate(all="ignore"):
+        return lengths.astype(vectors.compute).reshape(shape)
 
 
 def _shape_of_g(vectors: _Vectors, dim: Any) -> tuple[int, ...]:
@@ -672,31 +678,31 @@ def _shape_of_g(vectors: _Vectors, dim: Any) -> tuple[int, ...]:
 
 
 def _weight_normed(
-    vectors: _Vectors, gains: np.ndarray, kind: np.dtype, place: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """w and the norms, in float64."""
+    vectors: _Vectors, gains: np.ndarray, kind: np.dtype, place: np.ndarray | None,
+    wants_norms: bool,
+) -> tuple[np.ndarray, np.ndarray | None]:  # fmt: skip
+    """w, and the norms where they are wanted, in float64."""
     # Vectors that take care are read once more: not from where the result has been written.
     in_place = _has_same_memory(place, vectors.array)
-    factor = gains / math.sqrt(vectors.n)
-    weight = factor.astype(vectors.compute)
+    weight = (gains / math.sqrt(vectors.n)).astype(vectors.compute)
     w, rstd = _times(vectors, weight, kind, None if in_place else place)
-    if _are_ordinary(rstd, weight):
-        length = math.sqrt(vectors.n) / rstd.astype(np.float64)
-    else:
-        norms = _Norms(vectors, rstd)
-        length = norms.values()
-        care = norms.odd | _is_odd(weight) & (gains != 0)
-        if care.any():
-            units = _split(vectors.as_rows(vectors.array)[care])[0]
-            _put(vectors, w, care, units * gains[care, np.newaxis])
+    if not _are_ordinary(rstd, weight):
+        care = ~np.isfinite(rstd) | (~np.isfinite(1 / weight) & (gains != 0))
+        units = _split(vectors.as_rows(vectors.array)[care])[0]
+        _put(vectors, w, care, units * gains[care, np.newaxis])
+    lengths = _Norms(vectors, rstd).values() if wants_norms else None
     if place is not None and in_place:
         place[...] = w
         w = place
-    return w, length
+    return w, lengths
 
 
 def _are_ordinary(rstd: np.ndarray, weight: np.ndarray) -> bool:
-    """False where an rstd is infinite or NaN, or a weight 0 or too small to have its digits."""
+    """Whether all are finite, those of the weight's inverse too, in one product.
+
+    An rstd is not where its vector is 0 or next to 0, or not finite itself; 1 / weight is not where
+    the weight is 0 or too small to have its digits.
+    """
     return math.isfinite(np.dot(rstd, 1 / weight))
 
 
