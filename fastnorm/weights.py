@@ -122,6 +122,11 @@ def weight_norm_backward(
     TypeError, ValueError
         As :func:`weight_norm`.
 
+    Notes
+    -----
+    The sums run in another order where `dim` is the last axis: the last bits may be others than
+    those of the transposed arrays.
+
     Examples
     --------
     >>> import numpy as np, fastnorm
@@ -464,16 +469,22 @@ def _rms_norm(
             rows, vectors.elements, weight, 0.0, dtype=dtype, return_stats=True
         )
         whole = interop.as_bits(y).transpose(np.argsort(vectors.order))
-        if out is None:
-            return np.ascontiguousarray(whole), rstd.ravel()
-        out[...] = whole
-        return out, rstd.ravel()
+        return _in_place(whole, out), rstd.ravel()
     y, rstd = _core.rms_norm(
         _with_axis(vectors, vectors.array), weight=weight, eps=0.0,
         out=None if out is None else _with_axis(vectors, out), dtype=dtype, return_stats=True,
         **_where(vectors),
     )  # fmt: skip
-    return interop.as_bits(y.reshape(vectors.shape)), rstd.ravel()
+    y = interop.as_bits(y.reshape(vectors.shape)) if out is None else out
+    return y, rstd.ravel()
+
+
+def _in_place(array: np.ndarray, out: np.ndarray | None) -> np.ndarray:
+    """An array's elements in `out`, or, C-contiguous, in an array of their own."""
+    if out is None:
+        return np.ascontiguousarray(array)
+    out[...] = array
+    return out
 
 
 def _is_soon_copied(vectors: _Vectors) -> bool:
@@ -503,7 +514,7 @@ def _times_rows(
         vectors.array.reshape(shape), shape[1:], spread, 0.0,
         out=None if out is None else out.reshape(shape), dtype=kind, return_stats=True,
     )  # fmt: skip
-    return interop.as_bits(y.reshape(vectors.shape)), rstd
+    return interop.as_bits(y.reshape(vectors.shape)) if out is None else out, rstd
 
 
 @functools.cache
@@ -599,7 +610,7 @@ def _plain_unit_norm(x: Any, eps: Any) -> np.ndarray | None:
     weight = np.full(x.shape[-1], 1 / root, x.dtype)
     y, rstd = _core.rms_norm(x, None, weight, 0.0, return_stats=True)
     # Not so for NaN; a norm next to eps is told in float64.
-    return y if rstd.max() * eps < 0.999 * root and eps >= 0 else None
+    return y if float(rstd.max()) * eps < 0.999 * root and eps >= 0 else None
 
 
 # ---- norms beyond the range of the type that is computed in --------------------------------------
@@ -901,11 +912,7 @@ class _Matrix:
         """A matrix in the weight's shape and type."""
         vectors = self.vectors
         values = _stored(rows, vectors.dtype).reshape(*vectors.lead, *vectors.elements)
-        whole = values.transpose(np.argsort(vectors.order))
-        if out is None:
-            return np.ascontiguousarray(whole)
-        out[...] = whole
-        return out
+        return _in_place(values.transpose(np.argsort(vectors.order)), out)
 
 
 def _spectral_norm(
@@ -947,7 +954,10 @@ def _spectral_norm_backward(
         along = _sum(_product(grad, matrix.over(matrix.array, formed)), matrix.compute)
         away = np.multiply.outer((u_now * along).astype(matrix.compute), v_now)
         np.subtract(grad, away, out=away)
-        return matrix.restored(np.ldexp(matrix.over(away, formed), -matrix.exponent))
+        dweight = matrix.over(away, formed)
+        if matrix.exponent:
+            dweight = np.ldexp(dweight, -matrix.exponent)
+        return matrix.restored(dweight)
 
 
 def _sum(array: np.ndarray, compute: np.dtype) -> float:
