@@ -230,7 +230,7 @@ def over_allowed(got, exact, terms, dtype):
     assert got.shape == exact.shape
     assert (np.isnan(got.astype(np.float64)) == np.isnan(exact)).all(), "NaN in other places"
     with np.errstate(over="ignore"):
-        beyond = np.isinf(exact.astype(got.dtype)) & (got == np.sign(exact) * np.inf)
+        beyond = np.isinf(exact.astype(got.dtype)) & (got == np.copysign(np.inf, exact))
     known = ~np.isnan(exact) & ~beyond
     got, exact = got[known], exact[known]
     terms = np.broadcast_to(terms, known.shape)[known]
