@@ -842,12 +842,10 @@ class BackwardCall(ChannelCall):
 
     def gather(self, sums: np.ndarray) -> tuple[Any, Any, Any]:
         if not self.per_sample:
-            sums = np.add.reduce(sums, axis=0)
-        with np.errstate(all="ignore"):
-            dweight, dbias = (
-                np.ascontiguousarray(sums[..., k].astype(self.compute))
-                if self.wanted[k + 1]
-                else None
-                for k in range(2)
-            )
-        return self.dx, dweight, dbias
+            dbias, dweight = _core.total_over_samples(sums, self.compute)
+        else:
+            with np.errstate(all="ignore"):
+                dweight, dbias = (
+                    np.ascontiguousarray(sums[..., k].astype(self.compute)) for k in range(2)
+                )
+        return self.dx, dweight if self.wanted[1] else None, dbias if self.wanted[2] else None
