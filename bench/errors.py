@@ -1,11 +1,14 @@
 """The largest errors of fastnorm and of its peers, on rows that are hard.
 
-    python bench/errors.py [--quick] [--json FILE]
+    python bench/errors.py [--quick] [--large] [--json FILE]
 
 Ten distributions of unit standard deviation are moved to means from 0 to 1e7 and rounded to
 float32; rows have from 1 to 1,000,000 elements. Then come single rows at the ends of the range of
 their type. Errors are counted as fastnorm.accuracy says, against the float64 reference: 1e-6 is
 what fastnorm allows itself, a number near 1 means that no digit is right.
+
+The same for batch, group and instance norm, whose units are what rows are there; with --large, of
+100,000,000 elements too (which takes some 10 GB).
 
 Last, every op in every type, at a mean of 1: errors over what fastnorm allows itself, which for the
 half types is mostly the one rounding of the result, so 1 is as good as can be.
@@ -37,6 +40,13 @@ QUICK_COLS = (1, 3, 64, 768, 1025, 16384)
 TYPES_COLS = (3, 64, 768, 1025)
 BACKWARD_COLS = tuple(n for n in COLS if n < 100_000)
 MEANS = (0.0, 1.0, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7)
+# Elements of a plane: three times as many are a unit of group and of batch norm.
+PLANES = tuple(n for n in COLS if n < 100_000)
+ON_CHANNELS = (
+    *("batch_norm_training", "group_norm", "instance_norm"),
+    *("batch_norm_training_backward", "group_norm_backward", "instance_norm_backward"),
+)
+LARGE = 10_000, 10_000
 
 
 def _spikes(rng: np.random.Generator, n: int) -> Array:
@@ -115,7 +125,7 @@ def errors_by_type(cols: Iterable[int]) -> dict[str, dict[str, float]]:
     """For each op and type the largest error of each provider, over what is allowed."""
     worst: dict[str, dict[str, float]] = {}
     for n in cols:
-        for op in _core.OPS:
+        for op in dict.fromkeys((*_core.OPS, *cases.CHANNELS)):
             for dtype in _core.DTYPES:
                 of = worst.setdefault(f"{op}, {dtype}", {})
                 for provider, error in _errors(_case(op, n, 1.0, dtype)).items():
@@ -125,11 +135,39 @@ def errors_by_type(cols: Iterable[int]) -> dict[str, dict[str, float]]:
 
 
 def _case(op: str, n: int, mean: float, dtype: str = "float32") -> contenders.Case:
+    if op in cases.CHANNELS:
+        return _channels_case(op, n, mean, dtype)
     case = contenders.Case(op, (len(DISTRIBUTIONS), n), dtype)
     case.weight[:], case.bias[:] = 1, 0
     for x, kind in zip(case.x, DISTRIBUTIONS, strict=True):
         x[:] = _row(kind, n, mean)
     return case
+
+
+def _channels_case(op: str, n: int, mean: float, dtype: str) -> contenders.Case:
+    """Each unit is of one distribution: channels of batch norm, samples of the others.
+
+    Of three channels, group norm makes one group.
+    """
+    count, axis = (3, 1) if op.startswith("batch_norm") else (len(DISTRIBUTIONS), 0)
+    case = contenders.Case(op, (count, len(DISTRIBUTIONS) if axis else 3, n), dtype)
+    case.weight[:], case.bias[:] = 1, 0
+    units = np.moveaxis(case.x, axis, 0)
+    for unit, kind in zip(units, DISTRIBUTIONS, strict=True):
+        unit[...] = _row(kind, unit.size, mean).reshape(unit.shape)
+    return case
+
+
+def large_errors() -> dict[str, dict[str, float]]:
+    """Of units of 100,000,000 elements, by op and mean."""
+    found = {}
+    for op in (name for name in ON_CHANNELS if not name.endswith("_backward")):
+        for mean in (0.0, 1e6):
+            case = contenders.Case(op, (1, 1, *LARGE), "float32")
+            case.weight[:], case.bias[:] = 1, 0
+            case.x += np.float32(mean)
+            found[f"{op}, mean {mean:g} × std"] = _errors(case)
+    return found
 
 
 def _errors(case: contenders.Case) -> dict[str, float]:
@@ -170,6 +208,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="fewer lengths")
+    parser.add_argument("--large", action="store_true", help="units of 100,000,000 elements too")
     parser.add_argument("--json", metavar="FILE", type=Path)
     options = parser.parse_args()
     console = Console(stderr=True)
@@ -179,16 +218,24 @@ def main() -> None:
     backward = errors_by_mean(
         "layer_norm_backward", track(backward_cols, "backward", console=console)
     )
+    planes = QUICK_COLS if options.quick else PLANES
+    channels = {op: errors_by_mean(op, track(planes, op, console=console)) for op in ON_CHANNELS}
+    large = large_errors() if options.large else {}
     hard = hard_row_errors()
     types = errors_by_type(track(TYPES_COLS, "types", console=console))
     count = f"{len(DISTRIBUTIONS)} distributions, n up to"
     show(f"layer_norm, {count} {max(cols):,}", "mean / std", forward)
     show(f"layer_norm_backward, {count} {max(backward_cols):,}", "mean / std", backward)
+    for op, errors in channels.items():
+        show(f"{op}, {count} {3 * max(planes):,}", "mean / std", errors)
+    if large:
+        show(f"Units of {LARGE[0] * LARGE[1]:,} elements", "op", large)
     show("layer_norm, hard rows", "row", hard)
     show(f"Errors over what is allowed, n up to {max(TYPES_COLS)}", "op, type", types)
     print(bench.machine_line())
     if options.json:
-        text = {"forward": forward, "backward": backward, "hard": hard, "types": types}
+        text: dict[str, Any] = {"forward": forward, "backward": backward, "hard": hard}
+        text |= {"types": types, "channels": channels, "large": large}
         options.json.write_text(json.dumps({"machine": bench.machine(), **text}, indent=1) + "\n")
 
 

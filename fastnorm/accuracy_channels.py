@@ -53,9 +53,12 @@ def batch_norm_backward_errors(
     worst = [0.0, 0.0, 0.0]
     for some in _chunks(x, 1):
         part, dy_part, w = x[:, some], dy[:, some].astype(np.float64), weight[some]
-        xh, mean, rstd = _batch_norm(part, running and (running[0][some], running[1][some]), eps)
+        given = running and (running[0][some], running[1][some])
+        xh, mean, rstd = _batch_norm(part, given, eps)
+        before = given or (None, None)
+        training = running is None
         exact = reference.batch_norm_backward(
-            dy_part, part, weight=w, training=running is None, eps=eps, mean=mean, rstd=rstd
+            dy_part, part, before[0], before[1], w, None, training, eps, mean=mean, rstd=rstd
         )
         units = reference.whole_channels(reference.planes_of(part, 1))
         found = dweight[some], dbias[some]

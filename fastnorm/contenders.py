@@ -352,7 +352,7 @@ def _torch(case: Case, threads: int) -> Iterator[Contender]:
 
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
-    if _without_planes(case):
+    if _is_refused(case):
         return
     # No "out": torch's generated out= variant of native_layer_norm copies a new result.
     own, changed = _own_running(case)
@@ -371,9 +371,14 @@ def _torch(case: Case, threads: int) -> Iterator[Contender]:
     yield Contender("torch", "new", call, names)
 
 
-def _without_planes(case: Case) -> bool:
-    """Planes of one element, which only fastnorm and NumPy normalise."""
-    return "instance" in case.op and len(case.shape) < 3
+def _is_refused(case: Case) -> bool:
+    """Whether torch has no call for the case: units of one element, in training."""
+    size = math.prod(case.shape[2:])
+    if case.op.startswith("batch_norm_training"):
+        return case.shape[0] * size == 1
+    if case.op.startswith("group_norm"):
+        return case.shape[0] * case.shape[1] * size == case.arrays["groups"]
+    return "instance" in case.op and size == 1
 
 
 def _torch_names(case: Case) -> dict[str, Any]:
@@ -531,8 +536,10 @@ ONNX = {
 
 def _onnxruntime(case: Case, threads: int) -> Iterator[Contender]:
     node = ONNX.get(case.op)
-    if node is None or case.dtype.name not in node.dtypes or _without_planes(case):
+    if node is None or case.dtype.name not in node.dtypes:
         return
+    if case.op == "instance_norm" and len(case.shape) < 3:
+        return  # it wants a plane
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
