@@ -130,8 +130,8 @@ cdef ndarray block_sums(fn_channels_last_args *args):
 
 
 def channels_last_moments(ndarray x, Py_ssize_t sample, compute):
-    """Mean (as pivot and shift) and sum of squared deviations of each channel of each sample, float64
-    (3, samples, cols); x: (rows, cols), contiguous."""
+    """Mean (as pivot and shift) and sum of squared deviations of each channel of each sample,
+    float64 (3, samples, cols); x: (rows, cols), contiguous."""
     cdef fn_channels_last_args args
     cdef fn_dtype dtype = dtype_of(compute.num)
     cdef int status
@@ -161,7 +161,8 @@ def channels_last_dots(ndarray dy, ndarray x, ndarray pivot, Py_ssize_t sample):
 
 
 cdef ndarray merged_moments(ndarray sums, Py_ssize_t samples, Py_ssize_t rows):
-    """Blocks of a sample merged one by one, in order (Chan), by their distance from the first's pivot."""
+    """Blocks of a sample merged one by one, in order (Chan), by their distance from the first's
+    pivot."""
     cdef Py_ssize_t cols = cnp.PyArray_DIM(sums, 2), blocks = cnp.PyArray_DIM(sums, 1)
     cdef Py_ssize_t each = blocks // samples if samples else 0, s, b, j, done, n
     cdef double first, mean, squares, delta, part
@@ -264,8 +265,8 @@ def plane_moments(ndarray x):
 
 
 def column_moments(ndarray x, Py_ssize_t rows):
-    """The same down each block of so many rows of x, (M, cols) and contiguous; the last block may be
-    shorter; float64 (3, blocks, cols)."""
+    """The same down each block of so many rows of x, (M, cols) and contiguous; the last block may
+    be shorter; float64 (3, blocks, cols)."""
     cdef fn_channels_last_args args
     cdef int status
     cdef fn_dtype dtype = FN_F64 if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT64 else FN_F32
@@ -280,7 +281,8 @@ def column_moments(ndarray x, Py_ssize_t rows):
 
 # ---- straight down -------------------------------------------------------------------------------
 
-#: Who puts right what a straight call refused: (layout, x, y, weight, bias, statistics, refused, eps).
+#: Who puts right what a straight call refused: (layout, x, y, weight, bias, statistics, refused,
+#: eps).
 cdef object careful = None
 
 
@@ -299,8 +301,8 @@ cdef inline bint is_channel_vector(object w, int typenum, Py_ssize_t channels) n
 
 cdef inline void plain_layout(ndarray x, Py_ssize_t groups, bint batch, bint given,
                               fn_channels *l) noexcept:
-    """Of a contiguous array, channels first; `batch`: statistics over the samples too; `given`: they
-    are of each channel, and planes may go one by one."""
+    """Of a contiguous array, channels first; `batch`: statistics over the samples too; `given`:
+    they are of each channel, and planes may go one by one."""
     cdef Py_ssize_t samples = cnp.PyArray_DIM(x, 0), channels = cnp.PyArray_DIM(x, 1)
     cdef Py_ssize_t size = cnp.PyArray_SIZE(x) // (samples * channels)
     l.plane = size
@@ -339,7 +341,8 @@ cdef inline bint has_shape(object a, int ndim, Py_ssize_t first, Py_ssize_t last
 
 
 cdef ndarray doubles_of(object mean, object rstd, int ndim, Py_ssize_t first, Py_ssize_t last):
-    """mean and rstd one after the other as doubles; None where they are not plain or not so many."""
+    """mean and rstd one after the other as doubles; None where they are not plain or not so
+    many."""
     cdef npy_intp n = 2 * last if ndim == 1 else 2 * first * last
     cdef double *into
     if not has_shape(mean, ndim, first, last) or not has_shape(rstd, ndim, first, last):
@@ -473,8 +476,8 @@ cdef object straight_channels(ndarray x, Py_ssize_t groups, object weight, objec
 
 def straight_channel_backward(dy, x, groups, mean, rstd, weight, bias, output_mask, bint batch,
                               running_var=None, double eps=0):
-    """(dx, dweight, dbias) where all is plain and nothing is refused, else None. groups: 0 for one a
-    channel. running_var: `mean` and it normalised, and not the batch's own statistics."""
+    """(dx, dweight, dbias) where all is plain and nothing is refused, else None. groups: 0 for one
+    a channel. running_var: `mean` and it normalised, and not the batch's own statistics."""
     cdef fn_channel_norm_backward_args args
     cdef int typenum, warm = 0
     cdef bint want_dx, want_dw, want_db, given = running_var is not None
@@ -534,8 +537,8 @@ def straight_channel_backward(dy, x, groups, mean, rstd, weight, bias, output_ma
 
 
 cdef ndarray sample_totals(ndarray sums, Py_ssize_t lots, npy_intp channels, int typenum):
-    """dbias and dweight, (2, C), from pairs of dweight and dbias of each channel of each lot: added in
-    double, in order."""
+    """dbias and dweight, (2, C), from pairs of dweight and dbias of each channel of each lot: added
+    in double, in order."""
     cdef npy_intp[2] dims
     cdef const double *at = <const double *>cnp.PyArray_DATA(sums)
     cdef double total

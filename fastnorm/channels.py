@@ -13,17 +13,18 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from . import _core, checks, interop
+from .channel_backward import BackwardCall
 from .channel_calls import (
-    AdaptiveCall,
-    BackwardCall,
+    DIALECTS,
     ChannelCall,
-    ForwardCall,
+    Given,
     Running,
     as_dialect,
     as_momentum,
     as_running,
     rstd_of,
 )
+from .channel_forward import AdaptiveCall, ForwardCall
 from .dispatch import handler_of
 
 Activation: TypeAlias = Literal["relu", "silu", "gelu", "gelu_tanh"] | None
@@ -136,7 +137,7 @@ def _train_straight(
     """The result where all is plain, else None."""
     arrays = [a for a in (running_mean, running_var) if a is not None]
     if (
-        type(momentum) is not float or not math.isfinite(momentum) or dialect not in _DIALECTS
+        type(momentum) is not float or not math.isfinite(momentum) or dialect not in DIALECTS
         or not all(_is_running(a, x, out) for a in arrays)
         or (len(arrays) == 2 and np.may_share_memory(*arrays))
     ):  # fmt: skip
@@ -522,11 +523,8 @@ def adaptive_instance_norm(
 # ---- their calls ---------------------------------------------------------------------------------
 # Each takes what the public function of its name takes, in that order.
 
-_DIALECTS = frozenset(("torch", "keras", "flax", "onnx"))
-_Statistics: TypeAlias = Callable[[int], Any]
 
-
-def _given(running_mean: Any, running_var: Any, eps: Any) -> _Statistics:
+def _given(running_mean: Any, running_var: Any, eps: Any) -> Given:
     """Mean and rstd of running statistics, once the number of channels is known."""
 
     def statistics(channels: int) -> tuple[np.ndarray, np.ndarray]:
@@ -543,7 +541,7 @@ def _given(running_mean: Any, running_var: Any, eps: Any) -> _Statistics:
     return statistics
 
 
-def _running(mean: Any, var: Any, momentum: Any, dialect: Any) -> _Statistics | None:
+def _running(mean: Any, var: Any, momentum: Any, dialect: Any) -> Callable[[int], Running] | None:
     share, words = as_momentum(momentum), as_dialect(dialect)
     if mean is None and var is None:
         return None
