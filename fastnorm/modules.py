@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
-from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 
 from . import _core, checks, interop
-from .memory import empty
-
-#: The attribute for copies of parameters on devices, which belong to no pickle.
-_COPIES = "_copies_on_devices"
+from .module_state import COPIES, State, as_dtype, own_copy, present, unpacked
 
 
-class IncompatibleKeys(NamedTuple):
-    """What `load_state_dict` passed over, as torch names it."""
-
-    missing_keys: list[str]
-    unexpected_keys: list[str]
-
-
-class _Norm(_core.BoundNorm):
-    """What all modules share: a shape, eps and parameters, their copies and comparison."""
+class _Norm(State, _core.BoundNorm):
+    """What these modules share: a shape, eps and parameters, and their copies."""
 
     #: The op that a call is.
     _op: ClassVar[str]
@@ -51,83 +39,22 @@ class _Norm(_core.BoundNorm):
 
     @weight.setter
     def weight(self, value: Any) -> None:
-        self._set("weight", self._parameter("weight", value))
-
-    def _parameter(self, name: str, value: Any) -> np.ndarray | None:
-        """A copy in aligned memory of its own, so that nobody else's change reaches it."""
-        value = interop.convert(name, value)
-        checked = checks.as_parameter(name, value, self.normalized_shape, self.dtype)
-        if checked is None:
-            return None
-        parameter = empty(checked.shape, checked.dtype)
-        parameter[...] = checked
-        return parameter
-
-    def _beside(self, name: str, x: Any) -> Any:
-        """A parameter where x is: the array itself, or a copy on x's device (see LayerNorm)."""
-        parameter = self._get(name)
-        if parameter is None or type(x) is np.ndarray or not interop.is_on_cuda(x):
-            return parameter
-        copies = self.__dict__.setdefault(_COPIES, {})
-        place = importlib.import_module(".cuda.parameters", __package__)
-        return place.beside(copies, name, parameter, x)
+        self._set("weight", self._checked("weight", value))
 
     def parameters(self) -> dict[str, np.ndarray]:
         """The parameters there are, by name: the arrays themselves."""
-        return _present({name: self._get(name) for name in self._names})
+        return present({name: self._get(name) for name in self._names})
 
-    def state_dict(self) -> dict[str, np.ndarray]:
-        """Copies of the parameters under torch's key names."""
-        return {name: array.copy() for name, array in self.parameters().items()}
+    def _checked(self, name: str, value: Any) -> np.ndarray | None:
+        return own_copy(name, value, self.normalized_shape, self.dtype)
 
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True
-    ) -> IncompatibleKeys:
-        """Take the parameters from `state_dict`, as torch's module of this name saves them.
-
-        Parameters
-        ----------
-        state_dict : mapping of str to array_like
-            Values of any real type; they are converted, and copied.
-        strict : bool
-            Whether the keys must be exactly those of the parameters there are. Else what is
-            missing stays as it is, and what is unknown is passed over.
-
-        Returns
-        -------
-        missing_keys, unexpected_keys : list of str
-            A named tuple; both are empty where `strict`.
-
-        Raises
-        ------
-        KeyError
-            If `strict` and keys are missing or unknown.
-        TypeError, ValueError
-            If a value does not fit. Nothing has been changed then.
-        """
-        if not isinstance(state_dict, Mapping):
-            raise TypeError(f"state_dict: got {type(state_dict).__name__}, wanted a mapping")
-        wanted, got = list(self.parameters()), list(state_dict)
-        keys = IncompatibleKeys(
-            [name for name in wanted if name not in got], [key for key in got if key not in wanted]
-        )
-        if strict and any(keys):
-            raise KeyError(f"state_dict: got keys {sorted(got)}, wanted {sorted(wanted)}")
-        loaded = {name: state_dict[name] for name in wanted if name in got}
-        for name, value in loaded.items():
-            if value is None:
-                raise TypeError(
-                    f"{name}: got None, wanted an array of shape {self.normalized_shape}"
-                )
-            loaded[name] = self._parameter(name, value)
-        for name, array in loaded.items():
+    def _keep(self, checked: dict[str, Any]) -> None:
+        for name, array in checked.items():
             self._set(name, array)
-        return keys
 
     # ---- the call, in words ---------------------------------------------------------------------
 
     def _as_op(self, x: Any, out: Any = None) -> tuple[str, dict[str, Any]]:
-        """The op that a call of the module is, and its arguments."""
         named = {name: self._get(name) for name in ("eps", *self._flags)}
         named |= {name: self._beside(name, x) for name in self._names}
         return self._op, {"x": x, **self._where(), **named, "out": out}
@@ -136,34 +63,20 @@ class _Norm(_core.BoundNorm):
         """What the ops are told of the axes to normalize over."""
         return {"normalized_shape": self.normalized_shape}
 
-    # ---- copying and comparing ------------------------------------------------------------------
+    # ---- copying --------------------------------------------------------------------------------
 
     def _settings(self) -> tuple[Any, ...]:
-        """What the object is made of, but its parameters."""
         flags = {name: self._get(name) for name in self._flags}
         return self.normalized_shape, self.eps, self.dtype, flags
 
     def __reduce__(self) -> tuple[Any, ...]:
         arguments = (type(self), *self._settings(), self.parameters())
-        own = {name: value for name, value in self.__dict__.items() if name != _COPIES}
+        own = {name: value for name, value in self.__dict__.items() if name != COPIES}
         return _rebuild, arguments, own or None
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:
         """Give back what a subclass, or its user, has added."""
         self.__dict__.update(attributes)
-
-    def __eq__(self, other: object) -> bool:
-        if type(other) is not type(self):
-            return NotImplemented
-        assert isinstance(other, _Norm)
-        mine, others = self.parameters(), other.parameters()
-        return (
-            self._settings() == other._settings()
-            and mine.keys() == others.keys()
-            and all(np.array_equal(array, others[name]) for name, array in mine.items())
-        )
-
-    __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         shown = {"eps": self.eps, "elementwise_affine": self.weight is not None}
@@ -241,7 +154,7 @@ class LayerNorm(_Norm):
         *,
         dtype: Any = np.float32,
     ) -> None:
-        super().__init__(_as_shape(normalized_shape), checks.as_eps(eps), _as_dtype(dtype))
+        super().__init__(_as_shape(normalized_shape), checks.as_eps(eps), as_dtype(dtype))
         if elementwise_affine:
             self.weight = np.ones(self.normalized_shape)
             if bias:
@@ -254,7 +167,7 @@ class LayerNorm(_Norm):
 
     @bias.setter
     def bias(self, value: Any) -> None:
-        self._set("bias", self._parameter("bias", value))
+        self._set("bias", self._checked("bias", value))
 
     def forward(self, x: Any) -> tuple[np.ndarray, tuple[Any, ...]]:
         """y, and what `backward` needs to go back from it.
@@ -273,14 +186,14 @@ class LayerNorm(_Norm):
         dx is of the input's type, the parameters' gradients are float32 (float64 for float64
         input).
         """
-        x, mean, rstd = _unpacked(saved, 3)
+        x, mean, rstd = unpacked(saved, 3)
         weight, bias = self._beside("weight", x), self._beside("bias", x)
         dx, dweight, dbias = _core.layer_norm_backward(
             dy, x, mean=mean, rstd=rstd, weight=weight, bias=bias,
             output_mask=(True, weight is not None, bias is not None),
             **{"normalized_shape": None, **self._where()},
         )  # fmt: skip
-        return dx, _present({"weight": dweight, "bias": dbias})
+        return dx, present({"weight": dweight, "bias": dbias})
 
 
 class LayerNorm2d(LayerNorm):
@@ -429,7 +342,7 @@ class RMSNorm(_Norm):
     ) -> None:
         super().__init__(
             _as_shape(normalized_shape), None if eps is None else checks.as_eps(eps),
-            _as_dtype(dtype), rms=True, offset=checks.as_offset(offset),
+            as_dtype(dtype), rms=True, offset=checks.as_offset(offset),
             round_before_weight=bool(round_before_weight),
         )  # fmt: skip
         if elementwise_affine:
@@ -470,13 +383,13 @@ class RMSNorm(_Norm):
 
         dx is of the input's type, the weight's gradient is float32 (float64 for float64 input).
         """
-        x, rstd = _unpacked(saved, 2)
+        x, rstd = unpacked(saved, 2)
         weight = self._beside("weight", x)
         dx, dweight = _core.rms_norm_backward(
             dy, x, self.normalized_shape, rstd, weight, offset=self.offset,
             output_mask=(True, weight is not None),
         )  # fmt: skip
-        return dx, _present({"weight": dweight})
+        return dx, present({"weight": dweight})
 
 
 def _as_shape(value: Any, name: str = "normalized_shape") -> tuple[int, ...]:
@@ -488,32 +401,6 @@ def _as_shape(value: Any, name: str = "normalized_shape") -> tuple[int, ...]:
     return shape
 
 
-def _as_dtype(dtype: Any) -> np.dtype:
-    """A type that parameters can be of."""
-    wanted = "wanted float16, bfloat16 (with ml_dtypes installed), float32 or float64"
-    try:
-        kind = checks.as_result_type(interop.convert("dtype", dtype))
-    except TypeError:
-        raise TypeError(f"dtype: got {dtype!r}, {wanted}") from None
-    # Bits that NumPy does not take for numbers would be no parameters to work with.
-    if dtype is None or kind in (checks.INT8, interop.BITS):
-        raise TypeError(f"dtype: got {dtype!r}, {wanted}")
-    return kind
-
-
-def _unpacked(saved: Any, count: int) -> tuple[Any, ...]:
-    """What forward returned as the second of its results."""
-    if not isinstance(saved, (tuple, list)) or len(saved) != count:
-        got = "None" if saved is None else type(saved).__name__
-        raise TypeError(f"saved: got {got}, wanted what forward returned, a tuple of {count}")
-    return tuple(saved)
-
-
-def _present(named: dict[str, Any]) -> dict[str, np.ndarray]:
-    """What is not None."""
-    return {name: array for name, array in named.items() if array is not None}
-
-
 def _rebuild(
     cls: type[_Norm], normalized_shape: tuple[int, ...], eps: float | None, dtype: np.dtype,
     flags: dict[str, Any], parameters: dict[str, np.ndarray],
@@ -523,5 +410,5 @@ def _rebuild(
     rms = {"rms": True} if issubclass(cls, RMSNorm) else {}
     _core.BoundNorm.__init__(module, normalized_shape, eps, dtype, **rms, **flags)
     for name, array in parameters.items():
-        module._set(name, module._parameter(name, array))
+        module._set(name, module._checked(name, array))
     return module

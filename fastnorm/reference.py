@@ -28,6 +28,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .reference_channels import (
+    adaptive_instance_norm,
+    batch_norm,
+    batch_norm_backward,
+    group_norm,
+    group_norm_backward,
+    instance_norm,
+    instance_norm_backward,
+)
 from .reference_fused import (
     adaptive_layer_norm,
     adaptive_layer_norm_backward,
@@ -52,13 +61,20 @@ from .reference_rows import (
 )
 
 __all__ = [
+    "adaptive_instance_norm",
     "adaptive_layer_norm",
     "adaptive_layer_norm_backward",
     "add_layer_norm",
     "add_layer_norm_backward",
     "add_rms_norm",
     "add_rms_norm_backward",
+    "batch_norm",
+    "batch_norm_backward",
     "dynamic_int8",
+    "group_norm",
+    "group_norm_backward",
+    "instance_norm",
+    "instance_norm_backward",
     "layer_norm",
     "layer_norm_backward",
     "moments",
