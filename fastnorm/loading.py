@@ -120,9 +120,8 @@ def load_norm(
     Returns
     -------
     LayerNorm, RMSNorm, BatchNorm, GroupNorm or InstanceNorm
-        With weight and bias if there is one of them (the other is ones or zeros), and running
-        statistics if there are any. A batch norm is in training mode, as all new modules are:
-        `eval` ends that.
+        With the weight, the bias and the running statistics that there are, and no others. A
+        batch norm is in training, as all new modules are: ``eval()`` ends that.
 
     Raises
     ------
@@ -279,7 +278,7 @@ def _layer_norm(found: _Found) -> LayerNorm:
     shape = options.pop("normalized_shape", shape)
     if shape is None:
         raise TypeError("normalized_shape: got nothing, wanted a shape, as no parameter has one")
-    norm = LayerNorm(shape, elementwise_affine=bool(arrays), bias="bias" in arrays, **options)
+    norm = LayerNorm(shape, elementwise_affine=bool(arrays), **options)
     return _filled(norm, arrays)
 
 
@@ -347,8 +346,11 @@ def _class(name: str) -> Any:
 
 
 def _filled(norm: Any, arrays: Mapping[str, np.ndarray]) -> Any:
-    """The module with these parameters, and what it began with where there are none."""
+    """The module with these parameters, and with no others."""
     norm.load_state_dict({**norm.state_dict(), **arrays})
+    for name in AFFINE:
+        if name not in arrays and getattr(norm, name, None) is not None:
+            setattr(norm, name, None)
     return norm
 
 
