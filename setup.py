@@ -62,7 +62,7 @@ def machine():
 def kernel_sources():
     """The C files of this machine's build, each with the flags that it alone gets."""
     isas = ISA_FLAGS.get(machine(), {"scalar": SCALAR})
-    common = {"src_c/dispatch.c": [], "src_c/parallel.c": [], "src_c/pool.c": []}
+    common = {f"src_c/{name}.c": [] for name in ("channels", "dispatch", "parallel", "pool")}
     return common | {f"src_c/isa_{isa}.c": flags for isa, flags in isas.items()}
 
 

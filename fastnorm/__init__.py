@@ -33,8 +33,34 @@ from .threads import get_num_threads, num_threads, set_num_threads
 
 if TYPE_CHECKING:
     from . import reference
+    from .channels import (
+        adaptive_instance_norm,
+        batch_norm,
+        batch_norm_backward,
+        group_norm,
+        group_norm_backward,
+        instance_norm,
+        instance_norm_backward,
+    )
 
 threads.configure()
+
+# What not every process uses, and not every import pays for: loaded when it is first asked for.
+_LATER = {
+    name: module
+    for module, names in {
+        ".channels": (
+            "adaptive_instance_norm",
+            "batch_norm",
+            "batch_norm_backward",
+            "group_norm",
+            "group_norm_backward",
+            "instance_norm",
+            "instance_norm_backward",
+        ),
+    }.items()
+    for name in names
+}
 
 __all__ = [
     "Explanation",
@@ -42,15 +68,22 @@ __all__ = [
     "LayerNorm2d",
     "RMSNorm",
     "__version__",
+    "adaptive_instance_norm",
     "adaptive_layer_norm",
     "adaptive_layer_norm_backward",
     "add_layer_norm",
     "add_layer_norm_backward",
     "add_rms_norm",
     "add_rms_norm_backward",
+    "batch_norm",
+    "batch_norm_backward",
     "empty",
     "explain",
     "get_num_threads",
+    "group_norm",
+    "group_norm_backward",
+    "instance_norm",
+    "instance_norm_backward",
     "layer_norm",
     "layer_norm_backward",
     "moments",
@@ -74,7 +107,10 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    # The reference is for tests and readers: not every import pays for it.
     if name == "reference":
         return importlib.import_module(".reference", __name__)
+    if name in _LATER:
+        value = getattr(importlib.import_module(_LATER[name], __name__), name)
+        globals()[name] = value
+        return value
     raise AttributeError(f"module 'fastnorm' has no attribute {name!r}")

@@ -75,6 +75,54 @@ cdef extern from "fastnorm.h" nogil:
         void *variance
         const fn_steps *steps
 
+    ctypedef struct fn_channels:
+        Py_ssize_t units, inner, outer_stride, inner_stride, rows, row_stride, cols, plane, kinds
+
+    ctypedef struct fn_channel_norm_args:
+        fn_channels layout
+        const void *x
+        void *y
+        fn_dtype x_type, y_type
+        const void *weight
+        const void *bias
+        double *mean
+        double *variance
+        double *rstd
+        unsigned char *refused
+        double eps
+        int given
+        fn_activation activation
+        int y_is_warm
+
+    ctypedef struct fn_channel_norm_backward_args:
+        fn_channels layout
+        const void *dy
+        const void *x
+        void *dx
+        fn_dtype dy_type, x_type
+        const void *weight
+        const double *mean
+        const double *rstd
+        double *sums
+        unsigned char *refused
+        int given, dx_is_warm
+
+    ctypedef struct fn_channels_last_args:
+        Py_ssize_t rows, cols, sample, block, blocks
+        const void *x
+        const void *dy
+        void *y
+        fn_dtype x_type, dy_type, y_type
+        const void *terms[4]
+        double *sums
+        fn_activation activation
+
+    ctypedef struct fn_plane_moments_args:
+        Py_ssize_t rows, cols
+        const void *x
+        fn_dtype x_type
+        double *sums
+
     ctypedef struct fn_plan:
         int threads, stream
         const char *regime
@@ -83,9 +131,18 @@ cdef extern from "fastnorm.h" nogil:
     int fn_layer_norm(fn_layer_norm_args *, fn_dtype, int)
     int fn_layer_norm_backward(fn_layer_norm_backward_args *, fn_dtype, int)
     int fn_moments(fn_moments_args *, fn_dtype, int)
+    int fn_channel_norm(fn_channel_norm_args *, fn_dtype, int)
+    int fn_channel_norm_backward(fn_channel_norm_backward_args *, fn_dtype, int)
+    int fn_channels_last_moments(fn_channels_last_args *, fn_dtype, int)
+    int fn_channels_last_dots(fn_channels_last_args *, fn_dtype, int)
+    int fn_channels_last(fn_channels_last_args *, fn_dtype, int)
+    int fn_plane_moments(fn_plane_moments_args *, fn_dtype, int)
     fn_plan fn_plan_layer_norm(const fn_layer_norm_args *, fn_dtype, int)
     fn_plan fn_plan_layer_norm_backward(const fn_layer_norm_backward_args *, fn_dtype, int)
     fn_plan fn_plan_moments(const fn_moments_args *, fn_dtype, int)
+    fn_plan fn_plan_channel_norm(const fn_channel_norm_args *, fn_dtype, int)
+    fn_plan fn_plan_channel_norm_backward(const fn_channel_norm_backward_args *, fn_dtype, int)
+    fn_plan fn_plan_channels_last(const fn_channels_last_args *, fn_dtype, int)
 
     const size_t FN_POOL_LEAST
     void *fn_pool_alloc(size_t)

@@ -21,9 +21,9 @@ from cpython.list cimport PyList_AsTuple, PyList_CheckExact
 from cpython.long cimport PyLong_AsLongLongAndOverflow, PyLong_CheckExact
 from cpython.pycapsule cimport PyCapsule_New
 from cpython.tuple cimport PyTuple_CheckExact, PyTuple_GET_ITEM, PyTuple_GET_SIZE
-from libc.math cimport NAN
+from libc.math cimport NAN, sqrt
 from libc.stdlib cimport free, malloc
-from libc.string cimport memset, strcpy
+from libc.string cimport memchr, memset, strcpy
 from numpy cimport ndarray, npy_intp
 
 cnp.import_array()
@@ -61,5 +61,6 @@ include "_core_norms.pxi"
 include "_core_gradients.pxi"
 include "_core_rows.pxi"
 include "_core_segments.pxi"
+include "_core_channels.pxi"
 include "_core_bound.pxi"
 include "_core_machine.pxi"

@@ -254,7 +254,7 @@ def _on_cuda(name: str) -> Callable[..., Any]:
     return importlib.import_module(".cuda", __package__).op(name)
 
 
-def _handler(call: Callable[..., Call]) -> Callable[..., Any]:
+def handler_of(call: Callable[..., Call]) -> Callable[..., Any]:
     """The op itself, its arguments by position; they need not be ndarrays."""
     names = tuple(inspect.signature(call).parameters)[:-1]
     name = call.__name__.removeprefix("_")
@@ -272,6 +272,6 @@ def _handler(call: Callable[..., Call]) -> Callable[..., Any]:
     return handle
 
 
-handlers = {name: _handler(call) for name, call in CALLS.items()}
+handlers = {name: handler_of(call) for name, call in CALLS.items()}
 for _name in _core.STRAIGHT:
     _core.register(_name, handlers[_name])

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from . import _core, interop, modules
-from .call import Call
 from .dispatch import CALLS
 
 
@@ -46,6 +45,8 @@ _REGIMES = {
     "group": "group: rows go two or four at a time and share what is loaded of the parameters",
     "row": "row: rows go one at a time",
     "columns": "columns: rows lie side by side, and go as many at a time as a vector holds",
+    "planes": "planes: a unit at a time, statistics first; its planes lie as the kernels want them",
+    "channels last": "channels last: sums run down blocks of rows, a vector of channels at a time",
     "stream": "stream: the output is large and its pages exist, so it is written past the cache",
 }
 
@@ -109,9 +110,15 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
 
 def _name_of(op: Any) -> str:
     name = op if isinstance(op, str) else getattr(op, "__name__", None)
-    if name in CALLS and (op == name or op is _public(name)):
+    known = {**CALLS, **_of_channels().CALLS}
+    if name in known and (op == name or op is _public(name)):
         return name
-    raise ValueError(f"op: got {op!r}, wanted one of: {', '.join(CALLS)}")
+    raise ValueError(f"op: got {op!r}, wanted one of: {', '.join(known)}")
+
+
+def _of_channels() -> Any:
+    """The ops on channels, which not every process loads."""
+    return importlib.import_module(".channels", __package__)
 
 
 def _public(name: str) -> Any:
@@ -119,10 +126,11 @@ def _public(name: str) -> Any:
     return getattr(importlib.import_module(__package__), name)
 
 
-def _checked(name: str, arguments: dict[str, Any]) -> Call:
+def _checked(name: str, arguments: dict[str, Any]) -> Any:
     """The call that the op would make of these arguments, explained."""
     converted = {key: interop.convert(key, value) for key, value in arguments.items()}
-    call = CALLS[name](**converted, explained=True)
+    make = CALLS[name] if name in CALLS else _of_channels().CALLS[name]
+    call = make(**converted, explained=True)
     if interop.is_packed("mask", arguments.get("mask")):
         call.copies.append("mask is copied: Arrow packs booleans into bits")
     return call

@@ -127,6 +127,84 @@ typedef struct {
     const fn_steps *steps;
 } fn_moments_args;
 
+/* Group, instance and batch norm, channels first. A unit is what has statistics of its own: `rows`
+ * rows, row_stride apart, of `cols` contiguous elements, of which every `plane` share a weight and a
+ * bias. Unit u begins at u / inner * outer_stride + u % inner * inner_stride. All of this counts
+ * elements, and holds for x, y, dy and dx alike, which may be of any type that is loaded. Unit u is of
+ * kind u % kinds: a kind has its own parameters, cols / plane of each, and given statistics. */
+typedef struct {
+    ptrdiff_t units, inner, outer_stride, inner_stride;
+    ptrdiff_t rows, row_stride, cols, plane, kinds;
+} fn_channels;
+
+/* y = (x - mean) * rstd * weight + bias. weight and bias are of the type that is computed in, or NULL.
+ * mean, variance, rstd: of each unit, to be written; where they are `given`, of each kind, to be read
+ * (no variance). refused: 1 for units out of range, of which nothing is written, else 0; where
+ * statistics are given it is not used. */
+typedef struct {
+    fn_channels layout;
+    const void *x;
+    void *y;
+    fn_dtype x_type, y_type;
+    const void *weight, *bias;
+    double *mean, *variance, *rstd;
+    unsigned char *refused;
+    double eps;
+    int given;
+    fn_activation activation;
+    int y_is_warm;
+    int stream; /* set by the library, as are how far to fetch ahead and what is computed in */
+    ptrdiff_t fetch;
+    fn_dtype dtype;
+} fn_channel_norm_args;
+
+/* dx (of x's type, or NULL) and sums: of each unit's planes dweight and dbias. given: mean and rstd are
+ * each kind's and do not depend on x. */
+typedef struct {
+    fn_channels layout;
+    const void *dy, *x;
+    void *dx;
+    fn_dtype dy_type, x_type;
+    const void *weight;
+    const double *mean, *rstd;
+    double *sums;
+    unsigned char *refused;
+    int given;
+    int dx_is_warm;
+    int stream; /* set by the library, as are how far to fetch ahead and what is computed in */
+    ptrdiff_t fetch;
+    fn_dtype dtype;
+} fn_channel_norm_backward_args;
+
+/* Channels last: rows of `cols` channels, in samples of `sample` rows that have statistics of their own.
+ *
+ * The first two calls gather these over blocks of `block` rows (the last of a sample may be shorter),
+ * `blocks` in all, into three arrays of blocks x cols: moments of x: pivot, shift and the sum of squared
+ * deviations from the mean, which is pivot + shift; dots: the sums of x - pivot, dy, and their product.
+ * The third gives y = (x - pivot)*factor + shift, or, where there is a dy,
+ * y = dy*factor + ((x - pivot)*slope + shift). terms: pivot, factor, shift, slope, cols numbers of each
+ * for every sample, of the type that is computed in. */
+typedef struct {
+    ptrdiff_t rows, cols, sample, block, blocks;
+    const void *x, *dy;
+    void *y;
+    fn_dtype x_type, dy_type, y_type;
+    const void *terms[4];
+    double *sums;
+    fn_activation activation;
+    fn_dtype dtype; /* set by the library: what is computed in */
+} fn_channels_last_args;
+
+/* Of each of `rows` rows of `cols` contiguous elements: pivot, shift and squared deviations as above,
+ * `rows` numbers of each. */
+typedef struct {
+    ptrdiff_t rows, cols;
+    const void *x;
+    fn_dtype x_type;
+    double *sums;
+    fn_dtype dtype; /* set by the library: what is computed in */
+} fn_plane_moments_args;
+
 /* ---- Calls: `threads` is the most that may be used; 0 leaves it to the library. dtype is what is
  * computed in, FN_F32 or FN_F64. Where there are steps, there may be no memory for their scratch:
  * then nothing has been written. --------------------------------------------------------------- */
@@ -134,6 +212,12 @@ typedef struct {
 int fn_layer_norm(fn_layer_norm_args *args, fn_dtype dtype, int threads);
 int fn_layer_norm_backward(fn_layer_norm_backward_args *args, fn_dtype dtype, int threads);
 int fn_moments(fn_moments_args *args, fn_dtype dtype, int threads);
+int fn_channel_norm(fn_channel_norm_args *args, fn_dtype dtype, int threads);
+int fn_channel_norm_backward(fn_channel_norm_backward_args *args, fn_dtype dtype, int threads);
+int fn_channels_last_moments(fn_channels_last_args *args, fn_dtype dtype, int threads);
+int fn_channels_last_dots(fn_channels_last_args *args, fn_dtype dtype, int threads);
+int fn_channels_last(fn_channels_last_args *args, fn_dtype dtype, int threads);
+int fn_plane_moments(fn_plane_moments_args *args, fn_dtype dtype, int threads);
 
 /* What a call would do; `bytes` counts what it reads and writes. The calls decide by the same
  * functions. */
@@ -148,6 +232,10 @@ fn_plan fn_plan_layer_norm(const fn_layer_norm_args *args, fn_dtype dtype, int t
 fn_plan fn_plan_layer_norm_backward(const fn_layer_norm_backward_args *args, fn_dtype dtype,
                                     int threads);
 fn_plan fn_plan_moments(const fn_moments_args *args, fn_dtype dtype, int threads);
+fn_plan fn_plan_channel_norm(const fn_channel_norm_args *args, fn_dtype dtype, int threads);
+fn_plan fn_plan_channel_norm_backward(const fn_channel_norm_backward_args *args, fn_dtype dtype,
+                                      int threads);
+fn_plan fn_plan_channels_last(const fn_channels_last_args *args, fn_dtype dtype, int threads);
 
 /* ---- Instruction sets ------------------------------------------------------------------------- */
 

@@ -9,6 +9,30 @@
  * 16/2 half ulps, and cost a sixteenth of a pass in double. */
 #define FN_BACKWARD_ROWS 16
 
+/* Mean (pivot + shift, which T alone would not hold) and variance of a row. */
+typedef struct {
+    double pivot, shift, variance;
+} fn_row_moments;
+
+/* What channels.c is made of (op_channels.h): no ranges of rows, but one strip, row or block each. */
+typedef struct {
+    void (*load_elements[FN_DTYPE_COUNT])(void *into, const void *from, fn_dtype, ptrdiff_t n);
+    void (*store_elements[FN_DTYPE_COUNT])(void *into, fn_dtype, void *from, ptrdiff_t n,
+                                           fn_activation);
+    int (*row_moments[FN_DTYPE_COUNT])(const void *x, ptrdiff_t n, double eps, fn_row_moments *);
+    void (*plane_dots[FN_DTYPE_COUNT])(const void *x, const void *dy, ptrdiff_t n, double pivot,
+                                       double sums[3]);
+    void (*plane_pass[FN_DTYPE_COUNT])(const void *x, const void *dy, void *y, ptrdiff_t n,
+                                       const double terms[4], int stream, ptrdiff_t ahead);
+    void (*columns_pass[FN_DTYPE_COUNT])(const void *x, const void *dy, void *y, ptrdiff_t n,
+                                         const void *const terms[4]);
+    void (*column_moments[FN_DTYPE_COUNT])(const void *x, ptrdiff_t step, ptrdiff_t rows,
+                                           ptrdiff_t cols, double *const into[3]);
+    void (*column_dots[FN_DTYPE_COUNT])(const void *x, const void *dy, ptrdiff_t step,
+                                        ptrdiff_t dy_step, ptrdiff_t rows, ptrdiff_t cols,
+                                        const void *pivots, double *const into[3]);
+} fn_channel_table;
+
 typedef struct {
     const char *name;
     ptrdiff_t narrow_cols[FN_DTYPE_COUNT]; /* rows up to this width go in registers */
@@ -23,6 +47,7 @@ typedef struct {
     /* into[i] (+)= from[i] in double, and back. */
     void (*widen_add[FN_DTYPE_COUNT])(double *into, const void *from, ptrdiff_t n, int add);
     void (*narrow[FN_DTYPE_COUNT])(void *into, const double *from, ptrdiff_t n);
+    fn_channel_table channels;
 } fn_isa;
 
 extern const fn_isa *fn_active_isa;

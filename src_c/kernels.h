@@ -38,11 +38,28 @@ enum {
 #undef moments
 #undef widen_add
 #undef narrow
+#undef load_elements
+#undef store_elements
+#undef row_moments
+#undef plane_dots
+#undef plane_pass
+#undef columns_pass
+#undef column_moments
+#undef column_dots
 #define FN_KERNELS(op) .op = OF_EACH_TYPE(op),
 
-const fn_isa FN_PASTE(fn_isa, FN_ISA) = {.name = FN_STRING(FN_ISA),
-                                         .narrow_cols = OF_EACH_TYPE(narrow_cols),
-                                         .layer_norm_columns = OF_EACH_TYPE(layer_norm_columns),
-                                         .widen_add = OF_EACH_TYPE(widen_add),
-                                         .narrow = OF_EACH_TYPE(narrow),
-                                         FN_OPS(FN_KERNELS)};
+const fn_isa FN_PASTE(fn_isa,
+                      FN_ISA) = {.name = FN_STRING(FN_ISA),
+                                 .narrow_cols = OF_EACH_TYPE(narrow_cols),
+                                 .layer_norm_columns = OF_EACH_TYPE(layer_norm_columns),
+                                 .widen_add = OF_EACH_TYPE(widen_add),
+                                 .narrow = OF_EACH_TYPE(narrow),
+                                 .channels = {.load_elements = OF_EACH_TYPE(load_elements),
+                                              .store_elements = OF_EACH_TYPE(store_elements),
+                                              .row_moments = OF_EACH_TYPE(row_moments),
+                                              .plane_dots = OF_EACH_TYPE(plane_dots),
+                                              .plane_pass = OF_EACH_TYPE(plane_pass),
+                                              .columns_pass = OF_EACH_TYPE(columns_pass),
+                                              .column_moments = OF_EACH_TYPE(column_moments),
+                                              .column_dots = OF_EACH_TYPE(column_dots)},
+                                 FN_OPS(FN_KERNELS)};

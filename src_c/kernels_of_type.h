@@ -16,3 +16,4 @@
 #include "op_columns.h"
 #include "op_layer_norm_backward.h"
 #include "op_moments.h"
+#include "op_channels.h"

@@ -16,7 +16,7 @@
 typedef struct {
     element pivot, rstd, shift;
     scale s;
-    double mean, variance, reported_rstd;
+    double mean, variance, reported_rstd, c;
 } row_stats;
 
 /* Variances below this may have lost digits to underflow of the squares. */
@@ -38,6 +38,7 @@ INLINE int sums_to_stats(double sum, double squares, double per_n, double eps,
     stats->mean = (double)pivot + c;
     stats->variance = variance;
     stats->reported_rstd = rstd;
+    stats->c = c;
     return c * c <= variance * 0.25 && LEAST_VARIANCE <= padded && variance <= DBL_MAX;
 }
 
@@ -91,6 +92,7 @@ static COLD void recentred_stats(const element *x, ptrdiff_t n, double eps, int 
     }
     stats->pivot = pivot;
     stats->s = s;
+    stats->c = c;
     /* Not above 0: the row is constant, or, where eps is all that counts, its squares underflowed. */
     if (stats->variance < 0) stats->variance = 0;
     stats->reported_rstd = scaled_rstd(stats->variance, eps, exponent);
@@ -105,7 +107,7 @@ static COLD void careful_stats(const element *x, ptrdiff_t n, double eps, int rm
 {
     const double largest = row_largest(x, n);
     if (!(largest <= DBL_MAX)) { /* NaN and infinity take the row with them */
-        *stats = (row_stats){NAN, NAN, NAN, {1, 1}, NAN, NAN, NAN};
+        *stats = (row_stats){NAN, NAN, NAN, {1, 1}, NAN, NAN, NAN, NAN};
         return;
     }
     int exponent = 0;

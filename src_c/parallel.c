@@ -12,7 +12,7 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "isa.h"
+#include "split.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -148,18 +148,6 @@ static int forced_parts(ptrdiff_t units)
  * core moves 100 to 200 KB between registers and the L2 cache. */
 #define BYTES_A_THREAD ((ptrdiff_t)1 << 19)
 
-/* Outputs from this size on are written past the cache. It is about a core's share of the last cache
- * on today's servers; what cpuid says of that share cannot be trusted in a virtual machine. */
-#define STREAM_BYTES ((ptrdiff_t)8 << 20)
-
-/* Rows narrower than this are dearer to write by whole lines, one row at a time, than it saves; in
- * arrays far beyond the cache it saves more. */
-#define STREAM_ROW_BYTES(bytes) ((bytes) >= 4 * STREAM_BYTES ? 512 : 1024)
-
-/* Calls that move this much do not stay in the L2 cache: rows to come are fetched while others are
- * computed. */
-#define FETCH_BYTES ((ptrdiff_t)1 << 19)
-
 /* With steps there is more to do a row, and the CPU by itself fetches more of it from its last cache;
  * from memory, what is asked for is best spread over all that is done. */
 #define STEP_FETCH_BYTES ((ptrdiff_t)4 << 20)
@@ -174,7 +162,7 @@ static int fetch_of(int has_steps, ptrdiff_t bytes)
     return bytes >= (has_steps ? STEP_FETCH_BYTES : FETCH_BYTES) ? FN_FETCH_IN_PASSES : FN_NO_FETCH;
 }
 
-static int planned_threads(ptrdiff_t bytes, ptrdiff_t units, int threads)
+int fn_planned_threads(ptrdiff_t bytes, ptrdiff_t units, int threads)
 {
     const int parts = forced_parts(units);
     if (parts) return parts;
@@ -289,7 +277,7 @@ fn_plan fn_plan_layer_norm(const fn_layer_norm_args *a, fn_dtype dtype, int thre
 {
     const ptrdiff_t bytes = 2 * a->shape.rows * a->shape.cols * fn_size_of(dtype);
     fn_plan plan = {.bytes = a->steps ? step_bytes(&a->shape, a->steps) : bytes};
-    plan.threads = planned_threads(plan.bytes, a->shape.rows, threads);
+    plan.threads = fn_planned_threads(plan.bytes, a->shape.rows, threads);
     if (in_columns(a)) {
         plan.stream = worth_streaming_columns(a, dtype);
         plan.regime = "columns";
@@ -305,7 +293,7 @@ fn_plan fn_plan_moments(const fn_moments_args *a, fn_dtype dtype, int threads)
 {
     const ptrdiff_t bytes = a->steps ? step_bytes(&a->shape, a->steps)
                                      : a->shape.rows * a->shape.cols * fn_size_of(dtype);
-    return (fn_plan){.threads = planned_threads(bytes, a->shape.rows, threads),
+    return (fn_plan){.threads = fn_planned_threads(bytes, a->shape.rows, threads),
                      .regime = "row",
                      .bytes = bytes};
 }
@@ -323,15 +311,13 @@ fn_plan fn_plan_layer_norm_backward(const fn_layer_norm_backward_args *a, fn_dty
     /* By whole lines only where rows begin with one. */
     const int aligned = (uintptr_t)a->dx.data % 64 == 0 && a->dx.stride % 64 == 0 &&
                         !a->shape.outer_ndim && !a->steps;
-    return (fn_plan){.threads = planned_threads(bytes, backward_blocks(a->shape.rows), threads),
+    return (fn_plan){.threads = fn_planned_threads(bytes, backward_blocks(a->shape.rows), threads),
                      .stream = aligned && worth_streaming(&a->shape, &a->dx, a->dx_is_warm, dtype),
                      .regime = a->shape.rows > 1 && !a->steps ? "group" : "row",
                      .bytes = bytes};
 }
 
 /* ---- layer_norm and moments: rows are independent ---------------------------------------------- */
-
-typedef void fn_row_kernel(const void *args, ptrdiff_t, ptrdiff_t, void *scratch);
 
 /* Scratch up to this size lies on each thread's stack. */
 #define STACK_SCRATCH ((size_t)16 << 10)
@@ -388,8 +374,8 @@ static int run_parts(fn_rowwise *call, ptrdiff_t rows, int parts)
     return FN_OK;
 }
 
-static int run_rowwise(fn_row_kernel *kernel, const void *args, ptrdiff_t rows, int threads,
-                       size_t scratch_bytes)
+int fn_run_rowwise(fn_row_kernel *kernel, const void *args, ptrdiff_t rows, int threads,
+                   size_t scratch_bytes)
 {
     fn_rowwise call = {kernel, args, scratch_bytes, NULL};
     if (threads == 1 && !scratch_bytes) {
@@ -412,15 +398,15 @@ int fn_layer_norm(fn_layer_norm_args *args, fn_dtype dtype, int threads)
     args->stream_rooms = !in_columns(args) && args->steps && streams_from_rooms(args, dtype);
     fn_row_kernel *kernel = in_columns(args) ? fn_active_isa->layer_norm_columns[dtype]
                                              : fn_active_isa->layer_norm[dtype];
-    return run_rowwise(kernel, args, args->shape.rows, plan.threads,
-                       scratch_of(&args->shape, args->steps, dtype, 0));
+    return fn_run_rowwise(kernel, args, args->shape.rows, plan.threads,
+                          scratch_of(&args->shape, args->steps, dtype, 0));
 }
 
 int fn_moments(fn_moments_args *args, fn_dtype dtype, int threads)
 {
     const fn_plan plan = fn_plan_moments(args, dtype, threads);
-    return run_rowwise(fn_active_isa->moments[dtype], args, args->shape.rows, plan.threads,
-                       scratch_of(&args->shape, args->steps, dtype, 0));
+    return fn_run_rowwise(fn_active_isa->moments[dtype], args, args->shape.rows, plan.threads,
+                          scratch_of(&args->shape, args->steps, dtype, 0));
 }
 
 /* ---- layer_norm_backward: sums over rows -------------------------------------------------------

@@ -1,0 +1,396 @@
+# Group, instance and batch norm: the structs of channels.c, filled from arrays that channels.py has
+# checked; and the calls that are plain enough to go straight down.
+
+cdef enum:
+    #: Rows of a block where statistics run down the rows (channels last).
+    BLOCK_ROWS = 64
+
+
+cdef inline const void *data_of(object a) noexcept:
+    return NULL if a is None else cnp.PyArray_DATA(<ndarray>a)
+
+
+cdef inline bint moves_much(Py_ssize_t elements, fn_dtype dtype, int arrays) noexcept:
+    return arrays * elements * (8 if dtype == FN_F64 else 4) >= GIL_BYTES
+
+
+cdef int raise_no_room(int status) except -1:
+    if status != FN_OK:
+        raise MemoryError("no memory for a thread's row of elements; nothing was written")
+    return 0
+
+
+cdef fn_channels layout_of(object layout):
+    """units, inner, outer_stride, inner_stride, rows, row_stride, cols, plane, kinds."""
+    cdef fn_channels l
+    (l.units, l.inner, l.outer_stride, l.inner_stride, l.rows, l.row_stride, l.cols, l.plane,
+     l.kinds) = layout
+    return l
+
+
+cdef dict channels_plan(fn_plan plan, Py_ssize_t rows, Py_ssize_t cols):
+    return {
+        "threads": plan.threads,
+        "stream": bool(plan.stream),
+        "regime": plan.regime.decode(),
+        "bytes": plan.bytes,
+        "rows": rows,
+        "cols": cols,
+    }
+
+
+cdef int call_channel_norm(fn_channel_norm_args *args, fn_dtype dtype) except -1:
+    cdef int status
+    if moves_much(args.layout.units * args.layout.rows * args.layout.cols, dtype, 2):
+        with nogil:
+            status = fn_channel_norm(args, dtype, 0)
+    else:
+        status = fn_channel_norm(args, dtype, 0)
+    return raise_no_room(status)
+
+
+def channel_norm(layout, compute, ndarray x, ndarray y, weight, bias, ndarray mean,
+                 variance, ndarray rstd, refused, double eps, int activation, bint warm, *,
+                 bint plan=False):
+    """Units of x into y (contiguous, of one shape). refused None: mean and rstd are given, of each
+    kind; else they, the variance and `refused` are written, of each unit."""
+    cdef fn_channel_norm_args args
+    cdef fn_dtype dtype = dtype_of(compute.num)
+    memset(&args, 0, sizeof(args))
+    args.layout = layout_of(layout)
+    args.x = data_of(x)
+    args.y = cnp.PyArray_DATA(y)
+    args.x_type, args.y_type = storage_of(x), storage_of(y)
+    args.weight, args.bias = data_of(weight), data_of(bias)
+    args.mean = <double *>cnp.PyArray_DATA(mean)
+    args.rstd = <double *>cnp.PyArray_DATA(rstd)
+    args.variance = <double *>data_of(variance)
+    args.refused = <unsigned char *>data_of(refused)
+    args.given = refused is None
+    args.eps = eps
+    args.activation = <fn_activation>activation
+    args.y_is_warm = warm
+    if plan:
+        return channels_plan(fn_plan_channel_norm(&args, dtype, 0), args.layout.units,
+                             args.layout.rows * args.layout.cols)
+    call_channel_norm(&args, dtype)
+
+
+def channel_norm_backward(layout, compute, ndarray dy, ndarray x, dx, weight, ndarray mean,
+                          ndarray rstd, ndarray sums, ndarray refused, bint given, bint warm, *,
+                          bint plan=False):
+    """dx (or None), and of each plane of each unit dweight and dbias in `sums`."""
+    cdef fn_channel_norm_backward_args args
+    cdef fn_dtype dtype = dtype_of(compute.num)
+    cdef int status
+    memset(&args, 0, sizeof(args))
+    args.layout = layout_of(layout)
+    args.dy, args.x, args.dx = data_of(dy), data_of(x), <void *>data_of(dx)
+    args.dy_type, args.x_type = storage_of(dy), storage_of(x)
+    args.weight = data_of(weight)
+    args.mean = <const double *>cnp.PyArray_DATA(mean)
+    args.rstd = <const double *>cnp.PyArray_DATA(rstd)
+    args.sums = <double *>cnp.PyArray_DATA(sums)
+    args.refused = <unsigned char *>cnp.PyArray_DATA(refused)
+    args.given = given
+    args.dx_is_warm = warm
+    if plan:
+        return channels_plan(fn_plan_channel_norm_backward(&args, dtype, 0), args.layout.units,
+                             args.layout.rows * args.layout.cols)
+    if moves_much(args.layout.units * args.layout.rows * args.layout.cols, dtype, 3):
+        with nogil:
+            status = fn_channel_norm_backward(&args, dtype, 0)
+    else:
+        status = fn_channel_norm_backward(&args, dtype, 0)
+    raise_no_room(status)
+
+
+# ---- channels last -------------------------------------------------------------------------------
+
+cdef void fill_rows(fn_channels_last_args *args, ndarray x, Py_ssize_t sample,
+                    Py_ssize_t block) noexcept:
+    """x: (rows, cols), contiguous."""
+    memset(args, 0, sizeof(args[0]))
+    args.rows, args.cols = cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, 1)
+    args.sample, args.block = sample, block
+    args.blocks = args.rows // sample * ((sample + block - 1) // block) if sample else 0
+    args.x = cnp.PyArray_DATA(x)
+
+
+cdef ndarray block_sums(fn_channels_last_args *args):
+    cdef npy_intp[3] dims
+    dims[0], dims[1], dims[2] = 3, args.blocks, args.cols
+    array = cnp.PyArray_EMPTY(3, dims, cnp.NPY_FLOAT64, 0)
+    args.sums = <double *>cnp.PyArray_DATA(array)
+    return array
+
+
+def channels_last_moments(ndarray x, Py_ssize_t sample, compute):
+    """Mean (as pivot and shift) and sum of squared deviations of each channel of each sample, float64
+    (3, samples, cols); x: (rows, cols), contiguous."""
+    cdef fn_channels_last_args args
+    cdef fn_dtype dtype = dtype_of(compute.num)
+    cdef int status
+    fill_rows(&args, x, sample, BLOCK_ROWS)
+    args.x_type = storage_of(x)
+    sums = block_sums(&args)
+    with nogil:
+        status = fn_channels_last_moments(&args, dtype, 0)
+    raise_no_room(status)
+    return merged_moments(sums, args.rows // sample, sample)
+
+
+def channels_last_dots(ndarray dy, ndarray x, ndarray pivot, Py_ssize_t sample):
+    """Sums over each sample of x - pivot, dy and their product, float64 (3, samples, cols)."""
+    cdef fn_channels_last_args args
+    cdef fn_dtype dtype = dtype_of(cnp.PyArray_TYPE(pivot))
+    cdef int status
+    fill_rows(&args, x, sample, BLOCK_ROWS)
+    args.dy = cnp.PyArray_DATA(dy)
+    args.x_type, args.dy_type = storage_of(x), storage_of(dy)
+    args.terms[0] = cnp.PyArray_DATA(pivot)
+    sums = block_sums(&args)
+    with nogil:
+        status = fn_channels_last_dots(&args, dtype, 0)
+    raise_no_room(status)
+    return added_blocks(sums, args.rows // sample)
+
+
+cdef ndarray merged_moments(ndarray sums, Py_ssize_t samples, Py_ssize_t rows):
+    """Blocks of a sample merged one by one, in order (Chan), by their distance from the first's pivot."""
+    cdef Py_ssize_t cols = cnp.PyArray_DIM(sums, 2), blocks = cnp.PyArray_DIM(sums, 1)
+    cdef Py_ssize_t each = blocks // samples if samples else 0, s, b, j, done, n
+    cdef double first, mean, squares, delta, part
+    cdef npy_intp[3] dims
+    cdef const double *at
+    cdef double *into
+    cdef ndarray result
+    dims[0], dims[1], dims[2] = 3, samples, cols
+    result = cnp.PyArray_EMPTY(3, dims, cnp.NPY_FLOAT64, 0)
+    into = <double *>cnp.PyArray_DATA(result)
+    with nogil:
+        for s in range(samples):
+            for j in range(cols):
+                at = <const double *>cnp.PyArray_DATA(sums) + s * each * cols + j
+                first = at[0]
+                mean = at[blocks * cols]
+                squares = at[2 * blocks * cols]
+                done = min(rows, <Py_ssize_t>BLOCK_ROWS)
+                for b in range(1, each):
+                    at += cols
+                    n = min(rows - done, <Py_ssize_t>BLOCK_ROWS)
+                    delta = ((at[0] - first) + at[blocks * cols]) - mean
+                    part = <double>n / <double>(done + n)
+                    mean += delta * part
+                    squares += at[2 * blocks * cols] + delta * delta * <double>done * part
+                    done += n
+                into[s * cols + j] = first
+                into[(samples + s) * cols + j] = mean
+                into[(2 * samples + s) * cols + j] = squares
+    return result
+
+
+cdef ndarray added_blocks(ndarray sums, Py_ssize_t samples):
+    """Blocks of a sample added in order."""
+    cdef Py_ssize_t cols = cnp.PyArray_DIM(sums, 2), blocks = cnp.PyArray_DIM(sums, 1)
+    cdef Py_ssize_t each = blocks // samples if samples else 0, k, s, b, j
+    cdef npy_intp[3] dims
+    cdef const double *at
+    cdef double *into
+    cdef ndarray result
+    dims[0], dims[1], dims[2] = 3, samples, cols
+    result = cnp.PyArray_ZEROS(3, dims, cnp.NPY_FLOAT64, 0)
+    at = <const double *>cnp.PyArray_DATA(sums)
+    with nogil:
+        for k in range(3):
+            for s in range(samples):
+                into = <double *>cnp.PyArray_DATA(result) + (k * samples + s) * cols
+                for b in range(each):
+                    for j in range(cols):
+                        into[j] += at[j]
+                    at += cols
+    return result
+
+
+def channels_last(dy, ndarray x, ndarray y, terms, Py_ssize_t sample, int activation=0, *,
+                  bint plan=False):
+    """y = (x - pivot)*factor + shift, or with a dy: dy*factor + ((x - pivot)*slope + shift); terms:
+    these, (samples, cols) of the type that is computed in."""
+    cdef fn_channels_last_args args
+    cdef fn_dtype dtype = dtype_of(cnp.PyArray_TYPE(<ndarray>terms[0]))
+    cdef int status, k
+    fill_rows(&args, x, sample, BLOCK_ROWS)
+    args.dy = data_of(dy)
+    args.y = cnp.PyArray_DATA(y)
+    args.x_type, args.y_type = storage_of(x), storage_of(y)
+    args.dy_type = args.x_type if dy is None else storage_of(dy)
+    args.activation = <fn_activation>activation
+    for k in range(len(terms)):
+        args.terms[k] = cnp.PyArray_DATA(<ndarray>terms[k])
+    if plan:
+        return channels_plan(fn_plan_channels_last(&args, dtype, 0), args.rows // max(sample, 1),
+                             args.cols)
+    with nogil:
+        status = fn_channels_last(&args, dtype, 0)
+    raise_no_room(status)
+
+
+# ---- moments of blocks, for BatchStatistics ------------------------------------------------------
+
+def plane_moments(ndarray x):
+    """Of each row of x, (rows, cols) and contiguous: pivot, shift and the sum of squared deviations
+    from the mean, which is pivot + shift; float64 (3, rows)."""
+    cdef fn_plane_moments_args args
+    cdef npy_intp[2] dims
+    cdef int status
+    cdef fn_dtype dtype = FN_F64 if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT64 else FN_F32
+    dims[0], dims[1] = 3, cnp.PyArray_DIM(x, 0)
+    array = cnp.PyArray_EMPTY(2, dims, cnp.NPY_FLOAT64, 0)
+    args.rows, args.cols = cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, 1)
+    args.x = cnp.PyArray_DATA(x)
+    args.x_type = storage_of(x)
+    args.sums = <double *>cnp.PyArray_DATA(array)
+    if args.cols == 0:
+        array.fill(0)
+        return array
+    with nogil:
+        status = fn_plane_moments(&args, dtype, 0)
+    raise_no_room(status)
+    return array
+
+
+def column_moments(ndarray x, Py_ssize_t rows):
+    """The same down each block of so many rows of x, (M, cols) and contiguous; the last block may be
+    shorter; float64 (3, blocks, cols)."""
+    cdef fn_channels_last_args args
+    cdef int status
+    cdef fn_dtype dtype = FN_F64 if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT64 else FN_F32
+    fill_rows(&args, x, cnp.PyArray_DIM(x, 0), rows)
+    args.x_type = storage_of(x)
+    sums = block_sums(&args)
+    with nogil:
+        status = fn_channels_last_moments(&args, dtype, 0)
+    raise_no_room(status)
+    return sums
+
+
+# ---- straight down -------------------------------------------------------------------------------
+
+#: Who puts right what a straight call refused: (layout, x, y, weight, bias, statistics, refused, eps).
+cdef object careful = None
+
+
+def register_careful(function):
+    """Let `function` normalise the units that straight calls refuse."""
+    global careful
+    careful = function
+
+
+cdef inline bint is_channel_vector(object w, int typenum, Py_ssize_t channels) noexcept:
+    return w is None or (
+        is_plain(w, typenum, C_ALIGNED) and cnp.PyArray_NDIM(<ndarray>w) == 1
+        and cnp.PyArray_DIM(<ndarray>w, 0) == channels
+    )
+
+
+cdef inline void plain_layout(ndarray x, Py_ssize_t groups, bint batch, bint given,
+                              fn_channels *l) noexcept:
+    """Of a contiguous array, channels first; `batch`: statistics over the samples too; `given`: they
+    are of each channel, and planes may go one by one."""
+    cdef Py_ssize_t samples = cnp.PyArray_DIM(x, 0), channels = cnp.PyArray_DIM(x, 1)
+    cdef Py_ssize_t size = cnp.PyArray_SIZE(x) // (samples * channels)
+    l.plane = size
+    l.rows, l.row_stride = 1, 0
+    l.inner, l.outer_stride = 1, 0
+    if batch and not given:
+        l.units, l.kinds, l.cols, l.inner_stride = channels, channels, size, size
+        l.rows, l.row_stride = samples, channels * size
+    else:
+        l.units, l.kinds, l.cols = samples * groups, groups, channels // groups * size
+    l.inner = l.units
+    l.inner_stride = l.cols
+
+
+def straight_channel_norm(x, groups, weight, bias, eps, out, mean, rstd, bint batch):
+    """(y, statistics) where all is plain, else None. statistics: float64 (3, units): mean, variance,
+    rstd; None where mean and rstd are given. groups: 0 for one a channel."""
+    cdef fn_channel_norm_args args
+    cdef int typenum, warm = 0
+    cdef Py_ssize_t count, channels
+    cdef ndarray y, found
+    cdef npy_intp[2] dims
+    if not cnp.PyArray_CheckExact(x) or cnp.PyArray_NDIM(<ndarray>x) < 3:
+        return None
+    typenum = cnp.PyArray_TYPE(<ndarray>x)
+    channels = cnp.PyArray_DIM(<ndarray>x, 1)
+    if (
+        (typenum != cnp.NPY_FLOAT32 and typenum != cnp.NPY_FLOAT64)
+        or not is_plain(x, typenum, C_ALIGNED) or cnp.PyArray_SIZE(<ndarray>x) == 0
+        or cnp.PyArray_SIZE(<ndarray>x) == cnp.PyArray_DIM(<ndarray>x, 0) * channels
+        or not PyFloat_CheckExact(eps) or not eps >= 0
+        or not PyLong_CheckExact(groups) or groups < 0 or groups > channels
+        or not is_channel_vector(weight, typenum, channels)
+        or not is_channel_vector(bias, typenum, channels)
+        or not (out is None or is_result(out, <ndarray>x, typenum, weight, bias))
+        or (mean is not None and not (is_channel_vector(mean, cnp.NPY_FLOAT64, channels)
+                                      and is_channel_vector(rstd, cnp.NPY_FLOAT64, channels)
+                                      and rstd is not None))
+    ):
+        return None
+    count = groups
+    if count == 0:
+        count = channels
+    if channels % count:
+        return None
+    memset(&args, 0, sizeof(args))
+    plain_layout(<ndarray>x, count, batch, mean is not None, &args.layout)
+    if out is None:
+        y = new_array(cnp.PyArray_NDIM(<ndarray>x), cnp.PyArray_DIMS(<ndarray>x), typenum, &warm)
+    else:
+        y, warm = out, 1
+    args.x, args.y = cnp.PyArray_DATA(<ndarray>x), cnp.PyArray_DATA(y)
+    args.x_type = args.y_type = dtype_of(typenum)
+    args.weight, args.bias = parameter_data(weight), parameter_data(bias)
+    args.eps = eps
+    args.y_is_warm = warm
+    if mean is not None:
+        args.given = 1
+        args.mean = <double *>cnp.PyArray_DATA(<ndarray>mean)
+        args.rstd = <double *>cnp.PyArray_DATA(<ndarray>rstd)
+        call_channel_norm(&args, args.x_type)
+        return y, None
+    dims[0], dims[1] = 4, args.layout.units
+    found = cnp.PyArray_EMPTY(2, dims, cnp.NPY_FLOAT64, 0)
+    args.mean = <double *>cnp.PyArray_DATA(found)
+    args.variance = args.mean + dims[1]
+    args.rstd = args.variance + dims[1]
+    args.refused = <unsigned char *>(args.rstd + dims[1])
+    call_channel_norm(&args, args.x_type)
+    if memchr(args.refused, 1, dims[1]) is not NULL:
+        refused = found[3].view(np.uint8)[: dims[1]]
+        careful(as_tuple(&args.layout), x, y, weight, bias, found[:3], refused, eps)
+    return y, found
+
+
+cdef tuple as_tuple(fn_channels *l):
+    return (l.units, l.inner, l.outer_stride, l.inner_stride, l.rows, l.row_stride, l.cols,
+            l.plane, l.kinds)
+
+
+def update_running(running, ndarray batch, double kept, double taken):
+    """running = kept*running + taken*batch, in place; batch: float64, of running's length."""
+    cdef Py_ssize_t i, n = cnp.PyArray_SIZE(batch)
+    cdef const double *b = <const double *>cnp.PyArray_DATA(batch)
+    cdef float *f
+    cdef double *d
+    if is_plain(running, cnp.NPY_FLOAT32, C_ALIGNED_WRITEABLE):
+        f = <float *>cnp.PyArray_DATA(<ndarray>running)
+        for i in range(n):
+            f[i] = <float>(kept * f[i] + taken * b[i])
+    elif is_plain(running, cnp.NPY_FLOAT64, C_ALIGNED_WRITEABLE):
+        d = <double *>cnp.PyArray_DATA(<ndarray>running)
+        for i in range(n):
+            d[i] = kept * d[i] + taken * b[i]
+    else:
+        with np.errstate(all="ignore"):
+            running[...] = kept * running.astype(np.float64) + taken * batch

@@ -1,0 +1,230 @@
+/* op_channels.h: what group, instance and batch norm (channels.c) need of an instruction set, over
+ * arrays of T. Statistics are layer_norm's own. What is done to a plane, or to a row of channels, takes
+ * up to four numbers, formed in double by the caller and rounded once:
+ *
+ *     y = (x - pivot)*factor + shift      dx = dy*factor + ((x - pivot)*slope + shift) */
+
+/* A strip of any type to T, and back after an activation. */
+#define load_elements FN_OF_T(load_elements)
+static void load_elements(void *into, const void *from, fn_dtype dtype, ptrdiff_t n)
+{
+    move_strip(into, sizeof(element), FN_OWN_TYPE, from, fn_size_of(dtype), dtype, n);
+}
+
+#define store_elements FN_OF_T(store_elements)
+static void store_elements(void *into, fn_dtype dtype, void *strip, ptrdiff_t n,
+                           fn_activation activation)
+{
+    if (activation) activate_strip(strip, n, activation);
+    move_strip(into, fn_size_of(dtype), dtype, strip, sizeof(element), FN_OWN_TYPE, n);
+}
+
+/* False where the row had to be scaled into the range of T: then the pivot is the mean, rounded. */
+#define row_moments FN_OF_T(row_moments)
+static int row_moments(const void *x, ptrdiff_t n, double eps, fn_row_moments *m)
+{
+    row_stats stats;
+    const element pivot = row_pivot(x, n);
+    stats.s = (scale){1, 1};
+    if (!plain_stats(x, n, pivot, eps, 0, &stats)) careful_stats(x, n, eps, 0, &stats);
+    const int scaled = stats.s.first != 1 || stats.s.second != 1;
+    *m = (fn_row_moments){scaled ? stats.mean : (double)stats.pivot, scaled ? 0 : stats.c,
+                          stats.variance};
+    return !scaled;
+}
+
+#define plane_dots FN_OF_T(plane_dots)
+static void plane_dots(const void *x, const void *dy, ptrdiff_t n, double pivot, double sums[3])
+{
+    row_dots(x, dy, NULL, n, (element)pivot, NULL, NULL, NULL, sums);
+}
+
+/* ---- a plane ---------------------------------------------------------------------------------- */
+
+#define plane_terms FN_OF_T(plane_terms)
+typedef struct {
+    vec pivot, factor, shift, slope;
+} plane_terms;
+
+#define plane_vector FN_OF_T(plane_vector)
+INLINE vec plane_vector(const element *x, const element *dy, ptrdiff_t left, const plane_terms *t)
+{
+    const vec d = v_sub(load_some(x, left), t->pivot);
+    if (!dy) return v_fma(d, t->factor, t->shift);
+    return v_fma(load_some(dy, left), t->factor, v_fma(d, t->slope, t->shift));
+}
+
+/* From element i on while there are whole lines, the first of which begins with one: past the cache. */
+#define plane_stream FN_OF_T(plane_stream)
+INLINE ptrdiff_t plane_stream(const element *x, const element *dy, element *y, ptrdiff_t i,
+                              ptrdiff_t n, const plane_terms *t, ptrdiff_t ahead)
+{
+    NO_UNROLL for (; i + LINE <= n; i += LINE)
+    {
+        __builtin_prefetch(x + i + ahead, 0, 2);
+        if (dy) __builtin_prefetch(dy + i + ahead, 0, 2);
+        UNROLL for (int k = 0; k < LINE; k += VW)
+            v_stream(y + i + k, plane_vector(x + i + k, dy ? dy + i + k : NULL, VW, t));
+    }
+    return i;
+}
+
+/* What lies `ahead` elements on is asked for meanwhile: the next unit, which a first pass will read. */
+#define fetch_plane FN_OF_T(fetch_plane)
+INLINE void fetch_plane(const element *x, const element *dy, ptrdiff_t ahead)
+{
+    UNROLL for (int k = 0; k < 4 * VW; k += LINE) {
+        __builtin_prefetch(x + ahead + k, 0, 2);
+        if (dy) __builtin_prefetch(dy + ahead + k, 0, 2);
+    }
+}
+
+#define plane_part FN_OF_T(plane_part)
+INLINE void plane_part(const element *x, const element *dy, element *y, ptrdiff_t n,
+                       const plane_terms *t, ptrdiff_t ahead)
+{
+    ptrdiff_t i = 0;
+    NO_UNROLL for (; i + 4 * VW <= n; i += 4 * VW)
+    {
+        if (ahead) fetch_plane(x + i, dy ? dy + i : NULL, ahead);
+        UNROLL for (int k = 0; k < 4 * VW; k += VW)
+            v_store(y + i + k, plane_vector(x + i + k, dy ? dy + i + k : NULL, VW, t));
+    }
+    NO_UNROLL for (; i < n; i += VW)
+        store_some(y + i, plane_vector(x + i, dy ? dy + i : NULL, n - i, t), n - i);
+}
+
+/* stream: past the cache. ahead: elements to what is to be fetched, or 0. t: pivot, factor, shift,
+ * slope. */
+#define plane_pass FN_OF_T(plane_pass)
+static void plane_pass(const void *x, const void *dy, void *y, ptrdiff_t n, const double *t,
+                       int stream, ptrdiff_t ahead)
+{
+    const plane_terms terms = {v_set1((element)t[0]), v_set1((element)t[1]), v_set1((element)t[2]),
+                               v_set1((element)t[3])};
+    const element *xs = x, *dys = dy;
+    element *ys = y;
+    ptrdiff_t i = 0, end = n;
+    if (stream) { /* the elements before a line, the lines, the rest */
+        const ptrdiff_t head = (ptrdiff_t)(-(uintptr_t)y % 64 / sizeof(element));
+        end = head < n ? head : n;
+    }
+    for (;;) {
+        if (dy)
+            plane_part(xs + i, dys + i, ys + i, end - i, &terms, ahead);
+        else
+            plane_part(xs + i, NULL, ys + i, end - i, &terms, ahead);
+        if (end == n) return;
+        i = dy ? plane_stream(xs, dys, ys, end, n, &terms, ahead) : plane_stream(xs, NULL, ys, end, n, &terms, ahead);
+        end = n;
+    }
+}
+
+/* ---- channels last: rows of channels, `step` elements apart ----------------------------------- */
+
+#define columns_pass FN_OF_T(columns_pass)
+static void columns_pass(const void *x, const void *dy, void *y, ptrdiff_t n,
+                         const void *const terms[4])
+{
+    const element *xs = x, *dys = dy;
+    const element *const t[4] = {terms[0], terms[1], terms[2], terms[3]};
+    NO_UNROLL for (ptrdiff_t i = 0; i < n; i += VW)
+    {
+        const ptrdiff_t left = n - i;
+        const vec d = v_sub(load_some(xs + i, left), load_some(t[0] + i, left));
+        const vec factor = load_some(t[1] + i, left);
+        vec shift = load_some(t[2] + i, left), of = d;
+        if (dy) {
+            shift = v_fma(d, load_some(t[3] + i, left), shift);
+            of = load_some(dys + i, left);
+        }
+        store_some((element *)y + i, v_fma(of, factor, shift), left);
+    }
+}
+
+/* A block's sums of a channel have four lanes, rows 0 4 8 ..., 1 5 9 ..., in T, added as (0 + 2) +
+ * (1 + 3): of 64 rows no more than sixteen numbers are added in a row. */
+#define four_lanes FN_OF_T(four_lanes)
+INLINE vec four_lanes(const vec *a) { return v_add(v_add(a[0], a[2]), v_add(a[1], a[3])); }
+
+#define widen_some FN_OF_T(widen_some)
+INLINE void widen_some(double *into, vec v, ptrdiff_t left)
+{
+    ALIGNED element room[VW];
+    v_store(room, v);
+    NO_UNROLL for (ptrdiff_t k = 0; k < left && k < VW; k++) into[k] = (double)room[k];
+}
+
+/* Of up to a vector of channels: sums of x - pivot and its square; where there is a dy, of x - pivot, dy
+ * and their product. */
+#define tile_sums FN_OF_T(tile_sums)
+OUTLINE void tile_sums(const element *x, const element *dy, ptrdiff_t step, ptrdiff_t dy_step,
+                       ptrdiff_t rows, ptrdiff_t left, const element *pivots, double *const into[3])
+{
+    const vec pivot = load_some(pivots, left);
+    vec a[4], b[4], c[4];
+    UNROLL for (int k = 0; k < 4; k++) a[k] = b[k] = c[k] = v_zero();
+    NO_UNROLL for (ptrdiff_t r = 0; r < rows; r += 4)
+        UNROLL for (int k = 0; k < 4; k++) {
+            if (r + k >= rows) break;
+            const vec d = v_sub(load_some(x + (r + k) * step, left), pivot);
+            const vec g = dy ? load_some(dy + (r + k) * dy_step, left) : d;
+            a[k] = v_add(a[k], d);
+            b[k] = v_add(b[k], g);
+            c[k] = v_fma(g, d, c[k]);
+        }
+    widen_some(into[0], four_lanes(a), left);
+    widen_some(into[1], four_lanes(b), left);
+    widen_some(into[2], four_lanes(c), left);
+}
+
+#define column_dots FN_OF_T(column_dots)
+static void column_dots(const void *x, const void *dy, ptrdiff_t step, ptrdiff_t dy_step,
+                        ptrdiff_t rows, ptrdiff_t cols, const void *pivots, double *const into[3])
+{
+    NO_UNROLL for (ptrdiff_t j = 0; j < cols; j += VW)
+    {
+        double *const at[3] = {into[0] + j, into[1] + j, into[2] + j};
+        tile_sums((const element *)x + j, (const element *)dy + j, step, dy_step, rows, cols - j,
+                  (const element *)pivots + j, at);
+    }
+}
+
+/* Of up to a vector of channels: pivot, shift and squared deviations, as row_moments has them. A pivot
+ * that is farther off than its rounding may cost is moved. */
+#define tile_moments FN_OF_T(tile_moments)
+OUTLINE void tile_moments(const element *x, ptrdiff_t step, ptrdiff_t rows, ptrdiff_t left,
+                          double *const into[3])
+{
+    ALIGNED element pivots[VW] = {0};
+    double room[VW], *const sums[3] = {into[1], room, into[2]};
+    const double per_n = 1.0 / (double)rows;
+    const ptrdiff_t n = left < VW ? left : VW;
+    for (int pass = 0, far = 1; far && pass < 4; pass++) {
+        tile_sums(x, NULL, step, 0, rows, left, pivots, sums);
+        far = pass == 0;
+        NO_UNROLL for (ptrdiff_t k = 0; k < n; k++)
+        {
+            const double sum = into[1][k], c = sum * per_n, rest = into[2][k] - c * sum;
+            const element moved = (element)((double)pivots[k] + c);
+            into[0][k] = (double)pivots[k];
+            into[1][k] = c;
+            into[2][k] = rest < 0 ? 0 : rest;
+            if (pass == 0 || (c * sum > rest * 0.25 && moved != pivots[k])) {
+                far |= moved != pivots[k];
+                pivots[k] = moved;
+            }
+        }
+    }
+}
+
+#define column_moments FN_OF_T(column_moments)
+static void column_moments(const void *x, ptrdiff_t step, ptrdiff_t rows, ptrdiff_t cols,
+                           double *const into[3])
+{
+    NO_UNROLL for (ptrdiff_t j = 0; j < cols; j += VW)
+    {
+        double *const at[3] = {into[0] + j, into[1] + j, into[2] + j};
+        tile_moments((const element *)x + j, step, rows, cols - j, at);
+    }
+}
