@@ -322,7 +322,7 @@ def _blocks(x: np.ndarray, axis: int) -> Iterator[tuple[int, Doubles]]:
     """The moments of blocks of n elements: n and (3, blocks, C), several times."""
     if x.ndim == 2:
         for piece in _pieces(x, ROWS):
-            moments = _kernel("column_moments")(piece, ROWS)
+            moments = _core.column_moments(piece, ROWS)
             whole, rest = divmod(len(piece), ROWS)
             if whole:
                 yield ROWS, moments[:, :whole]
@@ -333,10 +333,10 @@ def _blocks(x: np.ndarray, axis: int) -> Iterator[tuple[int, Doubles]]:
     n = math.prod(x.shape[1:]) // channels
     if axis == x.ndim - 1:
         for piece in _pieces(x, 1):
-            yield n, _kernel("column_moments")(piece.reshape(-1, channels), n)
+            yield n, _core.column_moments(piece.reshape(-1, channels), n)
         return
     for piece in _pieces(np.moveaxis(x, axis, 1), 1):
-        yield n, _kernel("plane_moments")(piece.reshape(-1, n)).reshape(3, -1, channels)
+        yield n, _core.plane_moments(piece.reshape(-1, n)).reshape(3, -1, channels)
 
 
 def _pieces(x: np.ndarray, step: int) -> Iterator[np.ndarray]:
@@ -388,40 +388,3 @@ def _rounded(pivot: Doubles, shift: Doubles, m2: Doubles, n: int) -> tuple[Doubl
     low += coarse
     low -= coarse
     return high, low
-
-
-# ---- until _core has them: plane_moments and column_moments --------------------------------------
-
-
-def _kernel(name: str) -> Any:
-    return (
-        getattr(_core, name, None) or {"plane_moments": _planes, "column_moments": _columns}[name]
-    )
-
-
-def _planes(x: np.ndarray) -> Doubles:
-    return _moments(interop.widened(x).astype(np.float64), 1)
-
-
-def _columns(x: np.ndarray, rows: int) -> Doubles:
-    wide, whole = interop.widened(x).astype(np.float64), len(x) // rows * rows
-    parts = []
-    if whole:
-        parts.append(_moments(wide[:whole].reshape(-1, rows, x.shape[1]), 1))
-    if whole < len(x):
-        parts.append(_moments(wide[None, whole:], 1))
-    return np.ascontiguousarray(np.concatenate(parts, axis=1))
-
-
-def _moments(x: Doubles, axis: int) -> Doubles:
-    n = x.shape[axis]
-    with np.errstate(all="ignore"):
-        largest = np.abs(x).max(axis=axis, keepdims=True)
-        power = np.frexp(np.where(np.isfinite(largest), largest, 1))[1]
-        x = np.ldexp(x, -power)
-        pivot = np.cumsum(x, axis=axis)[:, -1:] / n
-        shift = np.cumsum(x - pivot, axis=axis)[:, -1:] / n
-        m2 = np.cumsum(np.square(x - pivot), axis=axis)[:, -1:] - n * shift * shift
-        m2 = np.where(m2 < 0, 0, m2)
-        moments = [np.ldexp(pivot, power), np.ldexp(shift, power), np.ldexp(m2, 2 * power)]
-    return np.ascontiguousarray(np.stack(moments).squeeze(axis + 1))
