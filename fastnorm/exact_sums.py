@@ -159,18 +159,19 @@ def sums(values: Doubles) -> Fixed:
     return rows.total()
 
 
-def sums_and_squares(values: Doubles, more: Doubles) -> tuple[Fixed, Fixed]:
+def sums_and_squares(values: Doubles, more: Doubles | None = None) -> tuple[Fixed, Fixed]:
     """The sums of ``values + more`` and of their squares, as `sums` has them."""
-    top = np.maximum(_top(values), _top(more))
+    parts = [values] if more is None else [values, more]
+    top = np.maximum.reduce([_top(part) for part in parts])
     rows, squares = _Rows(top), _Rows(2 * top)
     for at, channels in _tiles(*values.shape):
-        scaled = _scaled(values[at, channels], top[channels], WIDTH)
-        also = _scaled(more[at, channels], top[channels], WIDTH)
-        if scaled is None or also is None:
-            return _squares_of_integers(values, more)
-        digits = dict(_digits(scaled, WIDTH))
-        for i, digit in _digits(also, WIDTH):
-            digits[i] = digits[i] + digit if i in digits else digit
+        digits: dict[int, Doubles] = {}
+        for part in parts:
+            scaled = _scaled(part[at, channels], top[channels], WIDTH)
+            if scaled is None:
+                return _squares_of_integers(parts)
+            for i, digit in _digits(scaled, WIDTH):
+                digits[i] = digits[i] + digit if i in digits else digit
         found = sorted(digits.items())
         for k, (i, digit) in enumerate(found):
             rows.add(i, channels, digit.sum(axis=0))
@@ -240,7 +241,7 @@ def _sums_of_integers(values: Doubles) -> Fixed:
     return Fixed.of_integers(_as_integers(values).sum(axis=0), _UNIT)
 
 
-def _squares_of_integers(values: Doubles, more: Doubles) -> tuple[Fixed, Fixed]:
-    whole = _as_integers(values) + _as_integers(more)
+def _squares_of_integers(parts: list[Doubles]) -> tuple[Fixed, Fixed]:
+    whole: Any = sum(map(_as_integers, parts))
     squares = (whole * whole).sum(axis=0)
     return Fixed.of_integers(whole.sum(axis=0), _UNIT), Fixed.of_integers(squares, 2 * _UNIT)

@@ -15,7 +15,7 @@ from fastnorm import exact_sums
 from fastnorm.batch_statistics import ROWS, BatchStatistics
 
 from .helpers.arrays import assert_same_bits
-from .helpers.storage import STORAGE, cast
+from .helpers.storage import LIMITS, STORAGE, cast
 
 # Shapes with their channels' axis, and at how many samples they may be cut between blocks.
 LAYOUTS = [
@@ -248,7 +248,7 @@ def test_many_elements(full):
     m2 = count * (1000**2 - 1) / 12
     assert statistics.count == count
     assert statistics.mean[0] == 1e6 + 499.5
-    assert abs(statistics.m2[0] - m2) <= 1e-12 * m2
+    assert abs(statistics.m2[0] - m2) <= 1e-6 * m2
     parts = BatchStatistics(1)
     for part in np.array_split(x.reshape(-1, ROWS), 7)[::-1]:
         parts.update(part.reshape(-1, 1))
@@ -259,9 +259,9 @@ def test_many_channels(rng):
     x = rng.standard_normal((150, 3000)) * 10.0 ** rng.integers(-200, 150, 3000)
     statistics = BatchStatistics(3000).update(x)
     for c in range(0, 3000, 500):
-        alone = BatchStatistics(1).update(x[:, c : c + 1])
-        assert_same_bits(statistics.mean[c : c + 1], alone.mean)
-        assert_same_bits(statistics.m2[c : c + 1], alone.m2)
+        alone = BatchStatistics(2).update(x[:, c : c + 2])
+        assert_same_bits(statistics.mean[c : c + 2], alone.mean)
+        assert_same_bits(statistics.m2[c : c + 2], alone.m2)
 
 
 # ---- what is not ordinary ------------------------------------------------------------------------
@@ -313,6 +313,39 @@ def test_huge_and_tiny(rng):
         assert abs(Fraction(statistics.mean[c]) - mean) <= 1e-12 * deviations[c] + ulp / 2
         want = np.inf if c == 0 else 0.0 if c == 1 else float(m2)
         assert statistics.m2[c] == pytest.approx(want, rel=1e-12)
+
+
+@pytest.mark.parametrize("stored", STORAGE, ids=str)
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("shape", [(130, 3), (3, 100, 3)])
+def test_the_range_of_each_type(stored, axis, shape, rng):
+    """Squares that the type that is computed in does not have; mixed with what is ordinary."""
+    largest, least, _ = LIMITS[stored.name]
+    x = rng.standard_normal(shape)
+    x[..., 0] *= largest / 8 if largest < 1e100 else 1e150
+    x[..., 2] *= least * 8 if least > 1e-100 else 1e-150
+    x = cast(x, stored)
+    x = x if axis == -1 else np.moveaxis(x, -1, 1).copy()
+    assert_accurate(BatchStatistics(3, channel_axis=axis).update(x), x, axis, 1e-6)
+
+
+def test_deviations_that_cancel():
+    """Their squares are below float32, and their sum is 0."""
+    x = np.full((128, 2), 1e-30, np.float32)
+    x[::2, 1] *= -1
+    statistics = BatchStatistics(2).update(x)
+    assert statistics.m2[1] == pytest.approx(128 * float(x[0, 0]) ** 2, rel=1e-6)
+    assert statistics.m2[0] == 0
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+def test_large_planes_of_float32(axis, rng):
+    x = 100 + rng.standard_normal((2, 300, 200, 3)).astype(np.float32)
+    x = np.moveaxis(x, -1, axis)
+    got, wide = BatchStatistics(3, channel_axis=axis).update(x), x.astype(np.float64)
+    others = tuple(d for d in range(4) if d != axis % 4)
+    np.testing.assert_allclose(got.mean, wide.mean(others), rtol=1e-8)
+    np.testing.assert_allclose(got.var(), wide.var(others), rtol=2e-7)
 
 
 def test_far_apart():
