@@ -315,8 +315,9 @@ def _quotient(numerator: int, denominator: int, unit: int) -> float:
 def _gathered(x: np.ndarray, axis: int) -> _Totals:
     """What x adds."""
     totals = _Totals.zeros(x.shape[axis])
-    for n, moments in _blocks(x, axis):
-        totals = totals.plus(_totals_of(n, moments))
+    with np.errstate(all="ignore"):
+        for n, moments in _blocks(x, axis):
+            totals = totals.plus(_totals_of(n, moments))
     return totals
 
 
@@ -402,9 +403,8 @@ def _totals_of(n: int, moments: Doubles) -> _Totals:
 def _finite(moments: Doubles) -> tuple[Doubles, NDArray[np.bool_], NDArray[np.bool_]]:
     """Moments with 0 for what is not finite, and the channels that are invalid or overflowed."""
     channels = moments.shape[2]
-    with np.errstate(over="ignore", invalid="ignore"):
-        if np.isfinite(moments.sum()):
-            return moments, np.zeros(channels, np.bool_), np.zeros(channels, np.bool_)
+    if np.isfinite(moments.sum()):  # and if it is not, a closer look
+        return moments, np.zeros(channels, np.bool_), np.zeros(channels, np.bool_)
     finite = np.isfinite(moments)
     invalid = (~finite[:2].all(axis=0) | np.isnan(moments[2])).any(axis=0)
     overflowed = ~finite[2].all(axis=0)

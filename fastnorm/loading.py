@@ -14,6 +14,7 @@ import numpy as np
 from . import checks, dialects, interop
 from .dialects import Dialect
 from .modules import LayerNorm, RMSNorm
+from .modules_channels import BatchNorm, GroupNorm, InstanceNorm
 
 AFFINE = ("weight", "bias")
 RUNNING = ("running_mean", "running_var")
@@ -291,7 +292,7 @@ def _rms_norm(found: _Found) -> RMSNorm:
     return _filled(RMSNorm(shape, elementwise_affine=bool(arrays), **options), arrays)
 
 
-def _running_norm(name: str) -> Callable[[_Found], Any]:
+def _running_norm(kind: Any) -> Callable[[_Found], Any]:
     """What makes a BatchNorm or an InstanceNorm."""
 
     def build(found: _Found) -> Any:
@@ -303,7 +304,7 @@ def _running_norm(name: str) -> Callable[[_Found], Any]:
             "track_running_stats": RUNNING[0] in found.arrays,
             **found.options,
         }
-        norm = _class(name)(channels, dialect=found.dialect, **options)
+        norm = kind(channels, dialect=found.dialect, **options)
         return _filled(norm, found.arrays)
 
     return build
@@ -318,7 +319,7 @@ def _group_norm(found: _Found) -> Any:
         arrays = _of_channels(arrays, groups, options)
     channels = found._replace(arrays=arrays).length("num_channels")
     options = {"channel_axis": found.rules.channel_axis, "affine": bool(arrays), **options}
-    return _filled(_class("GroupNorm")(groups, channels, **options), arrays)
+    return _filled(GroupNorm(groups, channels, **options), arrays)
 
 
 def _of_channels(
@@ -341,10 +342,6 @@ def _of_channels(
     }
 
 
-def _class(name: str) -> Any:
-    return getattr(importlib.import_module(".modules_channels", __package__), name)
-
-
 def _filled(norm: Any, arrays: Mapping[str, np.ndarray]) -> Any:
     """The module with these parameters, and with no others."""
     norm.load_state_dict({**norm.state_dict(), **arrays})
@@ -358,7 +355,7 @@ def _filled(norm: Any, arrays: Mapping[str, np.ndarray]) -> Any:
 KINDS: Mapping[str, tuple[Callable[[_Found], Any], tuple[str, ...]]] = {
     "layer_norm": (_layer_norm, AFFINE),
     "rms_norm": (_rms_norm, ("weight",)),
-    "batch_norm": (_running_norm("BatchNorm"), (*AFFINE, *RUNNING, COUNTED)),
+    "batch_norm": (_running_norm(BatchNorm), (*AFFINE, *RUNNING, COUNTED)),
     "group_norm": (_group_norm, AFFINE),
-    "instance_norm": (_running_norm("InstanceNorm"), (*AFFINE, *RUNNING, COUNTED)),
+    "instance_norm": (_running_norm(InstanceNorm), (*AFFINE, *RUNNING, COUNTED)),
 }

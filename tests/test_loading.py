@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import sys
+import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -400,6 +402,75 @@ def test_other_modules_of_torch(kind, torch, rng):
     x = torch.from_numpy(images(rng, "torch"))
     norm = load_norm(kind, made.state_dict(), **({"num_groups": 2} if kind == "group_norm" else {}))
     np.testing.assert_allclose(np.asarray(norm(x)), made(x).detach().numpy(), atol=2e-6)
+
+
+# ---- Keras and Flax themselves -------------------------------------------------------------------
+
+ARGUMENTS = {"group_norm": {"num_groups": 2}}
+
+
+def optional(name):
+    """A library whose own imports may warn of what it likes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip(name, reason=f"{name} is not installed")
+
+
+def assert_close(got, want):
+    np.testing.assert_allclose(np.asarray(got), np.asarray(want), atol=5e-6, rtol=5e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_keras_itself(kind, monkeypatch, rng):
+    """Its layers' weights by their paths; what is left out, as it takes it."""
+    monkeypatch.setenv("KERAS_BACKEND", "numpy")
+    keras = optional("keras")
+    layer = {
+        "layer_norm": keras.layers.LayerNormalization,
+        "rms_norm": keras.layers.RMSNormalization,
+        "batch_norm": keras.layers.BatchNormalization,
+        "group_norm": partial(keras.layers.GroupNormalization, 2),
+        "instance_norm": partial(keras.layers.GroupNormalization, -1),
+    }[kind](name="norm")
+    x = images(rng, "keras")
+    layer.build(x.shape)
+    for weight in layer.weights:
+        weight.assign(rng.random(C))
+    saved = {weight.path: np.asarray(weight) for weight in layer.weights}
+    options = ARGUMENTS.get(kind, {})
+    norm = load_norm(kind, saved, prefix="norm", dialect="keras", **options)
+    if kind == "batch_norm":
+        assert_close(norm(x), layer(x, training=True))
+        assert_close(norm.running_mean, layer.moving_mean)
+        assert_close(norm.running_var, layer.moving_variance)
+        norm.eval()
+    assert_close(norm(x), layer(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_flax_itself(kind, rng):
+    """Its modules' variables, as they are; what is left out, as it takes it."""
+    jax, linen = optional("jax"), optional("flax.linen")
+    module = {
+        "layer_norm": linen.LayerNorm,
+        "rms_norm": linen.RMSNorm,
+        "batch_norm": linen.BatchNorm,
+        "group_norm": partial(linen.GroupNorm, 2),
+        "instance_norm": linen.InstanceNorm,
+    }[kind]()
+    call = {"use_running_average": True} if kind == "batch_norm" else {}
+    x = images(rng, "flax")
+    variables = module.init(jax.random.key(0), x, **call)
+    variables = jax.tree.map(lambda a: rng.random(a.shape).astype("f4"), variables)
+    norm = load_norm(kind, variables, dialect="flax", **ARGUMENTS.get(kind, {}))
+    if kind == "batch_norm":
+        y, new = module.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
+        assert_close(norm(x), y)
+        assert_close(norm.running_mean, new["batch_stats"]["mean"])
+        assert_close(norm.running_var, new["batch_stats"]["var"])
+        variables = {**variables, **new}
+        norm.eval()
+    assert_close(norm(x), module.apply(variables, x, **call))
 
 
 # ---- files ---------------------------------------------------------------------------------------
