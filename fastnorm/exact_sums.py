@@ -26,6 +26,8 @@ _TILE = 1 << 13
 # What int64 limbs may reach before their carries are brought up.
 _ROOM = 1 << 62
 _MASK = (1 << WIDTH) - 1
+# An int64 in limbs' widths.
+_PARTS = -(-64 // WIDTH)
 # Every finite float64 is a multiple of 2^-1074, and tops are not followed below 2^-900: the factors
 # that bring numbers to the size of a digit stay within float64.
 _LEAST, _LEAST_TOP = -1074, -900
@@ -87,8 +89,7 @@ class Fixed(NamedTuple):
 
     def carried(self) -> Fixed:
         """The same number with limbs from 0 to 2^WIDTH - 1, but for the sign's."""
-        extra = -(-63 // WIDTH)
-        limbs = np.zeros((len(self.limbs) + extra, self.limbs.shape[1]), np.int64)
+        limbs = np.zeros((len(self.limbs) + _PARTS, self.limbs.shape[1]), np.int64)
         limbs[: len(self.limbs)] = self.limbs
         for row, above in itertools.pairwise(limbs):
             above += row >> WIDTH
@@ -134,8 +135,11 @@ class _Rows:
         whole = np.zeros((deepest, self.top.size), np.int64)
         for place, row in self.rows.items():
             whole[deepest - 1 - place] = row
-        # Carried, the limbs have room for a shift to where a limb begins.
-        limbs = Fixed(whole, 0, _ROOM).carried().limbs
+        # In parts of a limb's width there is room for a shift to where a limb begins.
+        limbs = np.zeros((deepest + _PARTS - 1, self.top.size), np.int64)
+        for k in range(_PARTS):
+            part = whole >> WIDTH * k
+            limbs[k : k + deepest] += part & _MASK if k < _PARTS - 1 else part
         start, shift = np.divmod(self.top - WIDTH * deepest, WIDTH)
         limbs <<= shift
         low, count = int(start.min()), len(limbs)
@@ -143,7 +147,7 @@ class _Rows:
             narrow, channels = limbs, np.arange(self.top.size)
             limbs = np.zeros((count + int(start.max()) - low, self.top.size), np.int64)
             limbs[np.arange(count)[:, None] + (start - low), channels] = narrow
-        return Fixed(limbs, low, 1 << 2 * WIDTH)
+        return Fixed(limbs, low, _PARTS << 2 * WIDTH)
 
 
 def sums(values: Doubles) -> Fixed:
