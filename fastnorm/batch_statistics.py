@@ -9,11 +9,10 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from . import _core, checks, dialects, exact_sums, interop
 from .call import why_copied
-from .exact_sums import Doubles, Fixed
+from .exact_sums import Doubles, Fixed, Flags
 
 #: A block has so many consecutive samples where a sample has one element a channel.
 ROWS = 64
@@ -31,8 +30,8 @@ class _Totals(NamedTuple):
     first: Fixed
     second: Fixed
     #: Channels with a NaN or Inf in them; those whose m2 is beyond float64.
-    invalid: NDArray[np.bool_]
-    overflowed: NDArray[np.bool_]
+    invalid: Flags
+    overflowed: Flags
 
     @classmethod
     def zeros(cls, channels: int) -> _Totals:
@@ -362,7 +361,7 @@ def _down(x: np.ndarray) -> Doubles:
     return moments
 
 
-def _put_right(x: np.ndarray, moments: Doubles, doubtful: NDArray[np.bool_]) -> None:
+def _put_right(x: np.ndarray, moments: Doubles, doubtful: Flags) -> None:
     """Moments of these blocks again, in float64 and by a kernel that scales what is out of range.
 
     Here are, too, blocks of one number: from their moments alone they cannot be told from others.
@@ -400,7 +399,7 @@ def _totals_of(n: int, moments: Doubles) -> _Totals:
     return _Totals(blocks * n, first.times(n), squares.times(n).plus(within), invalid, overflowed)
 
 
-def _finite(moments: Doubles) -> tuple[Doubles, NDArray[np.bool_], NDArray[np.bool_]]:
+def _finite(moments: Doubles) -> tuple[Doubles, Flags, Flags]:
     """Moments with 0 for what is not finite, and the channels that are invalid or overflowed."""
     channels = moments.shape[2]
     if np.isfinite(moments.sum()):  # and if it is not, a closer look

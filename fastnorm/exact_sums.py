@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
-Doubles: TypeAlias = NDArray[np.float64]
-Integers: TypeAlias = NDArray[np.int64]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Doubles: TypeAlias = "NDArray[np.float64]"
+Integers: TypeAlias = "NDArray[np.int64]"
+Flags: TypeAlias = "NDArray[np.bool_]"
 
 #: Bits of a limb, and of a digit that is to be squared.
 WIDTH = 18
@@ -106,7 +109,7 @@ class Fixed(NamedTuple):
         first = int(used[0]) if used.size else len(limbs)
         return Fixed(limbs[first:].copy(), low + first, _MASK + 1)
 
-    def without(self, channels: NDArray[np.bool_]) -> Fixed:
+    def without(self, channels: Flags) -> Fixed:
         """0 for these channels."""
         return Fixed(np.where(channels, 0, self.limbs), self.low, self.bound)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -253,7 +252,7 @@ def _bfloat16_bits(path: str, key: str) -> np.ndarray:
     """One tensor of a safetensors file, whose head says where it lies, as interop has bfloat16."""
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        about = json.loads(file.read(size))[key]
+        about = importlib.import_module("json").loads(file.read(size))[key]
         start, end = about["data_offsets"]
         file.seek(8 + size + start)
         bits = np.frombuffer(file.read(end - start), "<u2").astype(np.uint16)
