@@ -233,6 +233,96 @@ def moments_rows(
     plan: bool = False,
 ) -> Any: ...
 
+# ---- arrays with channels ------------------------------------------------------------------------
+
+def channel_norm(
+    layout: tuple[int, ...],
+    compute: np.dtype[Any],
+    x: _Array,
+    y: _Array,
+    weight: _Array | None,
+    bias: _Array | None,
+    mean: _Array,
+    variance: _Array | None,
+    rstd: _Array,
+    refused: _Array | None,
+    eps: float,
+    activation: int,
+    warm: bool,
+    *,
+    plan: bool = False,
+) -> Any: ...
+def channel_norm_backward(
+    layout: tuple[int, ...],
+    compute: np.dtype[Any],
+    dy: _Array,
+    x: _Array,
+    dx: _Array | None,
+    weight: _Array | None,
+    mean: _Array,
+    rstd: _Array,
+    sums: _Array,
+    refused: _Array,
+    given: bool,
+    warm: bool,
+    *,
+    plan: bool = False,
+) -> Any: ...
+def channels_last_moments(x: _Array, sample: int, compute: np.dtype[Any]) -> _Array: ...
+def channels_last_dots(dy: _Array, x: _Array, pivot: _Array, sample: int) -> _Array: ...
+def channels_last(
+    dy: _Array | None,
+    x: _Array,
+    y: _Array,
+    terms: Sequence[_Array],
+    sample: int,
+    activation: int = 0,
+    *,
+    plan: bool = False,
+) -> Any: ...
+def plane_moments(x: _Array) -> _Array: ...
+def column_moments(x: _Array, rows: int) -> _Array: ...
+def total_over_samples(sums: _Array, compute: np.dtype[Any]) -> _Array: ...
+def update_running(running: _Array, batch: _Array, kept: float, taken: float) -> None: ...
+def register_careful(function: Callable[..., None]) -> None: ...
+def straight_channel_norm(
+    x: _Input,
+    groups: int,
+    weight: _Input | None,
+    bias: _Input | None,
+    eps: float,
+    out: _Input | None,
+) -> _Array | None: ...
+def straight_batch_inference(
+    x: _Input,
+    running_mean: _Input,
+    running_var: _Input,
+    weight: _Input | None,
+    bias: _Input | None,
+    eps: float,
+    out: _Input | None,
+) -> _Array | None: ...
+def straight_batch_training(
+    x: _Input,
+    weight: _Input | None,
+    bias: _Input | None,
+    eps: float,
+    out: _Input | None,
+) -> tuple[_Array, _Array, _Array] | None: ...
+def straight_channel_backward(
+    dy: _Input,
+    x: _Input,
+    groups: int,
+    mean: _Input,
+    rstd: _Input,
+    weight: _Input | None,
+    bias: _Input | None,
+    output_mask: Sequence[bool],
+    batch: bool,
+    running_var: _Input | None = None,
+    eps: float = 0.0,
+) -> tuple[_Array | None, _Array | None, _Array | None] | None: ...
+
 # ---- the machine ---------------------------------------------------------------------------------
 
 def isa_names() -> tuple[str, ...]: ...

@@ -49,6 +49,16 @@ cdef int call_channel_norm(fn_channel_norm_args *args, fn_dtype dtype) except -1
     return raise_no_room(status)
 
 
+cdef int call_channel_backward(fn_channel_norm_backward_args *args, fn_dtype dtype) except -1:
+    cdef int status
+    if moves_much(args.layout.units * args.layout.rows * args.layout.cols, dtype, 3):
+        with nogil:
+            status = fn_channel_norm_backward(args, dtype, 0)
+    else:
+        status = fn_channel_norm_backward(args, dtype, 0)
+    return raise_no_room(status)
+
+
 def channel_norm(layout, compute, ndarray x, ndarray y, weight, bias, ndarray mean,
                  variance, ndarray rstd, refused, double eps, int activation, bint warm, *,
                  bint plan=False):
@@ -82,7 +92,6 @@ def channel_norm_backward(layout, compute, ndarray dy, ndarray x, dx, weight, nd
     """dx (or None), and of each plane of each unit dweight and dbias in `sums`."""
     cdef fn_channel_norm_backward_args args
     cdef fn_dtype dtype = dtype_of(compute.num)
-    cdef int status
     memset(&args, 0, sizeof(args))
     args.layout = layout_of(layout)
     args.dy, args.x, args.dx = data_of(dy), data_of(x), <void *>data_of(dx)
@@ -97,12 +106,7 @@ def channel_norm_backward(layout, compute, ndarray dy, ndarray x, dx, weight, nd
     if plan:
         return channels_plan(fn_plan_channel_norm_backward(&args, dtype, 0), args.layout.units,
                              args.layout.rows * args.layout.cols)
-    if moves_much(args.layout.units * args.layout.rows * args.layout.cols, dtype, 3):
-        with nogil:
-            status = fn_channel_norm_backward(&args, dtype, 0)
-    else:
-        status = fn_channel_norm_backward(&args, dtype, 0)
-    raise_no_room(status)
+    call_channel_backward(&args, dtype)
 
 
 # ---- channels last -------------------------------------------------------------------------------
@@ -126,8 +130,8 @@ cdef ndarray block_sums(fn_channels_last_args *args):
 
 
 def channels_last_moments(ndarray x, Py_ssize_t sample, compute):
-    """Mean (as pivot and shift) and sum of squared deviations of each channel of each sample, float64
-    (3, samples, cols); x: (rows, cols), contiguous."""
+    """Mean (as pivot and shift) and sum of squared deviations of each channel of each sample,
+    float64 (3, samples, cols); x: (rows, cols), contiguous."""
     cdef fn_channels_last_args args
     cdef fn_dtype dtype = dtype_of(compute.num)
     cdef int status
@@ -157,7 +161,8 @@ def channels_last_dots(ndarray dy, ndarray x, ndarray pivot, Py_ssize_t sample):
 
 
 cdef ndarray merged_moments(ndarray sums, Py_ssize_t samples, Py_ssize_t rows):
-    """Blocks of a sample merged one by one, in order (Chan), by their distance from the first's pivot."""
+    """Blocks of a sample merged one by one, in order (Chan), by their distance from the first's
+    pivot."""
     cdef Py_ssize_t cols = cnp.PyArray_DIM(sums, 2), blocks = cnp.PyArray_DIM(sums, 1)
     cdef Py_ssize_t each = blocks // samples if samples else 0, s, b, j, done, n
     cdef double first, mean, squares, delta, part
@@ -260,8 +265,8 @@ def plane_moments(ndarray x):
 
 
 def column_moments(ndarray x, Py_ssize_t rows):
-    """The same down each block of so many rows of x, (M, cols) and contiguous; the last block may be
-    shorter; float64 (3, blocks, cols)."""
+    """The same down each block of so many rows of x, (M, cols) and contiguous; the last block may
+    be shorter; float64 (3, blocks, cols)."""
     cdef fn_channels_last_args args
     cdef int status
     cdef fn_dtype dtype = FN_F64 if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT64 else FN_F32
@@ -276,7 +281,8 @@ def column_moments(ndarray x, Py_ssize_t rows):
 
 # ---- straight down -------------------------------------------------------------------------------
 
-#: Who puts right what a straight call refused: (layout, x, y, weight, bias, statistics, refused, eps).
+#: Who puts right what a straight call refused: (layout, x, y, weight, bias, statistics, refused,
+#: eps).
 cdef object careful = None
 
 
@@ -295,8 +301,8 @@ cdef inline bint is_channel_vector(object w, int typenum, Py_ssize_t channels) n
 
 cdef inline void plain_layout(ndarray x, Py_ssize_t groups, bint batch, bint given,
                               fn_channels *l) noexcept:
-    """Of a contiguous array, channels first; `batch`: statistics over the samples too; `given`: they
-    are of each channel, and planes may go one by one."""
+    """Of a contiguous array, channels first; `batch`: statistics over the samples too; `given`:
+    they are of each channel, and planes may go one by one."""
     cdef Py_ssize_t samples = cnp.PyArray_DIM(x, 0), channels = cnp.PyArray_DIM(x, 1)
     cdef Py_ssize_t size = cnp.PyArray_SIZE(x) // (samples * channels)
     l.plane = size
@@ -311,54 +317,147 @@ cdef inline void plain_layout(ndarray x, Py_ssize_t groups, bint batch, bint giv
     l.inner_stride = l.cols
 
 
-def straight_channel_norm(x, groups, weight, bias, eps, out, mean, rstd, bint batch):
-    """(y, statistics) where all is plain, else None. statistics: float64 (3, units): mean, variance,
-    rstd; None where mean and rstd are given. groups: 0 for one a channel."""
-    cdef fn_channel_norm_args args
-    cdef int typenum, warm = 0
-    cdef Py_ssize_t count, channels
-    cdef ndarray y, found
-    cdef npy_intp[2] dims
-    if not cnp.PyArray_CheckExact(x) or cnp.PyArray_NDIM(<ndarray>x) < 3:
+cdef bint as_doubles(object a, Py_ssize_t n, double *into) noexcept:
+    """Whether `a` is a plain array of so many floats or doubles, which are copied then."""
+    cdef Py_ssize_t i
+    if is_plain(a, cnp.NPY_FLOAT64, C_ALIGNED) and cnp.PyArray_SIZE(<ndarray>a) == n:
+        for i in range(n):
+            into[i] = (<const double *>cnp.PyArray_DATA(<ndarray>a))[i]
+        return True
+    if is_plain(a, cnp.NPY_FLOAT32, C_ALIGNED) and cnp.PyArray_SIZE(<ndarray>a) == n:
+        for i in range(n):
+            into[i] = (<const float *>cnp.PyArray_DATA(<ndarray>a))[i]
+        return True
+    return False
+
+
+cdef inline bint has_shape(object a, int ndim, Py_ssize_t first, Py_ssize_t last) noexcept:
+    """(last,), or (first, last)."""
+    return (
+        cnp.PyArray_CheckExact(a) and cnp.PyArray_NDIM(<ndarray>a) == ndim
+        and cnp.PyArray_DIM(<ndarray>a, ndim - 1) == last
+        and (ndim == 1 or cnp.PyArray_DIM(<ndarray>a, 0) == first)
+    )
+
+
+cdef ndarray doubles_of(object mean, object rstd, int ndim, Py_ssize_t first, Py_ssize_t last):
+    """mean and rstd one after the other as doubles; None where they are not plain or not so
+    many."""
+    cdef npy_intp n = 2 * last if ndim == 1 else 2 * first * last
+    cdef double *into
+    if not has_shape(mean, ndim, first, last) or not has_shape(rstd, ndim, first, last):
         return None
+    array = cnp.PyArray_EMPTY(1, &n, cnp.NPY_FLOAT64, 0)
+    into = <double *>cnp.PyArray_DATA(array)
+    if not as_doubles(mean, n // 2, into) or not as_doubles(rstd, n // 2, into + n // 2):
+        return None
+    return array
+
+
+cdef ndarray running_doubles(object mean, object variance, double eps, Py_ssize_t channels):
+    """Running statistics as mean and rstd; None where they are not plain."""
+    cdef ndarray array = doubles_of(mean, variance, 1, 0, channels)
+    cdef double *rstd
+    cdef Py_ssize_t i
+    if array is not None:
+        rstd = <double *>cnp.PyArray_DATA(array) + channels
+        for i in range(channels):
+            rstd[i] = 1.0 / sqrt(rstd[i] + eps)
+    return array
+
+
+cdef inline bint is_channels_first(object x) noexcept:
+    """Whether x is a plain array of planes of more than one element."""
+    cdef int typenum
+    if not cnp.PyArray_CheckExact(x) or cnp.PyArray_NDIM(<ndarray>x) < 3:
+        return False
     typenum = cnp.PyArray_TYPE(<ndarray>x)
+    return (
+        (typenum == cnp.NPY_FLOAT32 or typenum == cnp.NPY_FLOAT64)
+        and is_plain(x, typenum, C_ALIGNED) and cnp.PyArray_SIZE(<ndarray>x) != 0
+        and cnp.PyArray_SIZE(<ndarray>x)
+        != cnp.PyArray_DIM(<ndarray>x, 0) * cnp.PyArray_DIM(<ndarray>x, 1)
+    )
+
+
+def straight_batch_inference(x, running_mean, running_var, weight, bias, eps, out):
+    """y where all is plain, else None."""
+    cdef Py_ssize_t channels
+    cdef ndarray known
+    if not is_channels_first(x) or not PyFloat_CheckExact(eps) or not eps >= 0:
+        return None
     channels = cnp.PyArray_DIM(<ndarray>x, 1)
-    if (
-        (typenum != cnp.NPY_FLOAT32 and typenum != cnp.NPY_FLOAT64)
-        or not is_plain(x, typenum, C_ALIGNED) or cnp.PyArray_SIZE(<ndarray>x) == 0
-        or cnp.PyArray_SIZE(<ndarray>x) == cnp.PyArray_DIM(<ndarray>x, 0) * channels
-        or not PyFloat_CheckExact(eps) or not eps >= 0
-        or not PyLong_CheckExact(groups) or groups < 0 or groups > channels
-        or not is_channel_vector(weight, typenum, channels)
-        or not is_channel_vector(bias, typenum, channels)
-        or not (out is None or is_result(out, <ndarray>x, typenum, weight, bias))
-        or (mean is not None and not (is_channel_vector(mean, cnp.NPY_FLOAT64, channels)
-                                      and is_channel_vector(rstd, cnp.NPY_FLOAT64, channels)
-                                      and rstd is not None))
-    ):
+    known = running_doubles(running_mean, running_var, eps, channels)
+    if known is None or (out is not None and not (
+            is_plain(out, cnp.PyArray_TYPE(<ndarray>x), C_ALIGNED_WRITEABLE)
+            and apart(<ndarray>out, running_mean) and apart(<ndarray>out, running_var))):
+        return None
+    return straight_channels(x, channels, weight, bias, eps, out, known, True, NULL)
+
+
+def straight_channel_norm(x, groups, weight, bias, eps, out):
+    """Group norm (groups 0: instance norm): y where all is plain, else None."""
+    cdef Py_ssize_t channels, count
+    if (not is_channels_first(x) or not PyFloat_CheckExact(eps) or not eps >= 0
+            or not PyLong_CheckExact(groups)):
+        return None
+    channels = cnp.PyArray_DIM(<ndarray>x, 1)
+    if groups < 0 or groups > channels:
         return None
     count = groups
     if count == 0:
         count = channels
     if channels % count:
         return None
+    return straight_channels(x, count, weight, bias, eps, out, None, False, NULL)
+
+
+def straight_batch_training(x, weight, bias, eps, out):
+    """(y, mean, variance) where all is plain, else None; both float64."""
+    cdef void *found = NULL
+    if not is_channels_first(x) or not PyFloat_CheckExact(eps) or not eps >= 0:
+        return None
+    y = straight_channels(x, cnp.PyArray_DIM(<ndarray>x, 1), weight, bias, eps, out, None, True,
+                          &found)
+    if y is None:
+        return None
+    statistics = <object>found
+    Py_DECREF(statistics)
+    return y, statistics[0], statistics[1]
+
+
+cdef object straight_channels(ndarray x, Py_ssize_t groups, object weight, object bias, double eps,
+                              object out, ndarray known, bint batch, void **kept):
+    """`known`: mean and rstd of each channel. `kept`, if not NULL, gets the statistics found, (4,
+    units), which then are the caller's to let go."""
+    cdef fn_channel_norm_args args
+    cdef int typenum = cnp.PyArray_TYPE(x), warm = 0
+    cdef Py_ssize_t channels = cnp.PyArray_DIM(x, 1)
+    cdef ndarray y, found
+    cdef npy_intp[2] dims
+    if (
+        not is_channel_vector(weight, typenum, channels)
+        or not is_channel_vector(bias, typenum, channels)
+        or not (out is None or is_result(out, x, typenum, weight, bias))
+    ):
+        return None
     memset(&args, 0, sizeof(args))
-    plain_layout(<ndarray>x, count, batch, mean is not None, &args.layout)
+    plain_layout(x, groups, batch, known is not None, &args.layout)
     if out is None:
-        y = new_array(cnp.PyArray_NDIM(<ndarray>x), cnp.PyArray_DIMS(<ndarray>x), typenum, &warm)
+        y = new_array(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), typenum, &warm)
     else:
         y, warm = out, 1
-    args.x, args.y = cnp.PyArray_DATA(<ndarray>x), cnp.PyArray_DATA(y)
+    args.x, args.y = cnp.PyArray_DATA(x), cnp.PyArray_DATA(y)
     args.x_type = args.y_type = dtype_of(typenum)
     args.weight, args.bias = parameter_data(weight), parameter_data(bias)
     args.eps = eps
     args.y_is_warm = warm
-    if mean is not None:
+    if known is not None:
         args.given = 1
-        args.mean = <double *>cnp.PyArray_DATA(<ndarray>mean)
-        args.rstd = <double *>cnp.PyArray_DATA(<ndarray>rstd)
+        args.mean = <double *>cnp.PyArray_DATA(known)
+        args.rstd = args.mean + channels
         call_channel_norm(&args, args.x_type)
-        return y, None
+        return y
     dims[0], dims[1] = 4, args.layout.units
     found = cnp.PyArray_EMPTY(2, dims, cnp.NPY_FLOAT64, 0)
     args.mean = <double *>cnp.PyArray_DATA(found)
@@ -369,7 +468,100 @@ def straight_channel_norm(x, groups, weight, bias, eps, out, mean, rstd, bint ba
     if memchr(args.refused, 1, dims[1]) is not NULL:
         refused = found[3].view(np.uint8)[: dims[1]]
         careful(as_tuple(&args.layout), x, y, weight, bias, found[:3], refused, eps)
-    return y, found
+    if kept is not NULL:
+        Py_INCREF(found)
+        kept[0] = <void *>found
+    return y
+
+
+def straight_channel_backward(dy, x, groups, mean, rstd, weight, bias, output_mask, bint batch,
+                              running_var=None, double eps=0):
+    """(dx, dweight, dbias) where all is plain and nothing is refused, else None. groups: 0 for one
+    a channel. running_var: `mean` and it normalised, and not the batch's own statistics."""
+    cdef fn_channel_norm_backward_args args
+    cdef int typenum, warm = 0
+    cdef bint want_dx, want_dw, want_db, given = running_var is not None
+    cdef Py_ssize_t samples, channels, count, i
+    cdef ndarray known, sums, dx = None
+    cdef npy_intp[2] dims
+    if (not is_channels_first(x) or not PyLong_CheckExact(groups)
+            or not PyTuple_CheckExact(output_mask) or PyTuple_GET_SIZE(output_mask) != 3):
+        return None
+    typenum = cnp.PyArray_TYPE(<ndarray>x)
+    samples, channels = cnp.PyArray_DIM(<ndarray>x, 0), cnp.PyArray_DIM(<ndarray>x, 1)
+    if groups < 0 or groups > channels or not eps >= 0:
+        return None
+    count = groups
+    if count == 0:
+        count = channels
+    if (
+        channels % count or not is_plain(dy, typenum, C_ALIGNED) or not same_shape(<ndarray>dy, x)
+        or not is_channel_vector(weight, typenum, channels)
+        or not is_channel_vector(bias, typenum, channels)
+    ):
+        return None
+    if given:
+        known = running_doubles(mean, running_var, eps, channels)
+    else:
+        known = doubles_of(mean, rstd, 1 if batch else 2, samples, count)
+    if known is None:
+        return None
+    for flag in output_mask:
+        if not is_bool(flag):
+            return None
+    want_dx, want_dw, want_db = output_mask
+    memset(&args, 0, sizeof(args))
+    plain_layout(<ndarray>x, count, batch, given, &args.layout)
+    dims[0] = args.layout.units * (args.layout.cols // args.layout.plane)
+    dims[1] = 2
+    if want_dx:
+        dx = new_array(cnp.PyArray_NDIM(<ndarray>x), cnp.PyArray_DIMS(<ndarray>x), typenum, &warm)
+        args.dx = cnp.PyArray_DATA(dx)
+    i = args.layout.units // 16 + 1  # room for a byte a unit
+    dims[0] += i
+    sums = cnp.PyArray_EMPTY(2, dims, cnp.NPY_FLOAT64, 0)
+    args.dy, args.x = cnp.PyArray_DATA(<ndarray>dy), cnp.PyArray_DATA(<ndarray>x)
+    args.dy_type = args.x_type = dtype_of(typenum)
+    args.weight = parameter_data(weight)
+    args.mean = <const double *>cnp.PyArray_DATA(known)
+    args.rstd = args.mean + cnp.PyArray_SIZE(known) // 2
+    args.sums = <double *>cnp.PyArray_DATA(sums)
+    args.refused = <unsigned char *>(args.sums + 2 * (dims[0] - i))
+    args.given = given
+    args.dx_is_warm = warm
+    call_channel_backward(&args, args.x_type)
+    if memchr(args.refused, 1, args.layout.units) is not NULL:
+        return None
+    totals = sample_totals(sums, (dims[0] - i) // channels, channels, typenum)
+    return dx, totals[1] if want_dw else None, totals[0] if want_db else None
+
+
+cdef ndarray sample_totals(ndarray sums, Py_ssize_t lots, npy_intp channels, int typenum):
+    """dbias and dweight, (2, C), from pairs of dweight and dbias of each channel of each lot: added
+    in double, in order."""
+    cdef npy_intp[2] dims
+    cdef const double *at = <const double *>cnp.PyArray_DATA(sums)
+    cdef double total
+    cdef Py_ssize_t lot, j, k
+    cdef void *into
+    dims[0], dims[1] = 2, channels
+    result = cnp.PyArray_EMPTY(2, dims, typenum, 0)
+    into = cnp.PyArray_DATA(result)
+    for j in range(channels):
+        for k in range(2):
+            total = 0
+            for lot in range(lots):
+                total += at[2 * (lot * channels + j) + 1 - k]
+            if typenum == cnp.NPY_FLOAT64:
+                (<double *>into)[k * channels + j] = total
+            else:
+                (<float *>into)[k * channels + j] = <float>total
+    return result
+
+
+def total_over_samples(ndarray sums, compute):
+    """The same of (lots, C, 2): dbias and dweight, (2, C)."""
+    return sample_totals(sums, cnp.PyArray_DIM(sums, 0), cnp.PyArray_DIM(sums, 1), compute.num)
 
 
 cdef tuple as_tuple(fn_channels *l):

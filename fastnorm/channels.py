@@ -13,17 +13,18 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from . import _core, checks, interop
+from .channel_backward import BackwardCall
 from .channel_calls import (
-    AdaptiveCall,
-    BackwardCall,
+    DIALECTS,
     ChannelCall,
-    ForwardCall,
+    Given,
     Running,
     as_dialect,
     as_momentum,
     as_running,
     rstd_of,
 )
+from .channel_forward import AdaptiveCall, ForwardCall
 from .dispatch import handler_of
 
 Activation: TypeAlias = Literal["relu", "silu", "gelu", "gelu_tanh"] | None
@@ -113,11 +114,14 @@ def batch_norm(
     """
     done = None
     if channel_axis == 1 and dtype is None and activation is None and return_stats is False:
-        arguments = (x, running_mean, running_var, weight, bias, eps, out)
         if training is True:
-            done = _train_straight(*arguments, momentum, dialect)
+            done = _train_straight(
+                x, running_mean, running_var, weight, bias, eps, out, momentum, dialect
+            )
         elif training is False:
-            done = _infer_straight(*arguments)
+            done = _core.straight_batch_inference(
+                x, running_mean, running_var, weight, bias, eps, out
+            )
     if done is not None:
         return done
     return handlers["batch_norm"](
@@ -133,17 +137,17 @@ def _train_straight(
     """The result where all is plain, else None."""
     arrays = [a for a in (running_mean, running_var) if a is not None]
     if (
-        type(momentum) is not float or not math.isfinite(momentum) or dialect not in _DIALECTS
+        type(momentum) is not float or not math.isfinite(momentum) or dialect not in DIALECTS
         or not all(_is_running(a, x, out) for a in arrays)
         or (len(arrays) == 2 and np.may_share_memory(*arrays))
     ):  # fmt: skip
         return None
-    done = _core.straight_channel_norm(x, 0, weight, bias, eps, out, None, None, True)
+    done = _core.straight_batch_training(x, weight, bias, eps, out)
     if done is None:
         return None
-    y, found = done
+    y, mean, variance = done
     running = Running(running_mean, running_var, momentum, dialect)
-    running.update(found[0], found[1], x.size // x.shape[1])
+    running.update(mean, variance, x.size // x.shape[1])
     return y
 
 
@@ -155,22 +159,6 @@ def _is_running(array: Any, x: Any, out: Any) -> bool:
         and array.flags.writeable and array.flags.c_contiguous
         and (out is None or (type(out) is np.ndarray and not np.may_share_memory(array, out)))
     )  # fmt: skip
-
-
-def _infer_straight(
-    x: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any, eps: Any, out: Any
-) -> Any:
-    """The result where all is plain, else None."""
-    for array in (running_mean, running_var):
-        if type(array) is not np.ndarray or array.dtype not in checks.COMPUTED:
-            return None
-        if out is not None and (type(out) is not np.ndarray or np.may_share_memory(array, out)):
-            return None
-    if type(eps) is not float or not eps >= 0:
-        return None
-    mean, rstd = running_mean.astype(np.float64), rstd_of(running_var, eps)
-    done = _core.straight_channel_norm(x, 0, weight, bias, eps, out, mean, rstd, True)
-    return None if done is None else done[0]
 
 
 def batch_norm_backward(
@@ -228,6 +216,18 @@ def batch_norm_backward(
     >>> fastnorm.batch_norm_backward(dy, x, training=True, mean=mean, rstd=rstd)[2]
     array([1., 1.], dtype=float32)
     """
+    done = None
+    if channel_axis == 1 and type(eps) is float:
+        if training is True:
+            done = _core.straight_channel_backward(
+                dy, x, 0, mean, rstd, weight, bias, output_mask, True
+            )
+        elif training is False and running_var is not None:
+            done = _core.straight_channel_backward(
+                dy, x, 0, running_mean, None, weight, bias, output_mask, True, running_var, eps
+            )
+    if done is not None:
+        return done
     return handlers["batch_norm_backward"](
         dy, x, running_mean, running_var, weight, bias, training, eps, mean, rstd, channel_axis,
         output_mask,
@@ -290,9 +290,9 @@ def group_norm(
         channel_axis == 1 and type(num_groups) is int and num_groups > 0 and dtype is None
         and activation is None and return_stats is False
     ):  # fmt: skip
-        done = _core.straight_channel_norm(x, num_groups, weight, bias, eps, out, None, None, False)
+        done = _core.straight_channel_norm(x, num_groups, weight, bias, eps, out)
         if done is not None:
-            return done[0]
+            return done
     return handlers["group_norm"](
         x, num_groups, weight, bias, eps, channel_axis, out, dtype, return_stats, activation
     )
@@ -344,6 +344,12 @@ def group_norm_backward(
     >>> fastnorm.group_norm_backward(dy, x, 2, mean, rstd)[2]
     array([1., 0., 0., 1.], dtype=float32)
     """
+    if channel_axis == 1 and type(num_groups) is int and num_groups > 0:
+        done = _core.straight_channel_backward(
+            dy, x, num_groups, mean, rstd, weight, bias, output_mask, False
+        )
+        if done is not None:
+            return done
     return handlers["group_norm_backward"](
         dy, x, num_groups, mean, rstd, weight, bias, channel_axis, output_mask
     )
@@ -406,9 +412,9 @@ def instance_norm(
         channel_axis == 1 and use_input_stats is True and running_mean is None
         and running_var is None and dtype is None and activation is None and return_stats is False
     ):  # fmt: skip
-        done = _core.straight_channel_norm(x, 0, weight, bias, eps, out, None, None, False)
+        done = _core.straight_channel_norm(x, 0, weight, bias, eps, out)
         if done is not None:
-            return done[0]
+            return done
     return handlers["instance_norm"](
         x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps, channel_axis,
         dialect, out, dtype, return_stats, activation,
@@ -459,6 +465,12 @@ def instance_norm_backward(
     >>> fastnorm.instance_norm_backward(dy, x, mean, rstd)[2]
     array([1., 2.], dtype=float32)
     """
+    if channel_axis == 1:
+        done = _core.straight_channel_backward(
+            dy, x, 0, mean, rstd, weight, bias, output_mask, False
+        )
+        if done is not None:
+            return done
     return handlers["instance_norm_backward"](
         dy, x, mean, rstd, weight, bias, channel_axis, output_mask
     )
@@ -511,11 +523,8 @@ def adaptive_instance_norm(
 # ---- their calls ---------------------------------------------------------------------------------
 # Each takes what the public function of its name takes, in that order.
 
-_DIALECTS = frozenset(("torch", "keras", "flax", "onnx"))
-_Statistics: TypeAlias = Callable[[int], Any]
 
-
-def _given(running_mean: Any, running_var: Any, eps: Any) -> _Statistics:
+def _given(running_mean: Any, running_var: Any, eps: Any) -> Given:
     """Mean and rstd of running statistics, once the number of channels is known."""
 
     def statistics(channels: int) -> tuple[np.ndarray, np.ndarray]:
@@ -532,7 +541,7 @@ def _given(running_mean: Any, running_var: Any, eps: Any) -> _Statistics:
     return statistics
 
 
-def _running(mean: Any, var: Any, momentum: Any, dialect: Any) -> _Statistics | None:
+def _running(mean: Any, var: Any, momentum: Any, dialect: Any) -> Callable[[int], Running] | None:
     share, words = as_momentum(momentum), as_dialect(dialect)
     if mean is None and var is None:
         return None

@@ -254,7 +254,7 @@ def _on_cuda(name: str) -> Callable[..., Any]:
     return importlib.import_module(".cuda", __package__).op(name)
 
 
-def handler_of(call: Callable[..., Call]) -> Callable[..., Any]:
+def handler_of(call: Callable[..., Any]) -> Callable[..., Any]:
     """The op itself, its arguments by position; they need not be ndarrays."""
     names = tuple(inspect.signature(call).parameters)[:-1]
     name = call.__name__.removeprefix("_")

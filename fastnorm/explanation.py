@@ -111,7 +111,7 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
 def _name_of(op: Any) -> str:
     name = op if isinstance(op, str) else getattr(op, "__name__", None)
     known = {**CALLS, **_of_channels().CALLS}
-    if name in known and (op == name or op is _public(name)):
+    if isinstance(name, str) and name in known and (op == name or op is _public(name)):
         return name
     raise ValueError(f"op: got {op!r}, wanted one of: {', '.join(known)}")
 

@@ -156,10 +156,10 @@ static void channel_norm(const void *args, ptrdiff_t unit0, ptrdiff_t unit1, voi
         const void *x = NULL;
         unit_moments m;
         if (!find_moments(a, u, first, room, &x, &m)) continue;
-        for (ptrdiff_t row = l->rows - 1; row >= 0; row--) { /* what was read last is near */
+        for (ptrdiff_t row = 0; row < l->rows; row++) {
             const ptrdiff_t at = unit_at(l, u) + row * l->row_stride;
             if (!x || l->rows > 1) x = as_computed(a->x, a->x_type, at, l->cols, a->dtype, room);
-            for (ptrdiff_t j = planes - 1; j >= 0; j--) {
+            for (ptrdiff_t j = 0; j < planes; j++) {
                 const double factor = m.rstd * number_at(a->weight, a->dtype, first + j, 1);
                 const double bias = number_at(a->bias, a->dtype, first + j, 0);
                 const double terms[4] = {m.pivot, factor, bias - m.shift * factor, 0};
@@ -258,10 +258,10 @@ static void channel_norm_backward(const void *args, ptrdiff_t unit0, ptrdiff_t u
         a->refused[u] = (unsigned char)!gradients_of_unit(a, first, mean, rstd, deviations, sums,
                                                           terms);
         if (a->refused[u] || !a->dx) continue;
-        for (ptrdiff_t row = l->rows - 1; row >= 0; row--) { /* what was read last is near */
+        for (ptrdiff_t row = 0; row < l->rows; row++) {
             const ptrdiff_t at = unit_at(l, u) + row * l->row_stride;
             if (l->rows > 1) load_rows(a, at, rooms, &x, &dy);
-            for (ptrdiff_t j = planes - 1; j >= 0; j--) {
+            for (ptrdiff_t j = 0; j < planes; j++) {
                 const char *x_plane = x + j * l->plane * size, *dy_plane = dy + j * l->plane * size;
                 terms[1] = rstd * number_at(a->weight, a->dtype, first + j, 1);
                 if (a->given) { /* x has no part in it */

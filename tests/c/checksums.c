@@ -10,6 +10,7 @@
 #include <stdio.h>
 
 #include "inputs.h"
+#include "channel_cases.h"
 #include "steps_cases.h"
 
 /* ---- arrays ---------------------------------------------------------------------------------- */
@@ -329,6 +330,7 @@ static void run_isa(const char *isa, int brief)
     for (int dtype = 0; dtype < FN_DTYPE_COUNT; dtype++)
         for (int op = 0; op < OPS; op++) run_shapes(isa, op, dtype, brief ? 1 : WAYS);
     failures += run_steps(isa, brief);
+    failures += run_channels(isa, brief);
     if (!brief) run_streams(isa);
 }
 

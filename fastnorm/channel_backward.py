@@ -1,0 +1,194 @@
+"""Backward calls of batch, group and instance norm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from . import _core, checks
+from .channel_calls import ChannelCall, Given, as_groups
+from .channel_repairs import Layout, gradients, store
+
+#: As channels.c: roots whose squares, times a gradient, stay in range, and sums of products that
+#: do.
+LARGEST_RSTD = {checks.FLOAT32: 2.0**41, checks.FLOAT64: 2.0**301}
+LEAST_SUM = {checks.FLOAT32: 2.0**-90, checks.FLOAT64: 2.0**-900}
+
+
+class BackwardCall(ChannelCall):
+    """dx, dweight and dbias."""
+
+    def __init__(
+        self, dy: Any, x: Any, channel_axis: Any, groups: Any, mean: Any, rstd: Any, weight: Any,
+        bias: Any, output_mask: Any, *, over_samples: bool = False, given: Given | None = None,
+        parameters_per_sample: bool = False, explained: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(x, channel_axis, over_samples, explained)
+        self.groups = self.channels if groups is None else as_groups(groups, self.channels)
+        dy = self.like_x("dy", dy)
+        self.weight = self.parameter("weight", weight, parameters_per_sample)
+        bias = self.parameter("bias", bias, parameters_per_sample)
+        first = bias if self.weight is None else self.weight
+        self.per_sample = first is not None and first.ndim == 2
+        self.wanted = checks.as_mask(output_mask)
+        self.given = given is not None
+        if given is not None:
+            self.mean, self.rstd = given(self.channels)
+        else:
+            shape = (self.channels,) if over_samples else (self.samples, self.groups)
+            self.mean, self.rstd = (
+                self.statistic(name, value, shape)
+                for name, value in (("mean", mean), ("rstd", rstd))
+            )
+        self.dx: np.ndarray | None = None
+        self.warm = False
+        if self.wanted[0]:
+            self.dx, self.warm = self.new_result(self.dtype)
+        self.x, self.dy = self.laid_out("x", self.source), self.laid_out("dy", dy)
+        self.made = self.dx
+        if self.dx is not None and self.moves:
+            self.made = self.laid_out("dx", self.dx, fill=False)
+
+    def statistic(self, name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
+        if value is None:
+            raise TypeError(f"{name}: got None, wanted what return_stats=True returned")
+        array = checks.as_floating(name, value)
+        if array.shape != shape:
+            raise ValueError(f"{name}: got shape {array.shape}, wanted {shape}")
+        return checks.as_plain(array, checks.FLOAT64)
+
+    def plan(self) -> dict[str, Any]:
+        if self.is_last:
+            made = self.x if self.made is None else self.made
+            terms = [np.empty((1, 1), self.compute)]
+            return _core.channels_last(
+                self.in_rows(self.dy), self.in_rows(self.x), self.in_rows(made), terms,
+                self.rows_each, plan=True,
+            )  # fmt: skip
+        return self.planes(np.empty(1), np.empty(1, np.uint8), plan=True)
+
+    def planes(self, sums: np.ndarray, refused: np.ndarray, **options: Any) -> Any:
+        return _core.channel_norm_backward(
+            self.layout(self.groups, self.per_sample, self.given), self.compute, self.dy, self.x,
+            self.made, self.weight, self.mean.reshape(-1), self.rstd.reshape(-1), sums, refused,
+            self.given, self.warm and self.made is self.dx, **options,
+        )  # fmt: skip
+
+    def run(self) -> Any:
+        if self.source.size == 0:
+            lots = self.samples if self.per_sample else 1
+            return self.gather(np.zeros((lots, self.channels, 2)))
+        sums = self.run_last() if self.is_last else self.run_planes()
+        if self.dx is not None and self.made is not None:
+            self.write_back(self.made, self.dx)
+        return self.gather(sums)
+
+    def run_planes(self) -> np.ndarray:
+        """Sums of dy*xh and dy: (lots, C, 2)."""
+        layout = self.layout(self.groups, self.per_sample, self.given)
+        planes = layout.cols // layout.plane
+        sums, refused = np.empty((layout.units, planes, 2)), np.empty(layout.units, np.uint8)
+        self.planes(sums, refused)
+        for u in np.flatnonzero(refused):
+            self.put_right(layout, int(u), sums[u])
+        return sums.reshape(-1, self.channels, 2)
+
+    def put_right(self, layout: Layout, u: int, sums: np.ndarray) -> None:
+        """A unit that the kernel refused."""
+        planes = layout.cols // layout.plane
+        kind = u % layout.kinds
+        own = kind if self.given else u
+        w: Any = 1.0
+        if self.weight is not None:
+            part = self.weight.reshape(-1)[kind * planes : (kind + 1) * planes]
+            w = part.astype(np.float64)[:, None]
+        mean, rstd = float(self.mean.reshape(-1)[own]), float(self.rstd.reshape(-1)[own])
+        done = gradients(layout.unit(self.dy, u), layout.unit(self.x, u), w, mean, rstd, self.given,
+                         (0, 2))  # fmt: skip
+        sums[:, 0], sums[:, 1] = done.dweight, done.dbias
+        if self.made is not None:
+            store(layout.unit(self.made, u), done.dx)
+
+    # ---- channels last ---------------------------------------------------------------------------
+
+    def run_last(self) -> np.ndarray:
+        x, dy = self.in_rows(self.x), self.in_rows(self.dy)
+        lots, each, count = self.units_shape[0], self.rows_each, self.channels // self.groups
+        shape = (lots, self.channels)
+        mean, rstd = (
+            np.repeat(a.reshape(-1, self.groups), count, 1) for a in (self.mean, self.rstd)
+        )
+        mean, rstd = (np.broadcast_to(a, shape) for a in (mean, rstd))
+        w = 1.0 if self.weight is None else self.weight.astype(np.float64)
+        with np.errstate(all="ignore"):
+            pivot = np.ascontiguousarray(mean.astype(self.compute))
+            dots = _core.channels_last_dots(dy, x, pivot, each)
+            terms, sums, refused = self.coefficients(dots, mean - pivot, rstd, w)
+            rounded = [pivot, *(np.ascontiguousarray(t.astype(self.compute)) for t in terms)]
+        repairs = [
+            (u, self.repaired(x, dy, u, mean, rstd, sums))
+            for u in zip(*np.nonzero(refused), strict=True)
+        ]
+        if self.made is not None:
+            rows = self.in_rows(self.made)
+            _core.channels_last(dy, x, rows, rounded, each)
+            for (lot, group), values in repairs:
+                store(self.part(rows, lot, group), values)
+        return sums
+
+    def coefficients(
+        self, dots: np.ndarray, shift: np.ndarray, rstd: np.ndarray, w: Any
+    ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+        """Factor, shift and slope of dx for each channel, the sums of dy*xh and dy, and which
+        groups are out of range. As gradients_of_unit of channels.c has them."""
+        lots = dots.shape[1]
+        grouped = (lots, self.groups, self.channels // self.groups)
+        n = self.rows_each * grouped[2]
+        deviations, db, dyx = dots
+
+        def over_group(a: np.ndarray) -> np.ndarray:
+            total = a.reshape(grouped).sum(-1, keepdims=True)
+            return np.broadcast_to(total, grouped).reshape(lots, self.channels) / n
+
+        c = shift if self.given else over_group(deviations)
+        dw = (dyx - c * db) * rstd
+        factor, slope, rest = rstd * w, np.zeros_like(dw), np.zeros_like(dw)
+        if not self.given:
+            slope = -rstd * rstd * over_group(w * dw)
+            rest = -rstd * over_group(w * db) - c * slope
+        most, bound = np.finfo(self.compute).max, LARGEST_RSTD[self.compute]
+        largest = np.maximum(np.abs(db), np.abs(dyx * rstd))
+        safe = (largest == 0) | ((largest >= LEAST_SUM[self.compute]) & (largest <= most))
+        safe &= (rstd >= 1 / bound) & (rstd <= bound)
+        for term in (factor, slope, rest):
+            safe &= np.abs(term) <= most
+        return [factor, rest, slope], np.stack([dw, db], -1), ~safe.reshape(grouped).all(-1)
+
+    def repaired(
+        self, x: np.ndarray, dy: np.ndarray, unit: tuple[int, int], mean: np.ndarray,
+        rstd: np.ndarray, sums: np.ndarray,
+    ) -> np.ndarray:  # fmt: skip
+        lot, group = unit
+        count = self.channels // self.groups
+        own = np.s_[lot, group * count : (group + 1) * count]
+        w: Any = 1.0
+        if self.weight is not None:
+            shape = (self.units_shape[0], self.channels)
+            w = np.broadcast_to(self.weight.astype(np.float64), shape)[own]
+        done = gradients(self.part(dy, lot, group), self.part(x, lot, group), w,
+                         float(mean[own][0]), float(rstd[own][0]), self.given, (0,))  # fmt: skip
+        sums[own] = np.stack([done.dweight, done.dbias], -1)
+        return done.dx
+
+    # ---- results ---------------------------------------------------------------------------------
+
+    def gather(self, sums: np.ndarray) -> tuple[Any, Any, Any]:
+        if not self.per_sample:
+            dbias, dweight = _core.total_over_samples(sums, self.compute)
+        else:
+            with np.errstate(all="ignore"):
+                dweight, dbias = (
+                    np.ascontiguousarray(sums[..., k].astype(self.compute)) for k in range(2)
+                )
+        return self.dx, dweight if self.wanted[1] else None, dbias if self.wanted[2] else None

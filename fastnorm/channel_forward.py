@@ -1,0 +1,275 @@
+"""Forward calls of batch, group and instance norm, and AdaIN."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from . import _core, checks, interop
+from .call import as_output
+from .channel_calls import ChannelCall, Given, Running, as_groups
+from .channel_repairs import activated, normalise, put_right, store
+
+#: Padded variances below these may have lost digits to underflow of the squares (op_stats.h).
+LEAST_VARIANCE = {checks.FLOAT32: 2.0**-80, checks.FLOAT64: 2.0**-600}
+
+
+class ForwardCall(ChannelCall):
+    """y, and with it what statistics were asked for."""
+
+    def __init__(
+        self, x: Any, channel_axis: Any, groups: Any, weight: Any, bias: Any, eps: Any, *,
+        over_samples: bool = False, dtype: Any = None, out: Any = None, activation: Any = None,
+        return_stats: Any = False, given: Given | None = None,
+        running: Callable[[int], Running] | None = None, parameters_per_sample: bool = False,
+        explained: bool = False,
+    ) -> None:  # fmt: skip
+        if interop.asks_for_bits(x, dtype):
+            x, dtype = interop.as_bits(x), None
+            weight, bias = interop.as_bits(weight), interop.as_bits(bias)
+        super().__init__(x, channel_axis, over_samples, explained)
+        self.groups = self.channels if groups is None else as_groups(groups, self.channels)
+        self.eps = checks.as_eps(eps)
+        self.activation = activation
+        self.activation_number = checks.as_activation(activation)
+        self.weight = self.parameter("weight", weight, parameters_per_sample)
+        self.bias = self.parameter("bias", bias, parameters_per_sample)
+        self.match_parameters()
+        self.y_type = self.dtype if dtype is None else checks.as_result_type(dtype)
+        if self.y_type == checks.INT8:
+            raise TypeError("dtype: got int8, wanted float16, bfloat16, float32 or float64")
+        self.given = given(self.channels) if given else None
+        self.running: Running | None = running(self.channels) if running else None
+        self.return_stats = bool(return_stats)
+        self.warm = True
+        self.y = out
+        if out is None:
+            self.y, self.warm = self.new_result(self.y_type)
+        y = as_output(self.y, self.y_type)
+        if out is not None:
+            checks.check_out("out", y, self.source.shape, self.y_type)
+            checks.check_apart("out", y, {"x": x, "weight": weight, "bias": bias})
+        if self.running:
+            self.running.check_apart({"out": out})
+        self.target = y
+        self.x = self.laid_out("x", self.source)
+        self.made = self.laid_out("out", y, fill=False)
+
+    def match_parameters(self) -> None:
+        """A pair a sample for both, or for neither."""
+        if self.weight is None or self.bias is None or self.weight.ndim == self.bias.ndim:
+            return
+        shape = (self.samples, self.channels)
+        self.weight, self.bias = (
+            np.ascontiguousarray(np.broadcast_to(p, shape)) for p in (self.weight, self.bias)
+        )
+
+    @property
+    def per_sample(self) -> bool:
+        first = self.bias if self.weight is None else self.weight
+        return first is not None and first.ndim == 2
+
+    def plan(self) -> dict[str, Any]:
+        if self.is_last:
+            terms = [np.empty((1, 1), self.compute)]
+            return _core.channels_last(
+                None,
+                self.in_rows(self.x),
+                self.in_rows(self.made),
+                terms,
+                self.rows_each,
+                plan=True,
+            )
+        found = np.empty((3, 1))
+        return self.planes(found, np.empty(1, np.uint8), plan=True)
+
+    def planes(self, found: np.ndarray, refused: Any, **options: Any) -> Any:
+        mean, variance, rstd = found
+        if self.given:
+            (mean, rstd), refused = self.given, None
+        return _core.channel_norm(
+            self.layout(self.groups, self.per_sample, self.given is not None), self.compute, self.x,
+            self.made, self.weight, self.bias, mean, variance, rstd, refused, self.eps,
+            self.activation_number, self.warm and self.made is self.target, **options,
+        )  # fmt: skip
+
+    def run(self) -> Any:
+        if self.source.size == 0:
+            return self.gather(self.empty_statistics())
+        found = self.run_last() if self.is_last else self.run_planes()
+        self.write_back(self.made, self.target)
+        if self.running and found is not None:
+            self.update_running(found)
+        return self.gather(found)
+
+    def run_planes(self) -> np.ndarray | None:
+        if self.given:
+            self.planes(np.empty((3, 0)), None)
+            return None
+        layout = self.layout(self.groups, self.per_sample, False)
+        found, refused = np.empty((3, layout.units)), np.empty(layout.units, np.uint8)
+        self.planes(found, refused)
+        if refused.any():
+            put_right(layout, self.x, self.made, self.weight, self.bias, found, refused, self.eps,
+                      self.activation)  # fmt: skip
+        return found
+
+    # ---- channels last ---------------------------------------------------------------------------
+
+    def run_last(self) -> np.ndarray | None:
+        x, y = self.in_rows(self.x), self.in_rows(self.made)
+        lots, each = self.units_shape[0], self.rows_each
+        found, repairs = None, []
+        w, b = self.spread_parameters(lots)
+        if self.given:
+            mean, rstd = (np.broadcast_to(a, (lots, self.channels)) for a in self.given)
+            pivot = self.to_compute(mean)
+            shift = mean - pivot
+        else:
+            moments = _core.channels_last_moments(x, each, self.compute)
+            pivot, shift, variance, rstd, refused = self.merge_groups(moments, w)
+            found = self.statistics_of(pivot, shift, variance, rstd)
+            repairs = [
+                (u, self.repaired(x, u, found)) for u in zip(*np.nonzero(refused), strict=True)
+            ]
+        with np.errstate(all="ignore"):
+            factor = rstd * w
+            terms = [self.to_compute(t) for t in (pivot, factor, b - shift * factor)]
+        _core.channels_last(None, x, y, terms, each, self.activation_number)
+        for (lot, group), values in repairs:
+            store(self.part(y, lot, group), values)
+        return found
+
+    def to_compute(self, array: np.ndarray) -> np.ndarray:
+        with np.errstate(all="ignore"):
+            return np.ascontiguousarray(array.astype(self.compute))
+
+    def spread_parameters(self, lots: int) -> tuple[np.ndarray, np.ndarray]:
+        """Weight and bias as doubles, (lots, C)."""
+        shape = (lots, self.channels)
+        w, b = (
+            np.full(shape, otherwise) if p is None else np.broadcast_to(p.astype(np.float64), shape)
+            for p, otherwise in ((self.weight, 1.0), (self.bias, 0.0))
+        )
+        return w, b
+
+    def merge_groups(
+        self, moments: np.ndarray, w: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Pivot, shift and rstd for each channel, the variance and what is out of range of each
+        group, from the moments of each channel."""
+        lots, n, count = moments.shape[1], self.rows_each, self.channels // self.groups
+        first, own, squares = moments.reshape(3, lots, self.groups, count)
+        with np.errstate(all="ignore"):
+            own = (first - first[..., :1]) + own  # by the distance from the first one's pivot
+            mean = own.mean(-1, keepdims=True)
+            squares = squares.sum(-1) + n * np.square(own - mean).sum(-1)
+            variance = squares / (n * count)
+            exact = first[..., :1] + mean
+            pivot = self.to_compute(exact).astype(np.float64)
+            shift = (first[..., :1] - pivot) + mean
+            rstd = 1.0 / np.sqrt(variance + self.eps)
+            most = np.finfo(self.compute).max
+            factors = np.abs(rstd[..., None] * w.reshape(lots, self.groups, count))
+            refused = ~((variance + self.eps >= LEAST_VARIANCE[self.compute])
+                        & (variance <= np.finfo(np.float64).max)
+                        & (factors <= most).all(-1))  # fmt: skip
+        spread = [np.repeat(a.reshape(lots, self.groups), count, 1) for a in (pivot, shift, rstd)]
+        return spread[0], spread[1], variance, spread[2], refused
+
+    def statistics_of(
+        self, pivot: np.ndarray, shift: np.ndarray, variance: np.ndarray, rstd: np.ndarray
+    ) -> np.ndarray:
+        """(3, units)."""
+        step = self.channels // self.groups
+        return np.stack([(pivot + shift)[:, ::step], variance, rstd[:, ::step]]).reshape(3, -1)
+
+    def repaired(self, x: np.ndarray, unit: tuple[int, int], found: np.ndarray) -> np.ndarray:
+        """A unit that is out of range, before anything is written: y may be x."""
+        lot, group = unit
+        w, b = self.spread_parameters(self.units_shape[0])
+        count = self.channels // self.groups
+        own = np.s_[lot, group * count : (group + 1) * count]
+        done = normalise(self.part(x, lot, group), w[own], b[own], self.eps)
+        found[:, lot * self.groups + group] = done.mean, done.variance, done.rstd
+        return activated(done.y, self.activation)
+
+    # ---- results ---------------------------------------------------------------------------------
+
+    def empty_statistics(self) -> np.ndarray:
+        """Of units without elements: mean 0, the rest NaN."""
+        lots = 1 if self.over_samples else self.samples
+        found = np.full((3, lots * self.groups), np.nan)
+        found[0] = 0
+        return found
+
+    def update_running(self, found: np.ndarray) -> None:
+        assert self.running is not None
+        mean, variance = found[:2]
+        count = self.size * (self.samples if self.over_samples else 1)
+        if not self.over_samples:
+            mean, variance = (a.reshape(self.samples, -1).mean(0) for a in (mean, variance))
+        self.running.update(mean, variance, count)
+
+    def gather(self, found: np.ndarray | None) -> Any:
+        if not self.return_stats:
+            return self.y
+        if found is None:
+            assert self.given is not None
+            return self.y, *self.given
+        mean, _, rstd = found
+        if self.over_samples:
+            return self.y, mean.copy(), rstd.copy()
+        shape = (self.samples, self.groups)
+        with np.errstate(all="ignore"):
+            return self.y, *(a.reshape(shape).astype(self.compute) for a in (mean, rstd))
+
+
+class AdaptiveCall(ForwardCall):
+    """AdaIN: an instance norm whose parameters are the statistics of another array."""
+
+    def __init__(
+        self, x: Any, style: Any, eps: Any, ddof: Any, channel_axis: Any, out: Any, dtype: Any,
+        explained: bool,
+    ) -> None:  # fmt: skip
+        if interop.asks_for_bits(x, dtype):
+            x, style, dtype = interop.as_bits(x), interop.as_bits(style), None
+        padding = checks.as_eps(eps)
+        degrees = checks.as_count("ddof", ddof, 0, "an int")
+        super().__init__(x, channel_axis, None, None, None, padding, dtype=dtype, out=out,
+                         explained=explained)  # fmt: skip
+        other = ChannelCall(style, channel_axis, False, explained)
+        if (other.samples, other.channels) != (self.samples, self.channels):
+            raise ValueError(
+                f"style: got {other.samples} samples of {other.channels} channels, wanted "
+                f"{self.samples} of {self.channels}, as x has them"
+            )
+        if out is not None:
+            checks.check_apart("out", self.target, {"style": style}, ())
+        for name, size in (("x", self.size), ("style", other.size)):
+            if 0 < size <= degrees and self.samples and self.channels:
+                raise ValueError(f"ddof: got {degrees}, wanted less than {size}, {name}'s elements")
+        if explained or not self.source.size:
+            return
+        # var / (n - ddof) * n + eps: the same as eps less that factor, and its root taken out.
+        factor = math.sqrt((self.size - degrees) / self.size)
+        self.eps = padding * factor * factor
+        mean, std = moments_of(style, channel_axis, degrees, padding)
+        with np.errstate(all="ignore"):
+            self.weight = self.to_compute(std * factor)
+            self.bias = self.to_compute(mean)
+
+
+def moments_of(x: Any, channel_axis: Any, ddof: int, eps: float) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and ``sqrt(var + eps)`` of each channel of each sample, (N, C), in double precision."""
+    call = ForwardCall(x, channel_axis, None, None, None, 0.0)
+    if call.source.size == 0:
+        return (np.full((call.samples, call.channels), np.nan),) * 2
+    found = call.run_last() if call.is_last else call.run_planes()
+    assert found is not None
+    mean, variance, _ = found.reshape(3, call.samples, call.channels)
+    with np.errstate(all="ignore"):
+        return mean, np.sqrt(variance * (call.size / (call.size - ddof)) + eps)

@@ -1,0 +1,235 @@
+/* channel_cases.h: the cases of checksums.c with channels: group, instance and batch norm over planes
+ * and over rows of channels, forward and backward, of each type; and moments of planes. */
+#include "inputs.h"
+
+/* Samples, channels, elements of a plane, channels of a group. */
+static const ptrdiff_t channel_shapes[][4] = {
+    {1, 4, 1, 2},    {3, 6, 7, 3},    {2, 4, 64, 2},  {2, 6, 257, 3},
+    {1, 34, 65, 17}, {2, 2, 2049, 1}, {130, 5, 3, 5},
+};
+
+typedef enum { GROUP, BATCH, GIVEN, LAST, CHANNEL_KINDS } channel_kind;
+static const char *const channel_kinds[] = {"group", "batch", "given", "last"};
+
+/* Differences that must not matter. */
+typedef struct {
+    const char *name;
+    size_t offset;
+    int parts, in_place;
+} channel_way;
+
+static const channel_way channel_ways[] = {
+    {"as it is", 0, 0, 0},
+    {"misaligned", 24, 0, 0},
+    {"in 3 parts", 0, 3, 0},
+    {"in place", 8, 2, 1},
+};
+
+enum { CHANNEL_WAYS = sizeof channel_ways / sizeof *channel_ways };
+
+typedef struct {
+    channel_kind kind;
+    ptrdiff_t samples, channels, size, group;
+    fn_dtype dtype, compute;
+    int parameters; /* bits: a weight, a bias, an activation */
+} channel_case;
+
+static ptrdiff_t elements_of(const channel_case *c) { return c->samples * c->channels * c->size; }
+
+/* Planes are of every kind of row in turn; those that are out of range are refused. */
+static block new_planes(const channel_case *c, uint64_t seed, int mixed, size_t offset)
+{
+    const size_t bytes = (size_t)c->size * size_of(c->dtype);
+    block b = new_block((size_t)elements_of(c) * size_of(c->dtype), offset);
+    for (ptrdiff_t p = 0; p < c->samples * c->channels; p++)
+        fill_row(b.data + (size_t)p * bytes, mixed && p % 3 == 0 ? MIXED : PLAIN, c->dtype,
+                 seed + (uint64_t)p, c->size);
+    return b;
+}
+
+static fn_channels layout_of(const channel_case *c)
+{
+    const ptrdiff_t cols = c->group * c->size, groups = c->channels / c->group;
+    if (c->kind == GROUP)
+        return (fn_channels){c->samples * groups, 1, cols, 0, 1, 0, cols, c->size, groups};
+    if (c->kind == GIVEN)
+        return (fn_channels){
+            c->samples * c->channels, 1, c->size, 0, 1, 0, c->size, c->size, c->channels};
+    return (fn_channels){c->channels,           c->channels, 0,       c->size,    c->samples,
+                         c->channels * c->size, c->size,     c->size, c->channels};
+}
+
+typedef struct {
+    double *mean, *variance, *rstd, *sums;
+    unsigned char *refused;
+} channel_numbers;
+
+static channel_numbers new_numbers(const channel_case *c)
+{
+    const size_t n = (size_t)(c->samples * c->channels);
+    channel_numbers k = {calloc(n, 8), calloc(n, 8), calloc(n, 8), calloc(6 * n, 8), calloc(n, 1)};
+    for (size_t i = 0; c->kind == GIVEN && i < n; i++) {
+        k.mean[i] = 0.5 + (double)i;
+        k.rstd[i] = 0.25 + 0.125 * (double)i;
+    }
+    return k;
+}
+
+static void free_numbers(const channel_numbers *k)
+{
+    free(k->mean);
+    free(k->variance);
+    free(k->rstd);
+    free(k->sums);
+    free(k->refused);
+}
+
+static uint64_t run_planes(const channel_case *c, const channel_way *w)
+{
+    const ptrdiff_t n = elements_of(c), units = layout_of(c).units;
+    block x = new_planes(c, 1, 1, w->offset), dy = new_planes(c, 1000, 0, w->offset);
+    block y = new_planes(c, 5, 0, w->offset);
+    block weight = new_vector(PLAIN, c->compute, 3, c->channels, 0);
+    block bias = new_vector(PLAIN, c->compute, 4, c->channels, 0);
+    channel_numbers k = new_numbers(c);
+    if (w->in_place) memcpy(y.data, x.data, (size_t)n * size_of(c->dtype));
+    fn_channel_norm_args a = {.layout = layout_of(c),
+                              .x = w->in_place ? y.data : x.data,
+                              .y = y.data,
+                              .x_type = c->dtype,
+                              .y_type = c->dtype,
+                              .weight = c->parameters & 1 ? weight.data : NULL,
+                              .bias = c->parameters & 2 ? bias.data : NULL,
+                              .mean = k.mean,
+                              .variance = k.variance,
+                              .rstd = k.rstd,
+                              .refused = k.refused,
+                              .eps = 1e-5,
+                              .given = c->kind == GIVEN,
+                              .activation = c->parameters & 4 ? FN_SILU : FN_NO_ACTIVATION,
+                              .y_is_warm = 1};
+    if (fn_channel_norm(&a, c->compute, 0)) abort();
+    uint64_t h = hash(hash(ANY, k.mean, units, FN_F64), k.rstd, units, FN_F64);
+    for (ptrdiff_t u = 0; u < units; u++) h = (h ^ k.refused[u]) * 31;
+    for (ptrdiff_t u = 0; u < units; u++) /* what is refused is left as it was */
+        for (ptrdiff_t r = 0; !k.refused[u] && r < a.layout.rows; r++) {
+            const ptrdiff_t at = u / a.layout.inner * a.layout.outer_stride +
+                                 u % a.layout.inner * a.layout.inner_stride +
+                                 r * a.layout.row_stride;
+            h = hash(h, y.data + (size_t)at * size_of(c->dtype), a.layout.cols, c->dtype);
+        }
+    block dx = new_planes(c, 6, 0, w->offset);
+    for (ptrdiff_t u = 0; u < units; u++)
+        if (!(k.rstd[u] > 0)) k.rstd[u] = 1;
+    fn_channel_norm_backward_args b = {.layout = layout_of(c),
+                                       .dy = dy.data,
+                                       .x = x.data,
+                                       .dx = dx.data,
+                                       .dy_type = c->dtype,
+                                       .x_type = c->dtype,
+                                       .weight = a.weight,
+                                       .mean = k.mean,
+                                       .rstd = k.rstd,
+                                       .sums = k.sums,
+                                       .refused = k.refused,
+                                       .given = a.given,
+                                       .dx_is_warm = 1};
+    if (fn_channel_norm_backward(&b, c->compute, 0)) abort();
+    h = hash(h, dx.data, n, c->dtype);
+    const ptrdiff_t planes = b.layout.cols / b.layout.plane;
+    for (ptrdiff_t u = 0; u < units; u++) {
+        h = (h ^ k.refused[u]) * 31;
+        if (!k.refused[u]) h = hash(h, k.sums + 2 * u * planes, 2 * planes, FN_F64);
+    }
+    const block all[] = {x, dy, y, dx, weight, bias};
+    for (int i = 0; i < 6; i++) free(all[i].memory);
+    free_numbers(&k);
+    return h;
+}
+
+/* The same arrays as rows of channels, each sample by itself; and the planes' moments. */
+static uint64_t run_last(const channel_case *c, const channel_way *w)
+{
+    const ptrdiff_t rows = c->samples * c->size, each = (c->size + 63) / 64;
+    block x = new_planes(c, 1, 0, w->offset), dy = new_planes(c, 1000, 0, w->offset);
+    block y = new_planes(c, 5, 0, w->offset), terms[4];
+    double *sums = calloc((size_t)(3 * c->samples * each * c->channels), 8);
+    for (int k = 0; k < 4; k++)
+        terms[k] = new_vector(PLAIN, c->compute, 7 + (uint64_t)k, c->samples * c->channels, 0);
+    fn_channels_last_args a = {.rows = rows,
+                               .cols = c->channels,
+                               .sample = c->size,
+                               .block = 64,
+                               .blocks = c->samples * each,
+                               .x = x.data,
+                               .x_type = c->dtype,
+                               .dy_type = c->dtype,
+                               .y_type = c->dtype,
+                               .sums = sums,
+                               .activation = c->parameters & 4 ? FN_SILU : FN_NO_ACTIVATION};
+    for (int k = 0; k < 4; k++) a.terms[k] = terms[k].data;
+    const ptrdiff_t count = 3 * a.blocks * a.cols;
+    if (fn_channels_last_moments(&a, c->compute, 0)) abort();
+    uint64_t h = hash(ANY, sums, count, FN_F64);
+    a.dy = dy.data;
+    if (fn_channels_last_dots(&a, c->compute, 0)) abort();
+    h = hash(h, sums, count, FN_F64);
+    for (int backward = 0; backward < 2; backward++) {
+        a.x = x.data;
+        a.y = w->in_place && !backward ? x.data : y.data;
+        a.dy = backward ? dy.data : NULL;
+        if (fn_channels_last(&a, c->compute, 0)) abort();
+        h = hash(h, a.y, rows * a.cols, c->dtype);
+        if (w->in_place) { /* x, as it was */
+            free(x.memory);
+            x = new_planes(c, 1, 0, w->offset);
+        }
+    }
+    fn_plane_moments_args m = {.rows = c->samples * c->channels,
+                               .cols = c->size,
+                               .x = x.data,
+                               .x_type = c->dtype,
+                               .sums = calloc((size_t)(3 * c->samples * c->channels), 8)};
+    if (fn_plane_moments(&m, c->compute, 0)) abort();
+    h = hash(h, m.sums, 3 * m.rows, FN_F64);
+    free(m.sums);
+    for (int k = 0; k < 4; k++) free(terms[k].memory);
+    const block all[] = {x, dy, y};
+    for (int i = 0; i < 3; i++) free(all[i].memory);
+    free(sums);
+    return h;
+}
+
+static int run_channels(const char *isa, int brief)
+{
+    static const char *const names[] = {"f32", "f64", "f16", "bf16"};
+    int failures = 0;
+    for (int kind = 0; kind < CHANNEL_KINDS; kind++)
+        for (size_t s = 0; s < sizeof channel_shapes / sizeof *channel_shapes; s++)
+            for (int dtype = FN_F32; dtype <= FN_BF16; dtype++) {
+                const ptrdiff_t *d = channel_shapes[s];
+                const channel_case c = {.kind = (channel_kind)kind,
+                                        .samples = d[0],
+                                        .channels = d[1],
+                                        .size = d[2],
+                                        .group = d[3],
+                                        .dtype = (fn_dtype)dtype,
+                                        .compute = dtype == FN_F64 ? FN_F64 : FN_F32,
+                                        .parameters = (int)s + kind + dtype};
+                uint64_t first = 0;
+                for (int k = 0; k < (brief ? 1 : CHANNEL_WAYS); k++) {
+                    fn_force_partition(channel_ways[k].parts);
+                    const uint64_t h = kind == LAST ? run_last(&c, &channel_ways[k])
+                                                    : run_planes(&c, &channel_ways[k]);
+                    fn_force_partition(0);
+                    if (k == 0) first = h;
+                    if (h == first) continue;
+                    fprintf(stderr, "%s channels-%s: other bits %s\n", isa, channel_kinds[kind],
+                            channel_ways[k].name);
+                    failures++;
+                }
+                printf("%s channels_%s-%s-%tdx%tdx%td %016llx\n", isa, channel_kinds[kind],
+                       names[dtype], c.samples, c.channels, c.size, (unsigned long long)first);
+            }
+    return failures;
+}
