@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from . import channels, checks, interop
+from . import _core, channels, checks, interop
 from .dialects import as_dialect, as_momentum
 from .memory import empty
 from .module_state import COPIES, State, as_dtype, own_copy, present, unpacked
@@ -129,7 +129,9 @@ class _ChannelNorm(State):
     def __setstate__(self, attributes: dict[str, Any]) -> None:
         self.__dict__.update(attributes)
         self._lock = threading.Lock()
-        self._arrays = {name: _copy(array) for name, array in self._arrays.items()}
+        self._arrays = {
+            name: None if array is None else _copy(array) for name, array in self._arrays.items()
+        }
 
     def __repr__(self) -> str:
         words = [*map(repr, self._sizes()), *(f"{k}={v!r}" for k, v in self._shown().items())]
@@ -380,16 +382,20 @@ class _TrackingNorm(_ChannelNorm):
 
     def __call__(self, x: Any, out: Any = None) -> Any:
         """Normalize x; in training, move the running statistics."""
-        return self._run(x, out, False, self._by_running())
+        near = self._near(x)
+        return self._infer(x, out, near) if self._by_running() else self._train(x, out, near)
 
     def forward(self, x: Any) -> tuple[Any, tuple[Any, ...]]:
         """y, and what `backward` needs to go back from it; moves what a call does.
 
         `saved` refers to x itself: do not change x in between.
         """
-        by_running = self._by_running()
-        y, mean, rstd = self._run(x, None, True, by_running)
-        return y, (x, mean, rstd, not by_running)
+        near = self._near(x)
+        if self._by_running():
+            kept = {name: _kept(near[name]) for name in ("running_mean", "running_var")}
+            return self._infer(x, None, near), (x, {**kept, "eps": self._eps}, False)
+        y, mean, rstd = self._train(x, None, near, return_stats=True)
+        return y, (x, {"mean": mean, "rstd": rstd}, True)
 
     def backward(self, dy: Any, saved: tuple[Any, ...]) -> tuple[Any, dict[str, np.ndarray]]:
         """dx, and the parameters' gradients by name, from the output's gradient `dy`.
@@ -397,40 +403,40 @@ class _TrackingNorm(_ChannelNorm):
         dx is of the input's type, the parameters' gradients are float32 (float64 for float64
         input). The gradient is of the mode that `forward` ran in.
         """
-        x, mean, rstd, by_input = unpacked(saved, 4)
+        x, statistics, by_input = unpacked(saved, 3)
         near = self._near(x)
-        weight, bias = near["weight"], near["bias"]
-        mask = (True, weight is not None, bias is not None)
+        options = {
+            "weight": near["weight"], "bias": near["bias"], "channel_axis": self._channel_axis,
+            "output_mask": (True, near["weight"] is not None, near["bias"] is not None),
+            **statistics,
+        }  # fmt: skip
         if by_input and self._op == "instance_norm":
-            return self._gradients(
-                channels.instance_norm_backward(
-                    dy, x, mean, rstd, weight, bias, channel_axis=self._channel_axis,
-                    output_mask=mask,
-                )
-            )  # fmt: skip
-        return self._gradients(
-            channels.batch_norm_backward(
-                dy, x, weight=weight, bias=bias, training=by_input, mean=mean, rstd=rstd,
-                channel_axis=self._channel_axis, output_mask=mask,
-            )
-        )  # fmt: skip
+            return self._gradients(channels.instance_norm_backward(dy, x, **options))
+        return self._gradients(channels.batch_norm_backward(dy, x, training=by_input, **options))
 
     def _by_running(self) -> bool:
         return self.track_running_stats and not self._training
 
-    def _run(self, x: Any, out: Any, return_stats: bool, by_running: bool) -> Any:
-        shape = self._shape_of(x)
-        near = self._near(x)
-        options = {
-            "weight": near["weight"], "bias": near["bias"], "eps": self._eps, "out": out,
-            "channel_axis": self._channel_axis, "return_stats": return_stats,
+    def _options(self, near: dict[str, Any], out: Any) -> dict[str, Any]:
+        return {
+            "weight": near["weight"], "bias": near["bias"], "eps": self._eps,
+            "channel_axis": self._channel_axis, "out": out,
         }  # fmt: skip
-        if by_running:  # the same for both ops, and its statistics are the channels'
-            return channels.batch_norm(x, near["running_mean"], near["running_var"], **options)
+
+    def _infer(self, x: Any, out: Any, near: dict[str, Any]) -> Any:
+        """By the running statistics, which is the same for both ops."""
+        self._shape_of(x)
+        mean, var = near["running_mean"], near["running_var"]
+        return channels.batch_norm(x, mean, var, **self._options(near, out))
+
+    def _train(self, x: Any, out: Any, near: dict[str, Any], return_stats: bool = False) -> Any:
+        """By the input's statistics, towards which the running ones move where there are any."""
+        shape = self._shape_of(x)
+        function, options = getattr(channels, self._op), self._options(near, out)
+        options["return_stats"] = return_stats
         if self._op == "batch_norm":
             options["training"] = True
-        function = getattr(channels, self._op)
-        if not self.track_running_stats:
+        if not (self.track_running_stats and self._training):
             return function(x, None, None, **options)
         # The batch's statistics alone, in float64; what is here moves at once when all is done.
         is_of_new = as_dialect(self._dialect).momentum_is_of_new
@@ -455,9 +461,8 @@ class _TrackingNorm(_ChannelNorm):
                     kept, share = share, kept
             moved = {"num_batches_tracked": np.array(tracked)}
             for name, new in zip(("running_mean", "running_var"), batch, strict=True):
-                moved[name] = empty(new.shape, held[name].dtype)
-                with np.errstate(all="ignore"):
-                    moved[name][...] = kept * held[name].astype(np.float64) + share * new
+                moved[name] = _copy(held[name])
+                _core.update_running(moved[name], new, kept, share)
             self._arrays = {**self._arrays, **moved}
 
     def _as_op(self, x: Any, out: Any = None) -> tuple[str, dict[str, Any]]:
@@ -673,13 +678,16 @@ def _as_batches(name: str, value: Any) -> int:
     return count
 
 
-def _copy(array: np.ndarray | None) -> np.ndarray | None:
+def _copy(array: np.ndarray) -> np.ndarray:
     """In aligned memory."""
-    if array is None:
-        return None
     copy = empty(array.shape, array.dtype)
     copy[...] = array
     return copy
+
+
+def _kept(array: Any) -> Any:
+    """What changes in place of a module's array do not reach; copies on devices have none."""
+    return array.copy() if isinstance(array, np.ndarray) else array
 
 
 def _on_host(array: Any) -> np.ndarray:

@@ -292,7 +292,8 @@ def batch_norm(
     if not training:
         mean, rstd = _given(units, running_mean, running_var, eps)
         y = _by_given(units, x, mean, rstd, weight, bias, activation)
-        return (y, _flat(units, mean), _flat(units, rstd)) if return_stats else y
+        stats = [statistic.reshape(-1).astype(np.float64) for statistic in (mean, rstd)]
+        return (y, *stats) if return_stats else y
     running = (
         _written_to("running_mean", running_mean, units.channels),
         _written_to("running_var", running_var, units.channels),
@@ -301,11 +302,6 @@ def batch_norm(
     with np.errstate(all="ignore"):
         _update(units, x, running, momentum, dialect)
     return (y, mean, rstd) if return_stats else y
-
-
-def _flat(units: Units, statistic: Array) -> Float64:
-    """(1, C, 1) as statistics are returned."""
-    return np.broadcast_to(statistic[0, :, 0], units.outer).astype(np.float64)
 
 
 def _by_input(
@@ -350,10 +346,10 @@ def batch_norm_backward(
     dy : array_like of x's shape
         The gradient of the loss with respect to y (before the activation).
     x, running_mean, running_var, weight, bias, training, eps, channel_axis
-        As `batch_norm` had them. In training the running statistics are not read.
-    mean, rstd : array_like of shape (C,), optional
-        As `batch_norm` returned them. Where they are left out, they are formed again, in training
-        from x and eps, in inference from the running statistics and eps.
+        As `batch_norm` had them. In training the running statistics and eps are not read.
+    mean, rstd : array_like of shape (C,)
+        In training, as `batch_norm` returned them; mean is a pivot, as for `layer_norm_backward`.
+        In inference they are not read.
     output_mask : three bools
         Which of dx, dweight and dbias are wanted.
 
@@ -369,38 +365,58 @@ def batch_norm_backward(
     """
     x, dy = real("x", x), real("dy", dy)
     units = whole_channels(planes_of(x, channel_axis))
-    if (mean is None) != (rstd is None):
-        raise TypeError("mean and rstd: got one of them, wanted both or neither")
-    w = units.parameter("weight", weight, 1.0)
-    units.parameter("bias", bias, 0.0)
     if training:
-        if mean is None or rstd is None:
-            _, mean, rstd = forward(units, x, w, 0.0, eps, None)
-        units.statistic("mean", mean)
-        r = units.statistic("rstd", rstd)
-        dx, dweight, dbias = backward(units, dy, x, r, w, (None, None), output_mask)
-        return dx, dweight, dbias
-    if mean is None or rstd is None:
-        wide = _given(units, running_mean, running_var, eps)
-        mean, rstd = (statistic.reshape(-1) for statistic in wide)
-    m, r = units.statistic("mean", mean), units.statistic("rstd", rstd)
-    return _backward_by_given(units, dy, x, m, r, w, output_mask)
+        return _backward_by_input(units, dy, x, mean, rstd, weight, bias, output_mask)
+    m, r = _given(units, running_mean, running_var, eps)
+    return _backward_by_given(units, dy, x, m, r, weight, bias, output_mask)
 
 
 def _backward_by_given(
-    units: Units, dy: Array, x: Array, m: Array, r: Array, w: Array, output_mask: Sequence[bool]
+    units: Units,
+    dy: Array,
+    x: Array,
+    mean: Array,
+    rstd: Array,
+    weight: ArrayLike | None,
+    bias: ArrayLike | None,
+    output_mask: Sequence[bool],
 ) -> tuple[Any, Any, Any]:
     if dy.shape != x.shape:
         raise ValueError(f"dy: got shape {dy.shape}, wanted {x.shape}, the shape of x")
     if len(output_mask) != 3:
         raise ValueError(f"output_mask: got {len(output_mask)} items, wanted 3")
+    w = units.parameter("weight", weight, 1.0)
+    units.parameter("bias", bias, 0.0)
     with np.errstate(all="ignore"):
+        m, r = units.repeated(mean), units.repeated(rstd)
         wide = widen(units.rows(x))
         g = units.rows(dy).astype(wide.dtype)
-        dx = units.restore(g * r * w) if output_mask[0] else None
         xh = (wide - m) * r
+        dx = units.restore(g * r * w) if output_mask[0] else None
         dweight = units.parameter_gradient(g * xh, None) if output_mask[1] else None
         dbias = units.parameter_gradient(g, None) if output_mask[2] else None
+    return dx, dweight, dbias
+
+
+def _backward_by_input(
+    units: Units,
+    dy: Array,
+    x: Array,
+    mean: ArrayLike | None,
+    rstd: ArrayLike | None,
+    weight: ArrayLike | None,
+    bias: ArrayLike | None,
+    output_mask: Sequence[bool],
+) -> tuple[Any, Any, Any]:
+    for name, value in (("mean", mean), ("rstd", rstd)):
+        if value is None:
+            raise TypeError(f"{name}: got None, wanted an array of shape {units.outer}")
+    units.statistic("mean", mean)
+    r = units.statistic("rstd", rstd)
+    w = units.parameter("weight", weight, 1.0)
+    units.parameter("bias", bias, 0.0)
+    shapes = shape_of(weight, bias), shape_of(bias, weight)
+    dx, dweight, dbias = backward(units, dy, x, r, w, shapes, output_mask)
     return dx, dweight, dbias
 
 
@@ -494,29 +510,9 @@ def group_norm_backward(
     TypeError, ValueError
         As for `group_norm`.
     """
-    x = real("x", x)
+    x, dy = real("x", x), real("dy", dy)
     units = groups_of(planes_of(x, channel_axis), num_groups)
     return _backward_by_input(units, dy, x, mean, rstd, weight, bias, output_mask)
-
-
-def _backward_by_input(
-    units: Units,
-    dy: ArrayLike,
-    x: Array,
-    mean: ArrayLike,
-    rstd: ArrayLike,
-    weight: ArrayLike | None,
-    bias: ArrayLike | None,
-    output_mask: Sequence[bool],
-) -> tuple[Any, Any, Any]:
-    dy = real("dy", dy)
-    units.statistic("mean", mean)
-    r = units.statistic("rstd", rstd)
-    w = units.parameter("weight", weight, 1.0)
-    units.parameter("bias", bias, 0.0)
-    shapes = shape_of(weight, bias), shape_of(bias, weight)
-    dx, dweight, dbias = backward(units, dy, x, r, w, shapes, output_mask)
-    return dx, dweight, dbias
 
 
 # ---- instance norm ------------------------------------------------------------------------------
@@ -556,7 +552,8 @@ def instance_norm(
     momentum, eps, channel_axis, dialect, activation
         As for `batch_norm`; a plane's unbiased variance is that of its n = S elements.
     return_stats : bool
-        Return ``(y, mean, rstd)`` with what was normalised by, of shape (N, C).
+        Return ``(y, mean, rstd)`` with what was normalised by, of shape (N, C), or, without
+        ``use_input_stats``, (C,).
 
     Returns
     -------
@@ -575,7 +572,8 @@ def instance_norm(
     if not use_input_stats:
         mean, rstd = _given(units, running_mean, running_var, eps)
         y = _by_given(units, x, mean, rstd, weight, bias, activation)
-        return (y, _flat(units, mean), _flat(units, rstd)) if return_stats else y
+        stats = [statistic.reshape(-1).astype(np.float64) for statistic in (mean, rstd)]
+        return (y, *stats) if return_stats else y
     running = (
         _written_to("running_mean", running_mean, units.channels),
         _written_to("running_var", running_var, units.channels),
@@ -600,7 +598,7 @@ def instance_norm_backward(
     """The gradients of `instance_norm`, by the input's statistics, as `group_norm_backward` has
     them; mean and rstd are of shape (N, C), dweight and dbias of their parameters' shapes.
     """
-    x = real("x", x)
+    x, dy = real("x", x), real("dy", dy)
     units = instances(planes_of(x, channel_axis))
     return _backward_by_input(units, dy, x, mean, rstd, weight, bias, output_mask)
 
@@ -629,8 +627,7 @@ def adaptive_instance_norm(
     eps : float
         Added to both variances. At least 0.
     ddof : int
-        0: population variances; 1: unbiased ones, as the authors' code has them. Where n <= ddof
-        the variance is 0.
+        0: population variances; 1: unbiased ones, as the authors' code has them.
     channel_axis : int
         As for `batch_norm`; of both arrays.
 
@@ -643,7 +640,8 @@ def adaptive_instance_norm(
     Raises
     ------
     TypeError, ValueError
-        As for `batch_norm`; ValueError where style has another N or C than x.
+        As for `batch_norm`; ValueError where style has another N or C than x, or ddof leaves no
+        elements.
     """
     x, style = real("x", x), real("style", style)
     units = instances(planes_of(x, channel_axis))
@@ -652,8 +650,9 @@ def adaptive_instance_norm(
         raise ValueError(f"style: got (N, C) {others.outer}, wanted {units.outer}, those of x")
     if not eps >= 0:
         raise ValueError(f"eps: got {eps}, wanted at least 0")
-    if ddof < 0:
-        raise ValueError(f"ddof: got {ddof}, wanted at least 0")
+    for name, each in (("x", units), ("style", others)):
+        if ddof < 0 or 0 < each.valid.shape[1] <= ddof:
+            raise ValueError(f"ddof: got {ddof}, wanted 0 or more, but less than {name}'s elements")
     with np.errstate(all="ignore"):
         mean, variance = _moments(others, style)
         std = np.sqrt(variance * _unbiasing(others, ddof) + eps)
@@ -667,4 +666,4 @@ def adaptive_instance_norm(
 def _unbiasing(units: Units, ddof: int) -> Any:
     """What takes a population variance to one of n - ddof degrees of freedom."""
     n = units.valid.shape[1]
-    return np.longdouble(n) / (n - ddof) if n > ddof else np.longdouble(0)
+    return np.longdouble(n) / (n - ddof) if n else 1.0

@@ -208,7 +208,7 @@ def test_out_that_overlaps_running_statistics(rng):
         running = list(p.running)
         running[k] = room.reshape(-1)[:4]
         for op in ("batch_norm", "instance_norm"):
-            with pytest.raises(ValueError, match=rf"^out: got an array that overlaps {name}"):
+            with pytest.raises(ValueError, match=rf"^(out|{name}): got an array that overlaps"):
                 updating(fastnorm, op, p.x, running, 0.1, out=room)
             assert not room.any()
 

@@ -46,9 +46,15 @@ def bad_arrays():
                     yield op, {name: 1.0}, ValueError
         for name in {"dy", "style"} & valid.keys():
             yield op, {name: None}, TypeError
-    for op in ("group_norm_backward", "instance_norm_backward"):
-        for name in ("mean", "rstd"):
+    for name in ("mean", "rstd"):
+        for op in ("group_norm_backward", "instance_norm_backward"):
             yield op, {name: None}, TypeError
+        both = {"mean": C, "rstd": C, "training": True}
+        yield (
+            "batch_norm_backward",
+            {name: None, **{k: v for k, v in both.items() if k != name}},
+            TypeError,
+        )
     for name in ("running_mean", "running_var"):
         yield "batch_norm", {name: None}, TypeError
         yield "batch_norm_backward", {name: None}, TypeError
@@ -105,7 +111,8 @@ def bad_options():
             yield op, {"dialect": dialect}, ValueError
         for dialect in (None, 1, b"torch"):
             yield op, {"dialect": dialect}, TypeError
-    yield "adaptive_instance_norm", {"ddof": -1}, ValueError
+    for ddof in (-1, 5, 2**70):
+        yield "adaptive_instance_norm", {"ddof": ddof}, ValueError
     for ddof in (0.5, None, "1"):
         yield "adaptive_instance_norm", {"ddof": ddof}, TypeError
 
@@ -139,16 +146,10 @@ def test_errors(op, change, exception):
     with pytest.raises(exception) as caught:
         getattr(fastnorm, op)(**arguments)
     message = str(caught.value)
-    assert re.match(rf"{name}: got .*wanted ", message, re.DOTALL), message
+    said = rf"{name}: (got .*wanted |axis .* is out of bounds )"
+    assert re.match(said, message, re.DOTALL), message
     for k, array in arrays.items():
         assert array.tobytes() == before[k], f"{k} was written to"
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name", ["mean", "rstd"])
-def test_mean_and_rstd_go_together(name, training):
-    with pytest.raises(TypeError, match=r"^(mean|rstd|mean and rstd): got .*wanted "):
-        fastnorm.batch_norm_backward(X, X, C, C, training=training, **{name: C})
 
 
 @pytest.mark.parametrize("op", VALID)

@@ -25,6 +25,9 @@ SHAPES = (
     ((2, 2, 1025), 1, 2),
     ((1, 2, 56, 56), 1, 1),
     ((2, 4, 2, 3, 4), 1, 2),
+    ((2, 130, 9), 1, 2),
+    ((3, 300), 1, 4),
+    ((2, 33, 130), -1, 2),
     ((3, 7, 6), -1, 2),
     ((4, 9, 1), 2, 1),
     ((2, 7, 7, 3), -1, 1),
@@ -118,14 +121,11 @@ def adaptive(f, p, **options):
 
 
 def _batch_backward(f, p, **options):
-    return f.batch_norm_backward(
-        p.dy, p.x, None, None, p.weight, p.bias, True, p.eps, channel_axis=p.axis, **options
-    )
-
-
-def _batch_backward_given(f, p, **options):
     _, mean, rstd = FORWARD["batch_norm training"](f, p)
-    return _batch_backward(f, p, mean=mean, rstd=rstd, **options)
+    return f.batch_norm_backward(
+        p.dy, p.x, None, None, p.weight, p.bias, True, mean=mean, rstd=rstd, channel_axis=p.axis,
+        **options,
+    )  # fmt: skip
 
 
 def _batch_backward_inference(f, p, **options):
@@ -158,7 +158,6 @@ def _instance_backward_per_sample(f, p, **options):
 # Each forms the statistics itself and returns dx, dweight and dbias.
 BACKWARD = {
     "batch_norm training": _batch_backward,
-    "batch_norm training, statistics given": _batch_backward_given,
     "batch_norm inference": _batch_backward_inference,
     "group_norm": _group_backward,
     "instance_norm": _instance_backward,
@@ -168,7 +167,9 @@ BACKWARD = {
 
 def every_result(p):
     """All results of all calls, in one tuple."""
-    results = [adaptive(fastnorm, p), adaptive(fastnorm, p, ddof=1)]
+    results = [adaptive(fastnorm, p)]
+    if p.x.size > p.x.shape[0] * p.weight.size:
+        results.append(adaptive(fastnorm, p, ddof=1))
     for call in (*FORWARD.values(), *BACKWARD.values()):
         results += call(fastnorm, p)
     running = p.running
@@ -228,7 +229,9 @@ def over_allowed(got, exact, terms, dtype):
     NaN must be NaN, and inf where exact is beyond the type."""
     assert got.shape == exact.shape
     assert (np.isnan(got.astype(np.float64)) == np.isnan(exact)).all(), "NaN in other places"
-    known = ~np.isnan(exact)
+    with np.errstate(over="ignore"):
+        beyond = np.isinf(exact.astype(got.dtype)) & (got == np.copysign(np.inf, exact))
+    known = ~np.isnan(exact) & ~beyond
     got, exact = got[known], exact[known]
     terms = np.broadcast_to(terms, known.shape)[known]
     if got.dtype.itemsize == 2:
@@ -260,14 +263,13 @@ def adaptive_error(p, y, ddof=0):
 
 def backward_errors(name, p, gradients):
     """Those of dx, dweight and dbias."""
-    kind = name.split(",")[0]
     dx, dweight, dbias = gradients
     exact = BACKWARD[name](reference, p)
     bare = p.replaced(weight=None, bias=None, own_weight=None, own_bias=None)
-    xh, _, rstd = FORWARD[kind](reference, bare)
+    xh, _, rstd = FORWARD[name](reference, bare)
     dy = p.dy.astype(np.float64)
-    g = dy * parameters(kind, p)[0]
-    terms = _at_units(kind, p, rstd) * largest(kind, p, g)
+    g = dy * parameters(name, p)[0]
+    terms = _at_units(name, p, rstd) * largest(name, p, g)
     of_weight = _summed(np.abs(dy) * np.maximum(1, np.abs(xh)), p, dweight.shape)
     of_bias = _summed(np.abs(dy), p, dbias.shape)
     return (
