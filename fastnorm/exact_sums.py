@@ -237,7 +237,7 @@ def _digits(rest: Doubles, width: int) -> Iterator[tuple[int, Doubles]]:
 _UNIT = _LEAST // WIDTH - 1  # the limb whose units all finite float64 are multiples of
 
 
-def _as_integers(values: Doubles) -> NDArray[np.object_]:
+def _as_integers(values: Doubles) -> Any:
     """Numbers as integers, in units of 2^(WIDTH _UNIT)."""
     ratios = [value.as_integer_ratio() for value in values.ravel().tolist()]
     whole = [n * ((1 << -WIDTH * _UNIT) // d) for n, d in ratios]
