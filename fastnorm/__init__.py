@@ -98,37 +98,6 @@ _LATER = {
     for name in names.split()
 }
 
-if TYPE_CHECKING:
-    from . import reference
-    from .channels import (
-        adaptive_instance_norm,
-        batch_norm,
-        batch_norm_backward,
-        group_norm,
-        group_norm_backward,
-        instance_norm,
-        instance_norm_backward,
-    )
-
-threads.configure()
-
-# What not every process uses, and not every import pays for: loaded when it is first asked for.
-_LATER = {
-    name: module
-    for module, names in {
-        ".channels": (
-            "adaptive_instance_norm",
-            "batch_norm",
-            "batch_norm_backward",
-            "group_norm",
-            "group_norm_backward",
-            "instance_norm",
-            "instance_norm_backward",
-        ),
-    }.items()
-    for name in names
-}
-
 __all__ = [
     "BatchNorm",
     "BatchStatistics",

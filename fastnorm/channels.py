@@ -15,16 +15,14 @@ import numpy as np
 from . import _core, checks, interop
 from .channel_backward import BackwardCall
 from .channel_calls import (
-    DIALECTS,
     ChannelCall,
     Given,
     Running,
-    as_dialect,
-    as_momentum,
     as_running,
     rstd_of,
 )
 from .channel_forward import AdaptiveCall, ForwardCall
+from .dialects import DIALECTS, as_dialect, as_momentum
 from .dispatch import handler_of
 
 Activation: TypeAlias = Literal["relu", "silu", "gelu", "gelu_tanh"] | None
@@ -137,7 +135,8 @@ def _train_straight(
     """The result where all is plain, else None."""
     arrays = [a for a in (running_mean, running_var) if a is not None]
     if (
-        type(momentum) is not float or not math.isfinite(momentum) or dialect not in DIALECTS
+        type(momentum) is not float or not math.isfinite(momentum) or type(dialect) is not str
+        or dialect not in DIALECTS
         or not all(_is_running(a, x, out) for a in arrays)
         or (len(arrays) == 2 and np.may_share_memory(*arrays))
     ):  # fmt: skip
@@ -146,7 +145,7 @@ def _train_straight(
     if done is None:
         return None
     y, mean, variance = done
-    running = Running(running_mean, running_var, momentum, dialect)
+    running = Running(running_mean, running_var, momentum, DIALECTS[dialect])
     running.update(mean, variance, x.size // x.shape[1])
     return y
 
