@@ -111,14 +111,16 @@ class ChannelCall:
 
     groups: int
 
-    def __init__(self, x: Any, channel_axis: Any, over_samples: bool, explained: bool) -> None:
+    def __init__(
+        self, x: Any, channel_axis: Any, over_samples: bool, explained: bool, name: str = "x"
+    ) -> None:
         self.explained = explained
         self.copies: list[str] = []
-        self.source = self.floating("x", x)
+        self.source = self.floating(name, x)
         shape = self.source.shape
         if self.source.ndim < 2:
             raise ValueError(
-                f"x: got {self.source.ndim} dimensions, wanted at least 2: samples and channels"
+                f"{name}: got {self.source.ndim} dimensions, wanted samples and channels"
             )
         self.axis = as_channel_axis(channel_axis, self.source.ndim)
         self.samples, self.channels = shape[0], shape[self.axis]

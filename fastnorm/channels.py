@@ -29,6 +29,11 @@ Activation: TypeAlias = Literal["relu", "silu", "gelu", "gelu_tanh"] | None
 Dialect: TypeAlias = Literal["torch", "keras", "flax", "onnx"]
 
 
+def _is_first(channel_axis: Any) -> bool:
+    """Whether this plainly says channels first."""
+    return type(channel_axis) is int and channel_axis == 1
+
+
 def batch_norm(
     x: Any, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None,
     training: bool = False, momentum: float = 0.1, eps: float = 1e-5, *, channel_axis: int = 1,
@@ -111,7 +116,7 @@ def batch_norm(
     (array([0.2, 0.5]), array([1.1, 0.9]))
     """
     done = None
-    if channel_axis == 1 and dtype is None and activation is None and return_stats is False:
+    if _is_first(channel_axis) and dtype is None and activation is None and return_stats is False:
         if training is True:
             done = _train_straight(
                 x, running_mean, running_var, weight, bias, eps, out, momentum, dialect
@@ -216,7 +221,7 @@ def batch_norm_backward(
     array([1., 1.], dtype=float32)
     """
     done = None
-    if channel_axis == 1 and type(eps) is float:
+    if _is_first(channel_axis) and type(eps) is float:
         if training is True:
             done = _core.straight_channel_backward(
                 dy, x, 0, mean, rstd, weight, bias, output_mask, True
@@ -286,7 +291,7 @@ def group_norm(
     array([[-1.,  1.,  0.,  0.]], dtype=float32)
     """
     if (
-        channel_axis == 1 and type(num_groups) is int and num_groups > 0 and dtype is None
+        _is_first(channel_axis) and type(num_groups) is int and num_groups > 0 and dtype is None
         and activation is None and return_stats is False
     ):  # fmt: skip
         done = _core.straight_channel_norm(x, num_groups, weight, bias, eps, out)
@@ -343,7 +348,7 @@ def group_norm_backward(
     >>> fastnorm.group_norm_backward(dy, x, 2, mean, rstd)[2]
     array([1., 0., 0., 1.], dtype=float32)
     """
-    if channel_axis == 1 and type(num_groups) is int and num_groups > 0:
+    if _is_first(channel_axis) and type(num_groups) is int and num_groups > 0:
         done = _core.straight_channel_backward(
             dy, x, num_groups, mean, rstd, weight, bias, output_mask, False
         )
@@ -408,7 +413,7 @@ def instance_norm(
             [ 0.,  0.]]], dtype=float32)
     """
     if (
-        channel_axis == 1 and use_input_stats is True and running_mean is None
+        _is_first(channel_axis) and use_input_stats is True and running_mean is None
         and running_var is None and dtype is None and activation is None and return_stats is False
     ):  # fmt: skip
         done = _core.straight_channel_norm(x, 0, weight, bias, eps, out)
@@ -464,7 +469,7 @@ def instance_norm_backward(
     >>> fastnorm.instance_norm_backward(dy, x, mean, rstd)[2]
     array([1., 2.], dtype=float32)
     """
-    if channel_axis == 1:
+    if _is_first(channel_axis):
         done = _core.straight_channel_backward(
             dy, x, 0, mean, rstd, weight, bias, output_mask, False
         )
@@ -563,7 +568,8 @@ def _batch_norm(
     return ForwardCall(
         x, channel_axis, None, weight, bias, eps, over_samples=True, dtype=dtype, out=out,
         activation=activation, return_stats=return_stats, running=running if training else None,
-        given=None if training else _given(running_mean, running_var, eps), explained=explained,
+        given=None if training else _given(running_mean, running_var, eps),
+        read={"running_mean": running_mean, "running_var": running_var}, explained=explained,
     )  # fmt: skip
 
 
@@ -608,14 +614,12 @@ def _instance_norm(
     momentum: Any, eps: Any, channel_axis: Any, dialect: Any, out: Any, dtype: Any,
     return_stats: Any, activation: Any, explained: bool = False,
 ) -> ChannelCall:  # fmt: skip
-    if not use_input_stats:
-        return _batch_norm(
-            x, running_mean, running_var, weight, bias, False, momentum, eps, channel_axis, dialect,
-            out, dtype, return_stats, activation, explained,
-        )  # fmt: skip
+    running = _running(running_mean, running_var, momentum, dialect)
     return ForwardCall(
         x, channel_axis, None, weight, bias, eps, dtype=dtype, out=out, activation=activation,
-        return_stats=return_stats, running=_running(running_mean, running_var, momentum, dialect),
+        return_stats=return_stats, running=running if use_input_stats else None,
+        given=None if use_input_stats else _given(running_mean, running_var, eps),
+        read={"running_mean": running_mean, "running_var": running_var},
         parameters_per_sample=True, explained=explained,
     )  # fmt: skip
 
