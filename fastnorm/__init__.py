@@ -33,6 +33,9 @@ from .threads import get_num_threads, num_threads, set_num_threads
 
 if TYPE_CHECKING:
     from . import reference
+    from .batch_statistics import (
+        BatchStatistics,
+    )
     from .channels import (
         adaptive_instance_norm,
         batch_norm,
@@ -42,6 +45,33 @@ if TYPE_CHECKING:
         instance_norm,
         instance_norm_backward,
     )
+    from .dialects import (
+        convert_momentum,
+        convert_running_var,
+        fold_batch_norm,
+        fold_into_conv,
+        fold_into_linear,
+    )
+    from .loading import (
+        load_norm,
+    )
+    from .modules_channels import (
+        BatchNorm,
+        GroupNorm,
+        InstanceNorm,
+    )
+    from .modules_weights import (
+        SpectralNorm,
+        WeightNorm,
+    )
+    from .weights import (
+        spectral_norm,
+        spectral_norm_backward,
+        unit_norm,
+        unit_norm_backward,
+        weight_norm,
+        weight_norm_backward,
+    )
 
 threads.configure()
 
@@ -49,24 +79,36 @@ threads.configure()
 _LATER = {
     name: module
     for module, names in {
+        ".batch_statistics": "BatchStatistics",
         ".channels": (
-            "adaptive_instance_norm",
-            "batch_norm",
-            "batch_norm_backward",
-            "group_norm",
-            "group_norm_backward",
-            "instance_norm",
-            "instance_norm_backward",
+            "adaptive_instance_norm batch_norm batch_norm_backward group_norm group_norm_backward "
+            "instance_norm instance_norm_backward"
+        ),
+        ".dialects": (
+            "convert_momentum convert_running_var fold_batch_norm fold_into_conv fold_into_linear"
+        ),
+        ".loading": "load_norm",
+        ".modules_channels": "BatchNorm GroupNorm InstanceNorm",
+        ".modules_weights": "SpectralNorm WeightNorm",
+        ".weights": (
+            "spectral_norm spectral_norm_backward unit_norm unit_norm_backward weight_norm "
+            "weight_norm_backward"
         ),
     }.items()
-    for name in names
+    for name in names.split()
 }
 
 __all__ = [
+    "BatchNorm",
+    "BatchStatistics",
     "Explanation",
+    "GroupNorm",
+    "InstanceNorm",
     "LayerNorm",
     "LayerNorm2d",
     "RMSNorm",
+    "SpectralNorm",
+    "WeightNorm",
     "__version__",
     "adaptive_instance_norm",
     "adaptive_layer_norm",
@@ -77,8 +119,13 @@ __all__ = [
     "add_rms_norm_backward",
     "batch_norm",
     "batch_norm_backward",
+    "convert_momentum",
+    "convert_running_var",
     "empty",
     "explain",
+    "fold_batch_norm",
+    "fold_into_conv",
+    "fold_into_linear",
     "get_num_threads",
     "group_norm",
     "group_norm_backward",
@@ -86,6 +133,7 @@ __all__ = [
     "instance_norm_backward",
     "layer_norm",
     "layer_norm_backward",
+    "load_norm",
     "moments",
     "num_threads",
     "parallel_layer_norm",
@@ -99,6 +147,12 @@ __all__ = [
     "set_num_threads",
     "set_pool_limit",
     "show_config",
+    "spectral_norm",
+    "spectral_norm_backward",
+    "unit_norm",
+    "unit_norm_backward",
+    "weight_norm",
+    "weight_norm_backward",
 ]
 
 

@@ -264,21 +264,6 @@ def plane_moments(ndarray x):
     return array
 
 
-def column_moments(ndarray x, Py_ssize_t rows):
-    """The same down each block of so many rows of x, (M, cols) and contiguous; the last block may
-    be shorter; float64 (3, blocks, cols)."""
-    cdef fn_channels_last_args args
-    cdef int status
-    cdef fn_dtype dtype = FN_F64 if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT64 else FN_F32
-    fill_rows(&args, x, cnp.PyArray_DIM(x, 0), rows)
-    args.x_type = storage_of(x)
-    sums = block_sums(&args)
-    with nogil:
-        status = fn_channels_last_moments(&args, dtype, 0)
-    raise_no_room(status)
-    return sums
-
-
 # ---- straight down -------------------------------------------------------------------------------
 
 #: Who puts right what a straight call refused: (layout, x, y, weight, bias, statistics, refused,

@@ -9,16 +9,17 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from . import _core, checks, dialects, exact_sums, interop
 from .call import why_copied
-from .exact_sums import Doubles, Fixed
+from .exact_sums import Doubles, Fixed, Flags
 
 #: A block has so many consecutive samples where a sample has one element a channel.
 ROWS = 64
 # What is copied at a time, of x that the kernels cannot read as it lies.
 _COPIED_BYTES = 1 << 23
+# Squared deviations whose mean is smaller have lost digits to the end of the type's range.
+_LEAST_SQUARE = {checks.FLOAT32: 2.0**-100, checks.FLOAT64: 2.0**-960}
 
 
 class _Totals(NamedTuple):
@@ -29,8 +30,8 @@ class _Totals(NamedTuple):
     first: Fixed
     second: Fixed
     #: Channels with a NaN or Inf in them; those whose m2 is beyond float64.
-    invalid: NDArray[np.bool_]
-    overflowed: NDArray[np.bool_]
+    invalid: Flags
+    overflowed: Flags
 
     @classmethod
     def zeros(cls, channels: int) -> _Totals:
@@ -88,10 +89,10 @@ class BatchStatistics:
     from the beginning of each `update`. Cuts elsewhere change results by a few units in the last
     place at most.
 
-    The mean and the sum of squares of a block are found as the batch norm's own are, rounded to
-    float64, and a result is rounded once more when it is asked for: means are off by less than
-    1e-12 standard deviations, variances by 1e-12 of themselves, where the mean is a million
-    standard deviations too.
+    The mean and the sum of squares of a block are found as a batch norm's own are, and a result is
+    rounded once more, when it is asked for. Of float64 input means are off by at most 1e-12
+    standard deviations (and their own last bit), variances by 1e-12 of themselves, also where the
+    mean is a million standard deviations; of other types, by 1e-6.
 
     A NaN or Inf makes its channel's results NaN, for good, and no other's. Any number of threads
     may update one object; what one of them reads is from before or after an update.
@@ -313,30 +314,64 @@ def _quotient(numerator: int, denominator: int, unit: int) -> float:
 def _gathered(x: np.ndarray, axis: int) -> _Totals:
     """What x adds."""
     totals = _Totals.zeros(x.shape[axis])
-    for n, moments in _blocks(x, axis):
-        totals = totals.plus(_totals_of(n, moments))
+    with np.errstate(all="ignore"):
+        for n, moments in _blocks(x, axis):
+            totals = totals.plus(_totals_of(n, moments))
     return totals
 
 
 def _blocks(x: np.ndarray, axis: int) -> Iterator[tuple[int, Doubles]]:
     """The moments of blocks of n elements: n and (3, blocks, C), several times."""
-    if x.ndim == 2:
-        for piece in _pieces(x, ROWS):
-            moments = _kernel("column_moments")(piece, ROWS)
-            whole, rest = divmod(len(piece), ROWS)
-            if whole:
-                yield ROWS, moments[:, :whole]
-            if rest:
-                yield rest, moments[:, whole:]
-        return
     channels = x.shape[axis]
     n = math.prod(x.shape[1:]) // channels
-    if axis == x.ndim - 1:
+    if x.ndim == 2:
+        for piece in _pieces(x, ROWS):
+            whole = len(piece) // ROWS * ROWS
+            for part, rows in (piece[:whole], ROWS), (piece[whole:], len(piece) - whole):
+                if len(part):
+                    yield rows, _down(part.reshape(-1, rows, channels))
+    elif axis == x.ndim - 1:
         for piece in _pieces(x, 1):
-            yield n, _kernel("column_moments")(piece.reshape(-1, channels), n)
-        return
-    for piece in _pieces(np.moveaxis(x, axis, 1), 1):
-        yield n, _kernel("plane_moments")(piece.reshape(-1, n)).reshape(3, -1, channels)
+            yield n, _down(piece.reshape(-1, n, channels))
+    else:
+        for piece in _pieces(np.moveaxis(x, axis, 1), 1):
+            planes = piece.reshape(-1, n)
+            moments = _core.plane_moments(planes) if n > 1 else _alone(planes)
+            yield n, moments.reshape(3, -1, channels)
+
+
+def _alone(x: np.ndarray) -> Doubles:
+    """Moments of blocks of one number: itself, and no deviation."""
+    moments = np.zeros((3, x.size))
+    moments[0] = checks.as_plain(x, checks.FLOAT64).reshape(-1)
+    return moments
+
+
+def _down(x: np.ndarray) -> Doubles:
+    """Pivots, shifts and m2 of (blocks, n, C), over n."""
+    blocks, n, channels = x.shape
+    if n == 1:
+        return _alone(x).reshape(3, blocks, channels)
+    if channels == 1:  # the same numbers, and a kernel that has more of them side by side
+        return _core.plane_moments(x.reshape(blocks, n)).reshape(3, blocks, 1)
+    compute = checks.compute_type(x.dtype)
+    moments = _core.channels_last_moments(x.reshape(-1, channels), n, compute)
+    m2 = moments[2]
+    _put_right(x, moments, ~((m2 >= n * _LEAST_SQUARE[compute]) & np.isfinite(m2)))
+    return moments
+
+
+def _put_right(x: np.ndarray, moments: Doubles, doubtful: Flags) -> None:
+    """Moments of these blocks again, in float64 and by a kernel that scales what is out of range.
+
+    Here are, too, blocks of one number: from their moments alone they cannot be told from others.
+    """
+    found = np.nonzero(doubtful)
+    step = max(_COPIED_BYTES // (8 * x.shape[1]), 1)
+    for start in range(0, len(found[0]), step):
+        block, channel = (index[start : start + step] for index in found)
+        numbers = checks.as_plain(x[block, :, channel], checks.FLOAT64)
+        moments[:, block, channel] = _core.plane_moments(numbers)
 
 
 def _pieces(x: np.ndarray, step: int) -> Iterator[np.ndarray]:
@@ -356,18 +391,19 @@ def _totals_of(n: int, moments: Doubles) -> _Totals:
     first = squares = within = Fixed.zeros(channels)
     for start in range(0, blocks, exact_sums.MOST_TERMS):
         pivot, shift, m2 = moments[:, start : start + exact_sums.MOST_TERMS]
-        means, their_squares = exact_sums.sums_and_squares(*_rounded(pivot, shift, m2, n))
+        high, low = _rounded(pivot, shift, m2, n) if n > 1 else (pivot, None)
+        means, their_squares = exact_sums.sums_and_squares(high, low)
         first, squares = first.plus(means), squares.plus(their_squares)
-        within = within.plus(exact_sums.sums(m2))
+        if n > 1:
+            within = within.plus(exact_sums.sums(m2))
     return _Totals(blocks * n, first.times(n), squares.times(n).plus(within), invalid, overflowed)
 
 
-def _finite(moments: Doubles) -> tuple[Doubles, NDArray[np.bool_], NDArray[np.bool_]]:
+def _finite(moments: Doubles) -> tuple[Doubles, Flags, Flags]:
     """Moments with 0 for what is not finite, and the channels that are invalid or overflowed."""
     channels = moments.shape[2]
-    with np.errstate(over="ignore", invalid="ignore"):
-        if np.isfinite(moments.sum()):
-            return moments, np.zeros(channels, np.bool_), np.zeros(channels, np.bool_)
+    if np.isfinite(moments.sum()):  # and if it is not, a closer look
+        return moments, np.zeros(channels, np.bool_), np.zeros(channels, np.bool_)
     finite = np.isfinite(moments)
     invalid = (~finite[:2].all(axis=0) | np.isnan(moments[2])).any(axis=0)
     overflowed = ~finite[2].all(axis=0)
@@ -388,40 +424,3 @@ def _rounded(pivot: Doubles, shift: Doubles, m2: Doubles, n: int) -> tuple[Doubl
     low += coarse
     low -= coarse
     return high, low
-
-
-# ---- until _core has them: plane_moments and column_moments --------------------------------------
-
-
-def _kernel(name: str) -> Any:
-    return (
-        getattr(_core, name, None) or {"plane_moments": _planes, "column_moments": _columns}[name]
-    )
-
-
-def _planes(x: np.ndarray) -> Doubles:
-    return _moments(interop.widened(x).astype(np.float64), 1)
-
-
-def _columns(x: np.ndarray, rows: int) -> Doubles:
-    wide, whole = interop.widened(x).astype(np.float64), len(x) // rows * rows
-    parts = []
-    if whole:
-        parts.append(_moments(wide[:whole].reshape(-1, rows, x.shape[1]), 1))
-    if whole < len(x):
-        parts.append(_moments(wide[None, whole:], 1))
-    return np.ascontiguousarray(np.concatenate(parts, axis=1))
-
-
-def _moments(x: Doubles, axis: int) -> Doubles:
-    n = x.shape[axis]
-    with np.errstate(all="ignore"):
-        largest = np.abs(x).max(axis=axis, keepdims=True)
-        power = np.frexp(np.where(np.isfinite(largest), largest, 1))[1]
-        x = np.ldexp(x, -power)
-        pivot = np.cumsum(x, axis=axis)[:, -1:] / n
-        shift = np.cumsum(x - pivot, axis=axis)[:, -1:] / n
-        m2 = np.cumsum(np.square(x - pivot), axis=axis)[:, -1:] - n * shift * shift
-        m2 = np.where(m2 < 0, 0, m2)
-        moments = [np.ldexp(pivot, power), np.ldexp(shift, power), np.ldexp(m2, 2 * power)]
-    return np.ascontiguousarray(np.stack(moments).squeeze(axis + 1))

@@ -29,8 +29,8 @@ class BackwardCall(ChannelCall):
         dy = self.like_x("dy", dy)
         self.weight = self.parameter("weight", weight, parameters_per_sample)
         bias = self.parameter("bias", bias, parameters_per_sample)
-        first = bias if self.weight is None else self.weight
-        self.per_sample = first is not None and first.ndim == 2
+        self.per_sample = self.weight is not None and self.weight.ndim == 2
+        self.bias_per_sample = bias is not None and bias.ndim == 2
         self.wanted = checks.as_mask(output_mask)
         self.given = given is not None
         if given is not None:
@@ -77,8 +77,7 @@ class BackwardCall(ChannelCall):
 
     def run(self) -> Any:
         if self.source.size == 0:
-            lots = self.samples if self.per_sample else 1
-            return self.gather(np.zeros((lots, self.channels, 2)))
+            return self.gather(np.zeros((self.units_shape[0], self.channels, 2)))
         sums = self.run_last() if self.is_last else self.run_planes()
         if self.dx is not None and self.made is not None:
             self.write_back(self.made, self.dx)
@@ -184,11 +183,11 @@ class BackwardCall(ChannelCall):
     # ---- results ---------------------------------------------------------------------------------
 
     def gather(self, sums: np.ndarray) -> tuple[Any, Any, Any]:
-        if not self.per_sample:
-            dbias, dweight = _core.total_over_samples(sums, self.compute)
-        else:
-            with np.errstate(all="ignore"):
-                dweight, dbias = (
-                    np.ascontiguousarray(sums[..., k].astype(self.compute)) for k in range(2)
-                )
+        """Each parameter's gradient has its shape."""
+        dbias, dweight = _core.total_over_samples(sums, self.compute)
+        with np.errstate(all="ignore"):
+            if self.per_sample:
+                dweight = np.ascontiguousarray(sums[..., 0].astype(self.compute))
+            if self.bias_per_sample:
+                dbias = np.ascontiguousarray(sums[..., 1].astype(self.compute))
         return self.dx, dweight if self.wanted[1] else None, dbias if self.wanted[2] else None

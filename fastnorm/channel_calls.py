@@ -19,17 +19,10 @@ from numpy.exceptions import AxisError
 from . import _core, checks, interop
 from .call import stand_in, why_copied
 from .channel_repairs import Layout
+from .dialects import Dialect
 
 #: Statistics that are given, once the number of channels is known.
 Given: TypeAlias = Callable[[int], tuple[np.ndarray, np.ndarray]]
-
-#: Whether momentum is the share of the new statistics, and whether they take the unbiased variance.
-DIALECTS = {
-    "torch": (True, True),
-    "keras": (False, False),
-    "flax": (False, False),
-    "onnx": (False, False),
-}
 
 # ---- checks --------------------------------------------------------------------------------------
 
@@ -54,25 +47,6 @@ def as_groups(value: Any, channels: int) -> int:
             f"num_groups: got {groups} for {channels} channels, wanted a divisor of their number"
         )
     return groups
-
-
-def as_dialect(value: Any) -> str:
-    if isinstance(value, str) and value in DIALECTS:
-        return value
-    raise ValueError(f"dialect: got {value!r}, wanted one of: {', '.join(map(repr, DIALECTS))}")
-
-
-def as_momentum(value: Any) -> float:
-    """Any finite number."""
-    try:
-        momentum = float(operator.pos(value))
-    except (TypeError, ValueError):
-        raise TypeError(f"momentum: got {value!r}, wanted a number") from None
-    except OverflowError:
-        momentum = math.inf
-    if not math.isfinite(momentum):
-        raise ValueError(f"momentum: got {value!r}, wanted a finite number")
-    return momentum
 
 
 def as_running(name: str, value: Any, channels: int, written: bool) -> np.ndarray | None:
@@ -100,7 +74,7 @@ class Running(NamedTuple):
     mean: np.ndarray | None
     var: np.ndarray | None
     momentum: float
-    dialect: str
+    dialect: Dialect
 
     def check_apart(self, others: dict[str, Any]) -> None:
         """What is updated shares no memory with anything else that is written."""
@@ -112,10 +86,9 @@ class Running(NamedTuple):
 
     def update(self, mean: np.ndarray, variance: np.ndarray, count: int) -> None:
         """From the mean and the biased variance of `count` elements a channel."""
-        of_new, unbiased = DIALECTS[self.dialect]
-        taken = self.momentum if of_new else 1 - self.momentum
-        kept = 1 - self.momentum if of_new else self.momentum
-        if unbiased and count > 1:
+        share = self.momentum
+        kept, taken = (1 - share, share) if self.dialect.momentum_is_of_new else (share, 1 - share)
+        if self.dialect.is_unbiased and count > 1:
             variance = variance * (count / (count - 1))
         if self.mean is not None:
             _core.update_running(self.mean, np.ascontiguousarray(mean), kept, taken)
@@ -138,14 +111,16 @@ class ChannelCall:
 
     groups: int
 
-    def __init__(self, x: Any, channel_axis: Any, over_samples: bool, explained: bool) -> None:
+    def __init__(
+        self, x: Any, channel_axis: Any, over_samples: bool, explained: bool, name: str = "x"
+    ) -> None:
         self.explained = explained
         self.copies: list[str] = []
-        self.source = self.floating("x", x)
+        self.source = self.floating(name, x)
         shape = self.source.shape
         if self.source.ndim < 2:
             raise ValueError(
-                f"x: got {self.source.ndim} dimensions, wanted at least 2: samples and channels"
+                f"{name}: got {self.source.ndim} dimensions, wanted samples and channels"
             )
         self.axis = as_channel_axis(channel_axis, self.source.ndim)
         self.samples, self.channels = shape[0], shape[self.axis]

@@ -25,8 +25,10 @@ class ForwardCall(ChannelCall):
         over_samples: bool = False, dtype: Any = None, out: Any = None, activation: Any = None,
         return_stats: Any = False, given: Given | None = None,
         running: Callable[[int], Running] | None = None, parameters_per_sample: bool = False,
-        explained: bool = False,
+        read: dict[str, Any] | None = None, explained: bool = False,
     ) -> None:  # fmt: skip
+        """`given`, `running`: made once the number of channels is known. `read`: what else is, by
+        name, and `out` must not overlap."""
         if interop.asks_for_bits(x, dtype):
             x, dtype = interop.as_bits(x), None
             weight, bias = interop.as_bits(weight), interop.as_bits(bias)
@@ -52,6 +54,7 @@ class ForwardCall(ChannelCall):
         if out is not None:
             checks.check_out("out", y, self.source.shape, self.y_type)
             checks.check_apart("out", y, {"x": x, "weight": weight, "bias": bias})
+            checks.check_apart("out", y, read or {}, ())
         if self.running:
             self.running.check_apart({"out": out})
         self.target = y
@@ -90,6 +93,8 @@ class ForwardCall(ChannelCall):
         mean, variance, rstd = found
         if self.given:
             (mean, rstd), refused = self.given, None
+            if self.per_sample:
+                mean, rstd = (np.tile(a, self.samples) for a in self.given)
         return _core.channel_norm(
             self.layout(self.groups, self.per_sample, self.given is not None), self.compute, self.x,
             self.made, self.weight, self.bias, mean, variance, rstd, refused, self.eps,
@@ -241,7 +246,7 @@ class AdaptiveCall(ForwardCall):
         degrees = checks.as_count("ddof", ddof, 0, "an int")
         super().__init__(x, channel_axis, None, None, None, padding, dtype=dtype, out=out,
                          explained=explained)  # fmt: skip
-        other = ChannelCall(style, channel_axis, False, explained)
+        other = ChannelCall(style, channel_axis, False, explained, "style")
         if (other.samples, other.channels) != (self.samples, self.channels):
             raise ValueError(
                 f"style: got {other.samples} samples of {other.channels} channels, wanted "

@@ -99,27 +99,34 @@ def gradients(
     """Of all of x as one unit; `axes`: those of a plane. given: mean and rstd do not depend on
     x."""
     scaled, scaled_dy = _scaled(x), _scaled(dy)
-    if scaled is None or scaled_dy is None or math.isnan(rstd) or math.isnan(mean):
-        bias = interop.widened(dy).astype(np.float64).sum(axes)
-        return Gradients(np.full(x.shape, np.nan), np.full(bias.shape, np.nan), bias)
-    (s, up), (g, up_dy) = scaled, scaled_dy
     with np.errstate(all="ignore"):
+        if given or scaled is None or scaled_dy is None or math.isnan(rstd) or math.isnan(mean):
+            return _unscaled_gradients(dy, x, weight, mean, rstd, given, axes)
+        (s, up), (g, up_dy) = scaled, scaled_dy
         d = s - _ldexp(mean, -up)
-        if not given:
-            d -= d.mean()
+        d -= d.mean()
         root = _ldexp(rstd, up)
-        if not given and not (
-            0 < root < math.inf
-        ):  # lost in a narrower type, or the unit is constant
+        if not 0 < root < math.inf:  # lost in a narrower type, or the unit is constant
             variance = np.mean(d * d)
             root = float(1 / np.sqrt(variance)) if variance else 0.0
         xh, gw = d * root, g * weight
-        dx = gw * root if given else root * (gw - gw.mean() - xh * np.mean(gw * xh))
+        dx = root * (gw - gw.mean() - xh * np.mean(gw * xh))
         return Gradients(
             np.ldexp(dx, up_dy - up),
             np.ldexp(np.sum(g * xh, axes), up_dy),
             np.ldexp(np.sum(g, axes), up_dy),
         )
+
+
+def _unscaled_gradients(
+    dy: np.ndarray, x: np.ndarray, weight: Any, mean: float, rstd: float, given: bool,
+    axes: tuple[int, ...],
+) -> Gradients:  # fmt: skip
+    """Where statistics are given, so that NaN in x stays out of dx; or where nothing is finite."""
+    g = interop.widened(dy).astype(np.float64)
+    xh = (interop.widened(x).astype(np.float64) - mean) * rstd
+    dx = g * rstd * weight if given else np.full(x.shape, np.nan)
+    return Gradients(dx, np.sum(g * xh, axes), np.sum(g, axes))
 
 
 def store(into: np.ndarray, values: np.ndarray) -> None:

@@ -15,20 +15,23 @@ import numpy as np
 from . import _core, checks, interop
 from .channel_backward import BackwardCall
 from .channel_calls import (
-    DIALECTS,
     ChannelCall,
     Given,
     Running,
-    as_dialect,
-    as_momentum,
     as_running,
     rstd_of,
 )
 from .channel_forward import AdaptiveCall, ForwardCall
+from .dialects import DIALECTS, as_dialect, as_momentum
 from .dispatch import handler_of
 
 Activation: TypeAlias = Literal["relu", "silu", "gelu", "gelu_tanh"] | None
 Dialect: TypeAlias = Literal["torch", "keras", "flax", "onnx"]
+
+
+def _is_first(channel_axis: Any) -> bool:
+    """Whether this plainly says channels first."""
+    return type(channel_axis) is int and channel_axis == 1
 
 
 def batch_norm(
@@ -113,7 +116,7 @@ def batch_norm(
     (array([0.2, 0.5]), array([1.1, 0.9]))
     """
     done = None
-    if channel_axis == 1 and dtype is None and activation is None and return_stats is False:
+    if _is_first(channel_axis) and dtype is None and activation is None and return_stats is False:
         if training is True:
             done = _train_straight(
                 x, running_mean, running_var, weight, bias, eps, out, momentum, dialect
@@ -137,7 +140,8 @@ def _train_straight(
     """The result where all is plain, else None."""
     arrays = [a for a in (running_mean, running_var) if a is not None]
     if (
-        type(momentum) is not float or not math.isfinite(momentum) or dialect not in DIALECTS
+        type(momentum) is not float or not math.isfinite(momentum) or type(dialect) is not str
+        or dialect not in DIALECTS
         or not all(_is_running(a, x, out) for a in arrays)
         or (len(arrays) == 2 and np.may_share_memory(*arrays))
     ):  # fmt: skip
@@ -146,7 +150,7 @@ def _train_straight(
     if done is None:
         return None
     y, mean, variance = done
-    running = Running(running_mean, running_var, momentum, dialect)
+    running = Running(running_mean, running_var, momentum, DIALECTS[dialect])
     running.update(mean, variance, x.size // x.shape[1])
     return y
 
@@ -217,7 +221,7 @@ def batch_norm_backward(
     array([1., 1.], dtype=float32)
     """
     done = None
-    if channel_axis == 1 and type(eps) is float:
+    if _is_first(channel_axis) and type(eps) is float:
         if training is True:
             done = _core.straight_channel_backward(
                 dy, x, 0, mean, rstd, weight, bias, output_mask, True
@@ -287,7 +291,7 @@ def group_norm(
     array([[-1.,  1.,  0.,  0.]], dtype=float32)
     """
     if (
-        channel_axis == 1 and type(num_groups) is int and num_groups > 0 and dtype is None
+        _is_first(channel_axis) and type(num_groups) is int and num_groups > 0 and dtype is None
         and activation is None and return_stats is False
     ):  # fmt: skip
         done = _core.straight_channel_norm(x, num_groups, weight, bias, eps, out)
@@ -344,7 +348,7 @@ def group_norm_backward(
     >>> fastnorm.group_norm_backward(dy, x, 2, mean, rstd)[2]
     array([1., 0., 0., 1.], dtype=float32)
     """
-    if channel_axis == 1 and type(num_groups) is int and num_groups > 0:
+    if _is_first(channel_axis) and type(num_groups) is int and num_groups > 0:
         done = _core.straight_channel_backward(
             dy, x, num_groups, mean, rstd, weight, bias, output_mask, False
         )
@@ -409,7 +413,7 @@ def instance_norm(
             [ 0.,  0.]]], dtype=float32)
     """
     if (
-        channel_axis == 1 and use_input_stats is True and running_mean is None
+        _is_first(channel_axis) and use_input_stats is True and running_mean is None
         and running_var is None and dtype is None and activation is None and return_stats is False
     ):  # fmt: skip
         done = _core.straight_channel_norm(x, 0, weight, bias, eps, out)
@@ -465,7 +469,7 @@ def instance_norm_backward(
     >>> fastnorm.instance_norm_backward(dy, x, mean, rstd)[2]
     array([1., 2.], dtype=float32)
     """
-    if channel_axis == 1:
+    if _is_first(channel_axis):
         done = _core.straight_channel_backward(
             dy, x, 0, mean, rstd, weight, bias, output_mask, False
         )
@@ -564,7 +568,8 @@ def _batch_norm(
     return ForwardCall(
         x, channel_axis, None, weight, bias, eps, over_samples=True, dtype=dtype, out=out,
         activation=activation, return_stats=return_stats, running=running if training else None,
-        given=None if training else _given(running_mean, running_var, eps), explained=explained,
+        given=None if training else _given(running_mean, running_var, eps),
+        read={"running_mean": running_mean, "running_var": running_var}, explained=explained,
     )  # fmt: skip
 
 
@@ -609,14 +614,12 @@ def _instance_norm(
     momentum: Any, eps: Any, channel_axis: Any, dialect: Any, out: Any, dtype: Any,
     return_stats: Any, activation: Any, explained: bool = False,
 ) -> ChannelCall:  # fmt: skip
-    if not use_input_stats:
-        return _batch_norm(
-            x, running_mean, running_var, weight, bias, False, momentum, eps, channel_axis, dialect,
-            out, dtype, return_stats, activation, explained,
-        )  # fmt: skip
+    running = _running(running_mean, running_var, momentum, dialect)
     return ForwardCall(
         x, channel_axis, None, weight, bias, eps, dtype=dtype, out=out, activation=activation,
-        return_stats=return_stats, running=_running(running_mean, running_var, momentum, dialect),
+        return_stats=return_stats, running=running if use_input_stats else None,
+        given=None if use_input_stats else _given(running_mean, running_var, eps),
+        read={"running_mean": running_mean, "running_var": running_var},
         parameters_per_sample=True, explained=explained,
     )  # fmt: skip
 

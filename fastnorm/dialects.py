@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import operator
 from collections.abc import Mapping
-from decimal import Decimal
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from . import checks, interop
 from .checks import FLOAT32, FLOAT64
 
-#: What all that follows is computed in, before one rounding.
-Doubles = NDArray[np.float64]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+#: What folding is computed in, before one rounding.
+Doubles: TypeAlias = "NDArray[np.float64]"
 
 
 class Dialect(NamedTuple):
@@ -101,7 +103,8 @@ def convert_momentum(momentum: float, source: str, target: str) -> float:
     value = as_momentum(momentum)
     if given.momentum_is_of_new == wanted.momentum_is_of_new:
         return value
-    return float(1 - Decimal(repr(value)))
+    decimal = importlib.import_module("decimal").Decimal
+    return float(1 - decimal(repr(value)))
 
 
 def convert_running_var(running_var: Any, source: str, target: str, n: int) -> Any:

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
-Doubles: TypeAlias = NDArray[np.float64]
-Integers: TypeAlias = NDArray[np.int64]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Doubles: TypeAlias = "NDArray[np.float64]"
+Integers: TypeAlias = "NDArray[np.int64]"
+Flags: TypeAlias = "NDArray[np.bool_]"
 
 #: Bits of a limb, and of a digit that is to be squared.
 WIDTH = 18
@@ -26,6 +29,8 @@ _TILE = 1 << 13
 # What int64 limbs may reach before their carries are brought up.
 _ROOM = 1 << 62
 _MASK = (1 << WIDTH) - 1
+# An int64 in limbs' widths.
+_PARTS = -(-64 // WIDTH)
 # Every finite float64 is a multiple of 2^-1074, and tops are not followed below 2^-900: the factors
 # that bring numbers to the size of a digit stay within float64.
 _LEAST, _LEAST_TOP = -1074, -900
@@ -87,8 +92,7 @@ class Fixed(NamedTuple):
 
     def carried(self) -> Fixed:
         """The same number with limbs from 0 to 2^WIDTH - 1, but for the sign's."""
-        extra = -(-63 // WIDTH)
-        limbs = np.zeros((len(self.limbs) + extra, self.limbs.shape[1]), np.int64)
+        limbs = np.zeros((len(self.limbs) + _PARTS, self.limbs.shape[1]), np.int64)
         limbs[: len(self.limbs)] = self.limbs
         for row, above in itertools.pairwise(limbs):
             above += row >> WIDTH
@@ -105,7 +109,7 @@ class Fixed(NamedTuple):
         first = int(used[0]) if used.size else len(limbs)
         return Fixed(limbs[first:].copy(), low + first, _MASK + 1)
 
-    def without(self, channels: NDArray[np.bool_]) -> Fixed:
+    def without(self, channels: Flags) -> Fixed:
         """0 for these channels."""
         return Fixed(np.where(channels, 0, self.limbs), self.low, self.bound)
 
@@ -134,8 +138,11 @@ class _Rows:
         whole = np.zeros((deepest, self.top.size), np.int64)
         for place, row in self.rows.items():
             whole[deepest - 1 - place] = row
-        # Carried, the limbs have room for a shift to where a limb begins.
-        limbs = Fixed(whole, 0, _ROOM).carried().limbs
+        # In parts of a limb's width there is room for a shift to where a limb begins.
+        limbs = np.zeros((deepest + _PARTS - 1, self.top.size), np.int64)
+        for k in range(_PARTS):
+            part = whole >> WIDTH * k
+            limbs[k : k + deepest] += part & _MASK if k < _PARTS - 1 else part
         start, shift = np.divmod(self.top - WIDTH * deepest, WIDTH)
         limbs <<= shift
         low, count = int(start.min()), len(limbs)
@@ -143,7 +150,7 @@ class _Rows:
             narrow, channels = limbs, np.arange(self.top.size)
             limbs = np.zeros((count + int(start.max()) - low, self.top.size), np.int64)
             limbs[np.arange(count)[:, None] + (start - low), channels] = narrow
-        return Fixed(limbs, low, 1 << 2 * WIDTH)
+        return Fixed(limbs, low, _PARTS << 2 * WIDTH)
 
 
 def sums(values: Doubles) -> Fixed:
@@ -159,18 +166,19 @@ def sums(values: Doubles) -> Fixed:
     return rows.total()
 
 
-def sums_and_squares(values: Doubles, more: Doubles) -> tuple[Fixed, Fixed]:
+def sums_and_squares(values: Doubles, more: Doubles | None = None) -> tuple[Fixed, Fixed]:
     """The sums of ``values + more`` and of their squares, as `sums` has them."""
-    top = np.maximum(_top(values), _top(more))
+    parts = [values] if more is None else [values, more]
+    top = np.maximum.reduce([_top(part) for part in parts])
     rows, squares = _Rows(top), _Rows(2 * top)
     for at, channels in _tiles(*values.shape):
-        scaled = _scaled(values[at, channels], top[channels], WIDTH)
-        also = _scaled(more[at, channels], top[channels], WIDTH)
-        if scaled is None or also is None:
-            return _squares_of_integers(values, more)
-        digits = dict(_digits(scaled, WIDTH))
-        for i, digit in _digits(also, WIDTH):
-            digits[i] = digits[i] + digit if i in digits else digit
+        digits: dict[int, Doubles] = {}
+        for part in parts:
+            scaled = _scaled(part[at, channels], top[channels], WIDTH)
+            if scaled is None:
+                return _squares_of_integers(parts)
+            for i, digit in _digits(scaled, WIDTH):
+                digits[i] = digits[i] + digit if i in digits else digit
         found = sorted(digits.items())
         for k, (i, digit) in enumerate(found):
             rows.add(i, channels, digit.sum(axis=0))
@@ -229,7 +237,7 @@ def _digits(rest: Doubles, width: int) -> Iterator[tuple[int, Doubles]]:
 _UNIT = _LEAST // WIDTH - 1  # the limb whose units all finite float64 are multiples of
 
 
-def _as_integers(values: Doubles) -> NDArray[np.object_]:
+def _as_integers(values: Doubles) -> Any:
     """Numbers as integers, in units of 2^(WIDTH _UNIT)."""
     ratios = [value.as_integer_ratio() for value in values.ravel().tolist()]
     whole = [n * ((1 << -WIDTH * _UNIT) // d) for n, d in ratios]
@@ -240,7 +248,7 @@ def _sums_of_integers(values: Doubles) -> Fixed:
     return Fixed.of_integers(_as_integers(values).sum(axis=0), _UNIT)
 
 
-def _squares_of_integers(values: Doubles, more: Doubles) -> tuple[Fixed, Fixed]:
-    whole = _as_integers(values) + _as_integers(more)
+def _squares_of_integers(parts: list[Doubles]) -> tuple[Fixed, Fixed]:
+    whole: Any = sum(map(_as_integers, parts))
     squares = (whole * whole).sum(axis=0)
     return Fixed.of_integers(whole.sum(axis=0), _UNIT), Fixed.of_integers(squares, 2 * _UNIT)

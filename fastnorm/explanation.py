@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from . import _core, interop, modules
+from . import _core, interop, module_state
 from .dispatch import CALLS
 
 
@@ -57,8 +57,8 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
     Parameters
     ----------
     op : function, str or module
-        One of fastnorm's ops, or its name: ``fastnorm.explain("layer_norm", x)``; or a LayerNorm,
-        LayerNorm2d or RMSNorm, whose call ``norm(x, out=None)`` it then is.
+        One of fastnorm's norms, or its name: ``fastnorm.explain("layer_norm", x)``; or a module of
+        one, whose call ``norm(x, out=None)`` it then is. (Not of weights.)
     *args, **kwargs
         The arguments of the call.
 
@@ -81,7 +81,7 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
     >>> plan.op, plan.rows, plan.cols, plan.regime, plan.copies
     ('layer_norm', 128, 3, 'columns', ())
     """
-    if isinstance(op, modules._Norm):
+    if isinstance(op, module_state.State) and hasattr(op, "_as_op"):
         name, kwargs = op._as_op(*args, **kwargs)
         args = ()
     else:

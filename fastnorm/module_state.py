@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import threading
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -13,6 +15,17 @@ from .memory import empty
 
 #: The attribute for copies of parameters on devices, which belong to no pickle.
 COPIES = "_copies_on_devices"
+
+
+#: Held while a module's arrays are replaced: some microseconds. One for all, so that a fork can
+#: wait for it: a child must not find it held by a thread that it has not.
+REPLACING = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=REPLACING.acquire,
+        after_in_parent=REPLACING.release,
+        after_in_child=REPLACING.release,
+    )
 
 
 class IncompatibleKeys(NamedTuple):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import operator
 import sys
-import threading
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,7 +12,7 @@ import numpy as np
 from . import _core, channels, checks, interop
 from .dialects import as_dialect, as_momentum
 from .memory import empty
-from .module_state import COPIES, State, as_dtype, own_copy, present, unpacked
+from .module_state import COPIES, REPLACING, State, as_dtype, own_copy, present, unpacked
 
 
 class _ChannelNorm(State):
@@ -25,7 +24,6 @@ class _ChannelNorm(State):
         self._channels = channel_count
         self._channel_axis = _as_channel_axis(channel_axis)
         self._dtype = as_dtype(dtype)
-        self._lock = threading.Lock()
         # Never changed but replaced, so that whoever reads it sees what belongs together.
         self._arrays: dict[str, np.ndarray | None] = {"weight": None, "bias": None}
         self.eps = eps
@@ -88,7 +86,7 @@ class _ChannelNorm(State):
         return own_copy(name, value, (self._channels,), self._dtype)
 
     def _keep(self, checked: dict[str, Any]) -> None:
-        with self._lock:
+        with REPLACING:
             self._arrays = {**self._arrays, **checked}
 
     # ---- calls ----------------------------------------------------------------------------------
@@ -123,12 +121,10 @@ class _ChannelNorm(State):
     # ---- copying --------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("_lock", COPIES)
-        return {name: value for name, value in self.__dict__.items() if name not in left_out}
+        return {name: value for name, value in self.__dict__.items() if name != COPIES}
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:
         self.__dict__.update(attributes)
-        self._lock = threading.Lock()
         self._arrays = {
             name: None if array is None else _copy(array) for name, array in self._arrays.items()
         }
@@ -355,7 +351,7 @@ class _TrackingNorm(_ChannelNorm):
 
     def _checked(self, name: str, value: Any) -> np.ndarray | None:
         if name == "num_batches_tracked":
-            return np.array(_as_batches(name, interop.convert(name, value)))
+            return np.array(_as_batches(name, interop.convert(name, value)), np.int64)
         if name in ("running_mean", "running_var"):
             return own_copy(name, value, (self._channels,), checks.compute_type(self._dtype))
         return super()._checked(name, value)
@@ -450,7 +446,7 @@ class _TrackingNorm(_ChannelNorm):
 
     def _move(self, batch: list[np.ndarray], momentum_is_of_new: bool) -> None:
         """Move the running statistics to the batch's: both, or none."""
-        with self._lock:
+        with REPLACING:
             held = self._held()
             tracked = int(held["num_batches_tracked"]) + 1
             if self._momentum is None:
@@ -459,9 +455,9 @@ class _TrackingNorm(_ChannelNorm):
                 kept, share = self._momentum, 1 - self._momentum
                 if momentum_is_of_new:
                     kept, share = share, kept
-            moved = {"num_batches_tracked": np.array(tracked)}
+            moved = {"num_batches_tracked": np.array(tracked, np.int64)}
             for name, new in zip(("running_mean", "running_var"), batch, strict=True):
-                moved[name] = _copy(held[name])
+                moved[name] = held[name].copy()
                 _core.update_running(moved[name], new, kept, share)
             self._arrays = {**self._arrays, **moved}
 
@@ -470,7 +466,7 @@ class _TrackingNorm(_ChannelNorm):
         near = self._near(x)
         by_running = self._by_running()
         flag = "training" if self._op == "batch_norm" else "use_input_stats"
-        # In training the running statistics are not the op's: see _run.
+        # In training the running statistics are not the op's: see _train.
         return self._op, {
             "x": x, "running_mean": near["running_mean"] if by_running else None,
             "running_var": near["running_var"] if by_running else None,

@@ -59,6 +59,14 @@ from .reference_rows import (
     shape_of,
     spread,
 )
+from .reference_weights import (
+    spectral_norm,
+    spectral_norm_backward,
+    unit_norm,
+    unit_norm_backward,
+    weight_norm,
+    weight_norm_backward,
+)
 
 __all__ = [
     "adaptive_instance_norm",
@@ -85,6 +93,12 @@ __all__ = [
     "segment_layer_norm_backward",
     "segment_rms_norm",
     "segment_rms_norm_backward",
+    "spectral_norm",
+    "spectral_norm_backward",
+    "unit_norm",
+    "unit_norm_backward",
+    "weight_norm",
+    "weight_norm_backward",
 ]
 
 

@@ -15,7 +15,7 @@ from fastnorm import exact_sums
 from fastnorm.batch_statistics import ROWS, BatchStatistics
 
 from .helpers.arrays import assert_same_bits
-from .helpers.storage import STORAGE, cast
+from .helpers.storage import LIMITS, STORAGE, cast
 
 # Shapes with their channels' axis, and at how many samples they may be cut between blocks.
 LAYOUTS = [
@@ -159,14 +159,20 @@ def test_accuracy_of_each_type(stored, mean, rng):
     assert_accurate(statistics, x, 1, 1e-12 if stored == np.float64 else 1e-6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_random_splits(data):
     """Cuts anywhere: the numbers; cuts between blocks, in any order: the bits."""
     seed, mean = data.draw(st.integers(0, 2**32)), data.draw(st.sampled_from([0.0, 1e3, 1e6, -1e6]))
     shape, axis, step = data.draw(st.sampled_from(LAYOUTS))
-    spread = data.draw(st.sampled_from([1.0, 1e-3, 1e30]))
-    x = (mean + np.random.default_rng(seed).standard_normal(shape)) * spread
+    stored = data.draw(st.sampled_from([*STORAGE, np.dtype("f8"), np.dtype("f8")]))
+    x = mean + np.random.default_rng(seed).standard_normal(shape)
+    bound = 1e-6
+    if stored == np.float64:
+        bound, x = 1e-12, x * data.draw(st.sampled_from([1.0, 1e-3, 1e30]))
+    elif stored.itemsize == 2:
+        x = np.clip(x, -1e3, 1e3) + 8 * np.sin(x)
+    x = cast(x, stored)
     whole = BatchStatistics(3, channel_axis=axis).update(x)
     cuts = st.lists(st.integers(0, len(x)), max_size=4)
 
@@ -176,7 +182,7 @@ def test_random_splits(data):
     for part in data.draw(st.permutations(parts)):
         merged.merge(part)
     assert merged.count == whole.count
-    assert_accurate(merged, x, axis, 1e-12)
+    assert_accurate(merged, x, axis, bound)
 
     between = [cut // step * step for cut in sorted(data.draw(cuts))]
     pieces = data.draw(st.permutations(np.split(x, between)))
@@ -248,7 +254,7 @@ def test_many_elements(full):
     m2 = count * (1000**2 - 1) / 12
     assert statistics.count == count
     assert statistics.mean[0] == 1e6 + 499.5
-    assert abs(statistics.m2[0] - m2) <= 1e-12 * m2
+    assert abs(statistics.m2[0] - m2) <= 1e-6 * m2
     parts = BatchStatistics(1)
     for part in np.array_split(x.reshape(-1, ROWS), 7)[::-1]:
         parts.update(part.reshape(-1, 1))
@@ -259,9 +265,9 @@ def test_many_channels(rng):
     x = rng.standard_normal((150, 3000)) * 10.0 ** rng.integers(-200, 150, 3000)
     statistics = BatchStatistics(3000).update(x)
     for c in range(0, 3000, 500):
-        alone = BatchStatistics(1).update(x[:, c : c + 1])
-        assert_same_bits(statistics.mean[c : c + 1], alone.mean)
-        assert_same_bits(statistics.m2[c : c + 1], alone.m2)
+        alone = BatchStatistics(2).update(x[:, c : c + 2])
+        assert_same_bits(statistics.mean[c : c + 2], alone.mean)
+        assert_same_bits(statistics.m2[c : c + 2], alone.m2)
 
 
 # ---- what is not ordinary ------------------------------------------------------------------------
@@ -315,6 +321,39 @@ def test_huge_and_tiny(rng):
         assert statistics.m2[c] == pytest.approx(want, rel=1e-12)
 
 
+@pytest.mark.parametrize("stored", STORAGE, ids=str)
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("shape", [(130, 3), (3, 100, 3)])
+def test_the_range_of_each_type(stored, axis, shape, rng):
+    """Squares that the type that is computed in does not have; mixed with what is ordinary."""
+    largest, least, _ = LIMITS[stored.name]
+    x = rng.standard_normal(shape)
+    x[..., 0] *= largest / 8 if largest < 1e100 else 1e150
+    x[..., 2] *= least * 8 if least > 1e-100 else 1e-150
+    x = cast(x, stored)
+    x = x if axis == -1 else np.moveaxis(x, -1, 1).copy()
+    assert_accurate(BatchStatistics(3, channel_axis=axis).update(x), x, axis, 1e-6)
+
+
+def test_deviations_that_cancel():
+    """Their squares are below float32, and their sum is 0."""
+    x = np.full((128, 2), 1e-30, np.float32)
+    x[::2, 1] *= -1
+    statistics = BatchStatistics(2).update(x)
+    assert statistics.m2[1] == pytest.approx(128 * float(x[0, 0]) ** 2, rel=1e-6)
+    assert statistics.m2[0] == 0
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+def test_large_planes_of_float32(axis, rng):
+    x = 100 + rng.standard_normal((2, 300, 200, 3)).astype(np.float32)
+    x = np.moveaxis(x, -1, axis)
+    got, wide = BatchStatistics(3, channel_axis=axis).update(x), x.astype(np.float64)
+    others = tuple(d for d in range(4) if d != axis % 4)
+    np.testing.assert_allclose(got.mean, wide.mean(others), rtol=1e-8)
+    np.testing.assert_allclose(got.var(), wide.var(others), rtol=2e-7)
+
+
 def test_far_apart():
     """Means whose squares are infinite, each block constant."""
     x = np.repeat([[1e300], [-1e300]], ROWS, axis=0)
@@ -341,6 +380,15 @@ def test_what_is_not_finite_stays_in_its_channel(bad, shape, axis, step, rng):
     changed = spoilt.copy()
     np.moveaxis(changed, axis, 0)[1].flat[-1] = 5
     assert BatchStatistics(3, channel_axis=axis).update(changed).update(x) == got
+
+
+def test_numpys_own_warnings_stay_silent(rng):
+    """Of what happens within; there is nothing that a caller could do."""
+    x = wild(rng, (200, 3), 100)
+    x[0, 0], x[1, 1] = np.inf, 5e-324
+    with np.errstate(all="raise"):
+        statistics = BatchStatistics(3).update(x)
+        assert np.isnan(results(statistics)[0][0])
 
 
 def test_integers_and_lists():

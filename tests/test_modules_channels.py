@@ -2,6 +2,7 @@
 backward, state dicts, copies."""
 
 import copy
+import os
 import pickle
 import sys
 import threading
@@ -12,6 +13,7 @@ import pytest
 
 import fastnorm
 
+from .helpers import child
 from .helpers.arrays import assert_same_bits
 from .helpers.storage import FLOAT64, STORAGE, cast, compute_type
 
@@ -535,6 +537,44 @@ def test_statistics_move_as_a_whole(rng):
     assert not torn
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_child_of_a_process_that_trains():
+    """Forked while another thread moves running statistics, it can move them too."""
+    code = """
+        import os, signal, threading, warnings
+        import numpy as np
+        import fastnorm
+
+        warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads
+        signal.alarm(50)
+        norm, x = fastnorm.BatchNorm(6), np.ones((1, 6), np.float32)
+        stop = threading.Event()
+
+        def train():
+            while not stop.is_set():
+                norm(x)
+
+        threads = [threading.Thread(target=train) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for _ in range(60):
+            pid = os.fork()
+            if pid == 0:
+                signal.alarm(10)
+                before = norm.num_batches_tracked
+                norm(x)
+                os._exit(0 if norm.num_batches_tracked == before + 1 else 3)
+            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            if status:
+                break
+        stop.set()
+        for thread in threads:
+            thread.join()
+        print(status)
+    """
+    assert child.output(code, timeout=60) == "0"
+
+
 @every_kind
 def test_many_threads_may_call_one_module(kind, dtype, rng):
     norm = filled(MAKERS[kind](dtype=dtype), rng)
@@ -658,7 +698,7 @@ def test_copies(how, kind, x, rng):
         other.weight[:] = 0
         assert other != norm
         assert (norm.weight != 0).all()
-        other.weight = norm.weight  # the copy's lock is its own
+        other.weight = norm.weight
         assert other == norm
 
 
