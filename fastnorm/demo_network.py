@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 import fastnorm
 from fastnorm import accuracy, reference, reference_channels
-from fastnorm.modules_channels import BatchNorm
 
 Array = NDArray[Any]
 
@@ -27,7 +26,7 @@ OPS = (
 )
 # How many numbers of calls are kept until they are checked.
 KEPT = 1 << 17
-LAYERS: dict[str, Any] = {"layer": fastnorm.LayerNorm, "batch": BatchNorm}
+LAYERS: dict[str, Any] = {"layer": fastnorm.LayerNorm, "batch": fastnorm.BatchNorm}
 
 
 # ---- norms, checked -----------------------------------------------------------------------------

@@ -78,7 +78,9 @@ def show_learning(console: Console, settings: list[Setting], data: Digits) -> No
         "first learning rate, which falls to 0 in the course of the training; of "
         f"{rates} times the root of batch size / 64, that of the least loss on "
         f"{len(data.choose.labels)} digits that are in neither set, for the first seed. Loss: of "
-        f"the last epoch. One test digit is {1 / len(data.test.labels):.1%}.",
+        f"the last epoch. One test digit is {1 / len(data.test.labels):.1%}. All see the same "
+        f"images: at batch size {settings[-1].batch_size} in {settings[-1].batch_size} times fewer "
+        "steps than at 1.",
         **NOTE,
     )
 
@@ -320,7 +322,7 @@ def _percents(axes: Any) -> None:
 
 SPEED_SHOWN = {
     "layer_norm": "layer norm",
-    "batch_norm_training": "batch norm,\ntraining",
+    "batch_norm_training": "batch norm",
     "batch_norm": "inference",
 }
 
@@ -328,7 +330,7 @@ SPEED_SHOWN = {
 def draw_speed(axes: Any, speeds: list[Speed]) -> None:
     """A line for each forward call, from fastnorm's time to NumPy's."""
     shown = [s for op in SPEED_SHOWN for s in speeds if s.op == op]
-    labels = [f"{SPEED_SHOWN[s.op]}\n({s.batch_size}, {WIDTHS[1]})" for s in shown]
+    labels = [f"{SPEED_SHOWN[s.op]}, {s.batch_size}" for s in shown]
     places = range(len(shown))
     ours, numpy = [1e6 * s.fastnorm for s in shown], [1e6 * s.numpy for s in shown]
     axes.hlines(places, ours, numpy, color="0.8", linewidth=2, zorder=1)
@@ -346,11 +348,12 @@ def draw_speed(axes: Any, speeds: list[Speed]) -> None:
                 ha="center",
                 fontsize=7,
             )
-    axes.set_yticks(places, labels, fontsize=7)
+    axes.set_yticks(places, labels, fontsize=8)
     axes.set_ylim(len(shown) - 0.5, -1.6)
     axes.set_xscale("log")
     axes.margins(x=0.2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("µs a call, one thread")
+    axes.set_title(f"calls on (batch size, {WIDTHS[1]})", fontsize=11)
     axes.legend(fontsize=8, loc="upper center", ncols=2, frameon=False)
     axes.grid(axis="x", color="0.92")
