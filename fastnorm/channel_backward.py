@@ -29,8 +29,12 @@ class BackwardCall(ChannelCall):
         dy = self.like_x("dy", dy)
         self.weight = self.parameter("weight", weight, parameters_per_sample)
         bias = self.parameter("bias", bias, parameters_per_sample)
+        # What is not given has the other's shape.
+        first, second = (bias if self.weight is None else self.weight), bias
+        second = first if second is None else second
+        self.weight_sums_per_sample = first is not None and first.ndim == 2
+        self.bias_sums_per_sample = second is not None and second.ndim == 2
         self.per_sample = self.weight is not None and self.weight.ndim == 2
-        self.bias_per_sample = bias is not None and bias.ndim == 2
         self.wanted = checks.as_mask(output_mask)
         self.given = given is not None
         if given is not None:
@@ -186,8 +190,8 @@ class BackwardCall(ChannelCall):
         """Each parameter's gradient has its shape."""
         dbias, dweight = _core.total_over_samples(sums, self.compute)
         with np.errstate(all="ignore"):
-            if self.per_sample:
+            if self.weight_sums_per_sample:
                 dweight = np.ascontiguousarray(sums[..., 0].astype(self.compute))
-            if self.bias_per_sample:
+            if self.bias_sums_per_sample:
                 dbias = np.ascontiguousarray(sums[..., 1].astype(self.compute))
         return self.dx, dweight if self.wanted[1] else None, dbias if self.wanted[2] else None

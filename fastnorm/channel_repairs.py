@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import _core, interop
+from . import _core, checks, interop
 
 
 class Layout(NamedTuple):
@@ -125,7 +125,14 @@ def _unscaled_gradients(
     """Where statistics are given, so that NaN in x stays out of dx; or where nothing is finite."""
     g = interop.widened(dy).astype(np.float64)
     xh = (interop.widened(x).astype(np.float64) - mean) * rstd
-    dx = g * rstd * weight if given else np.full(x.shape, np.nan)
+    factor = np.float64(rstd) * weight
+    kind = checks.compute_type(
+        x.dtype
+    ).type  # in which the kernels multiply, if it holds the factor
+    if np.all(np.abs(factor) <= np.finfo(kind).max):
+        g, factor = g.astype(kind), factor.astype(kind)
+    dx = g * factor if given else np.full(x.shape, np.nan)
+    g = interop.widened(dy).astype(np.float64)
     return Gradients(dx, np.sum(g * xh, axes), np.sum(g, axes))
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
 from . import checks, interop
-from .module_state import IncompatibleKeys, State, as_dtype, own_copy, unpacked
+from .module_state import REPLACING, IncompatibleKeys, State, as_dtype, own_copy, unpacked
 from .weights import (
     as_dim,
     spectral_norm,
@@ -298,7 +297,6 @@ class SpectralNorm(_Reparametrized):
         array, kind = _as_weight(weight, dtype)
         rows = as_dim(dim, array.ndim)
         super().__init__(array.shape, rows, kind)
-        self._lock = threading.Lock()
         self._training = True
         self.n_power_iterations = n_power_iterations
         self.eps = eps
@@ -388,7 +386,7 @@ class SpectralNorm(_Reparametrized):
         return {"weight_orig": self.weight_orig}
 
     def _keep(self, checked: dict[str, Any]) -> None:
-        with self._lock:
+        with REPLACING:
             super()._keep(checked)
 
     # ---- calls ----------------------------------------------------------------------------------
@@ -417,8 +415,8 @@ class SpectralNorm(_Reparametrized):
     def _normalised(self, improves: bool, out: Any = None) -> tuple[Any, tuple[Any, ...]]:
         if not improves:
             return self._with(dict(self._arrays), 0, out)
-        with self._lock:
-            y, saved = self._with(self._arrays, self._iterations, out)
+        y, saved = self._with(self._arrays, self._iterations, out)
+        with REPLACING:
             self._arrays = {**self._arrays, "weight_u": saved[1], "weight_v": saved[2]}
         return y, saved
 
@@ -472,7 +470,5 @@ def _rebuild(
     module = cls.__new__(cls)
     _Reparametrized.__init__(module, shape, dim, dtype)
     module.__dict__.update(more)
-    if isinstance(module, SpectralNorm):
-        module._lock = threading.Lock()
     module._keep({name: module._checked(name, array) for name, array in arrays.items()})
     return module

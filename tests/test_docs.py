@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 import fastnorm
-from fastnorm import _core, dispatch
+from fastnorm import _core, channels, dispatch
 
 ROOT = Path(__file__).parents[1]
 README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
 OPTIONAL = ("torch", "ml_dtypes")
+CALLS = {**dispatch.CALLS, **channels.CALLS}
 
 
 def examples():
@@ -55,7 +56,7 @@ def test_readme_leads_somewhere():
     assert set(re.findall(r"\(#([^)]*)\)", text)) <= headings
 
 
-@pytest.mark.parametrize("op", _core.OPS)
+@pytest.mark.parametrize("op", [*CALLS, "weight_norm", "spectral_norm", "unit_norm"])
 def test_readme_names_every_op(op):
     assert f"`{op.removesuffix('_backward')}(" in README.read_text()
 
@@ -74,7 +75,7 @@ def test_public_names_are_documented(name):
     assert len(getattr(fastnorm, name).__doc__) > 40
 
 
-@pytest.mark.parametrize("op", _core.OPS)
+@pytest.mark.parametrize("op", CALLS)
 def test_every_argument_of_every_op_is_documented(op):
     """In its own docstring, or in one of those that it says hold for it. Examples are its own."""
     function = getattr(fastnorm, op)
@@ -85,7 +86,7 @@ def test_every_argument_of_every_op_is_documented(op):
         assert head.replace("1e-5", "1e-05") == f"{op}{inspect.signature(function)}"
     for other in re.findall(r":func:`(?:fastnorm\.)?(\w+)`", text):
         text += getattr(fastnorm, other).__doc__.partition("\n\n")[2]
-    names = list(inspect.signature(dispatch.CALLS[op]).parameters)
+    names = list(inspect.signature(CALLS[op]).parameters)
     names.remove("explained")
     assert list(inspect.signature(function).parameters) == names
     parameters = set(re.findall(r"\w+", "\n".join(re.findall(r"(?m)^ {4}\w.*", text))))
