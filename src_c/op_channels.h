@@ -79,6 +79,13 @@ INLINE void fetch_plane(const element *x, const element *dy, ptrdiff_t ahead)
     }
 }
 
+/* Lines that will be written shortly: gradients wait for them, as what they read is in L1. */
+#define own_plane FN_OF_T(own_plane)
+INLINE void own_plane(element *y)
+{
+    UNROLL for (int k = 0; k < 4 * VW; k += LINE) __builtin_prefetch(y + 48 * LINE + k, 1, 2);
+}
+
 #define plane_part FN_OF_T(plane_part)
 INLINE void plane_part(const element *x, const element *dy, element *y, ptrdiff_t n,
                        const plane_terms *t, ptrdiff_t ahead)
@@ -86,6 +93,7 @@ INLINE void plane_part(const element *x, const element *dy, element *y, ptrdiff_
     ptrdiff_t i = 0;
     NO_UNROLL for (; i + 4 * VW <= n; i += 4 * VW)
     {
+        if (dy) own_plane(y + i);
         if (ahead) fetch_plane(x + i, dy ? dy + i : NULL, ahead);
         UNROLL for (int k = 0; k < 4 * VW; k += VW)
             v_store(y + i + k, plane_vector(x + i + k, dy ? dy + i + k : NULL, VW, t));
