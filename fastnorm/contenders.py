@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import fastnorm
+from fastnorm import contenders_channels as on_channels
 from fastnorm.cases import CHANNELS
 from fastnorm.cases import Case as Case
 
@@ -118,7 +118,7 @@ def _fastnorm(case: Case, threads: int) -> Iterator[Contender]:
     if case.op.endswith("_backward"):
         names |= _statistics(case)
     call = FASTNORM[case.op]
-    own, changed = _own_running(case)
+    own, changed = on_channels.own_running(case)
     names |= own
     yield Contender("fastnorm", "new", call, names, changed=changed)
     if case.op in OUT:
@@ -131,19 +131,10 @@ def _fastnorm(case: Case, threads: int) -> Iterator[Contender]:
         yield Contender("fastnorm object", "out", "layer(x, y)", names | {"layer": layer}, into)
 
 
-def _own_running(case: Case) -> tuple[dict[str, Array], tuple[tuple[Array, Array], ...]]:
-    """Copies of running statistics that a library may change, and as what it `changed` them."""
-    if case.op != "batch_norm_training":
-        return {}, ()
-    before = {name: case.arrays[name] for name in ("running_mean", "running_var")}
-    own = {name: array.copy() for name, array in before.items()}
-    return own, tuple(zip(own.values(), before.values(), strict=True))
-
-
 def _statistics(case: Case) -> dict[str, Any]:
     """mean and rstd as the forward call saves them; RMS norm has no mean."""
     if case.op in CHANNELS:
-        return _channel_statistics(case)
+        return on_channels.statistics(case)
     name = "rms_norm" if "rms_norm" in case.op else "layer_norm"
     names = case.arrays
     if case.op.startswith("segment_"):
@@ -152,21 +143,6 @@ def _statistics(case: Case) -> dict[str, Any]:
     else:
         _, *found = getattr(fastnorm, name)(names["x"], eps=case.eps, return_stats=True)
     return dict(zip(("mean", "rstd")[-len(found) :], found, strict=True))
-
-
-def _channel_statistics(case: Case) -> dict[str, Any]:
-    names, eps = case.arrays, case.eps
-    if case.op == "group_norm_backward":
-        _, *found = fastnorm.group_norm(names["x"], names["groups"], eps=eps, return_stats=True)
-    elif case.op == "instance_norm_backward":
-        _, *found = fastnorm.instance_norm(names["x"], eps=eps, return_stats=True)
-    elif case.op == "batch_norm_training_backward":
-        _, *found = fastnorm.batch_norm(
-            names["x"], None, None, training=True, eps=eps, return_stats=True
-        )
-    else:
-        return {}
-    return dict(zip(("mean", "rstd"), found, strict=True))
 
 
 # ---- NumPy --------------------------------------------------------------------------------------
@@ -221,7 +197,9 @@ def _numpy(case: Case, threads: int) -> Iterator[Contender]:
     if case.op not in NUMPY or case.dtype.itemsize == 2:
         return  # its sums of half types are either rounded at each step or very slow
     if case.op in CHANNELS:
-        yield _numpy_channels(case)
+        own, changed = on_channels.own_running(case)
+        names = on_channels.numpy_names(case) | own
+        yield Contender("numpy", "new", NUMPY[case.op], names, changed=changed)
         return
     names = case.arrays | {"np": np}
     if case.op.endswith("_backward"):
@@ -244,62 +222,6 @@ def _numpy_rms_backward(dy: Array, x: Array, rstd: Array, weight: Array) -> Any:
     xh = x * rstd
     g = dy * weight
     return rstd * (g - xh * (g * xh).mean(-1, keepdims=True)), (dy * xh).sum(0)
-
-
-def _numpy_channels(case: Case) -> Contender:
-    """Arrays as (N, G, C/G, S), so that statistics and parameters broadcast."""
-    arrays = case.arrays
-    groups = arrays["groups"] if case.op.startswith("group_norm") else case.shape[1]
-    split = case.shape[0], groups, case.shape[1] // groups, math.prod(case.shape[2:])
-    axes = (0, 3) if case.op.startswith("batch_norm") else (2, 3)
-    names: dict[str, Any] = {"np": np, "eps": case.eps, "axes": axes, "shape": case.shape}
-    names |= {name: arrays[name].reshape(split) for name in ("x", "dy")}
-    names |= {name: arrays[name].reshape(*split[1:3], 1) for name in ("weight", "bias")}
-    if case.op == "adaptive_instance_norm":
-        names["style"] = arrays["style"].reshape(split)
-    own, changed = _own_running(case)
-    names |= own
-    if case.op in ("batch_norm", "batch_norm_backward"):
-        mean, var = (arrays[name].reshape(-1, 1, 1) for name in ("running_mean", "running_var"))
-    else:
-        mean, var = (f(names["x"], axes, keepdims=True) for f in (np.mean, np.var))
-    names |= {"mean": mean, "var": var, "rstd": 1 / np.sqrt(var + case.dtype.type(case.eps))}
-    names |= {
-        "batch_norm_training": _numpy_batch_norm_training,
-        "batch_norm_backward": _numpy_batch_norm_backward,
-        "units_backward": _numpy_units_backward,
-    }
-    return Contender("numpy", "new", NUMPY[case.op], names, changed=changed)
-
-
-def _numpy_batch_norm_training(
-    x: Array,
-    running_mean: Array,
-    running_var: Array,
-    weight: Array,
-    bias: Array,
-    momentum: float,
-    eps: float,
-) -> Any:
-    mean, var = x.mean((0, 3), keepdims=True), x.var((0, 3), keepdims=True)
-    n = x.size // mean.size
-    running_mean += momentum * (mean.reshape(-1) - running_mean)
-    running_var += momentum * (var.reshape(-1) * (n / max(1, n - 1)) - running_var)
-    return (x - mean) / np.sqrt(var + eps) * weight + bias
-
-
-def _numpy_batch_norm_backward(dy: Array, x: Array, mean: Array, rstd: Array, weight: Array) -> Any:
-    xh = (x - mean) * rstd
-    return dy * (rstd * weight), (dy * xh).sum((0, 3)).reshape(-1), dy.sum((0, 3)).reshape(-1)
-
-
-def _numpy_units_backward(
-    dy: Array, x: Array, mean: Array, rstd: Array, weight: Array, axes: tuple[int, int]
-) -> Any:
-    xh = (x - mean) * rstd
-    g = dy * weight
-    towards = g - g.mean(axes, keepdims=True) - xh * (g * xh).mean(axes, keepdims=True)
-    return rstd * towards, (dy * xh).sum((0, 3)).reshape(-1), dy.sum((0, 3)).reshape(-1)
 
 
 # ---- torch --------------------------------------------------------------------------------------
@@ -352,11 +274,11 @@ def _torch(case: Case, threads: int) -> Iterator[Contender]:
 
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
-    if _is_refused(case):
+    if on_channels.is_refused(case):
         return
     # No "out": torch's generated out= variant of native_layer_norm copies a new result.
-    own, changed = _own_running(case)
-    names = _torch_channel_names(case) if case.op in CHANNELS else _torch_names(case)
+    own, changed = on_channels.own_running(case)
+    names = _torch_names(case)
     names |= {name: tensor(array) for name, array in own.items()}
     if case.op not in TORCH_AUTOGRAD:
         yield Contender("torch", "new", TORCH[case.op], names, changed=changed)
@@ -369,16 +291,6 @@ def _torch(case: Case, threads: int) -> Iterator[Contender]:
     if "dsum" in names:
         call = f"((g := {call})[0] + dsum, g[1])"
     yield Contender("torch", "new", call, names)
-
-
-def _is_refused(case: Case) -> bool:
-    """Whether torch has no call for the case: units of one element, in training."""
-    size = math.prod(case.shape[2:])
-    if case.op.startswith("batch_norm_training"):
-        return case.shape[0] * size == 1
-    if case.op.startswith("group_norm"):
-        return case.shape[0] * case.shape[1] * size == case.arrays["groups"]
-    return "instance" in case.op and size == 1
 
 
 def _torch_names(case: Case) -> dict[str, Any]:
@@ -398,7 +310,9 @@ def _torch_names(case: Case) -> dict[str, Any]:
         "segment_layer_norm": _torch_segment_layer_norm,
         "segment_rms_norm": _torch_segment_rms_norm,
     }
-    if "offsets" in names:
+    if case.op in CHANNELS:
+        names |= on_channels.torch_names(case, names["x"])
+    elif "offsets" in names:
         lengths = names["offsets"].diff()
         names["batch"] = torch.repeat_interleave(lengths)
         names["sizes"] = (lengths * case.shape[1]).to(names["x"].dtype)[:, None]
@@ -406,42 +320,6 @@ def _torch_names(case: Case) -> dict[str, Any]:
         arguments = names["x"], names["shape"], names["weight"], names["bias"], case.eps
         _, names["mean"], names["rstd"] = torch.native_layer_norm(*arguments)
     return names
-
-
-def _torch_channel_names(case: Case) -> dict[str, Any]:
-    import torch
-
-    names = {
-        name: tensor(value) if isinstance(value, np.ndarray) else value
-        for name, value in case.arrays.items()
-    }
-    x, eps = names["x"], case.eps
-    counts = case.shape[0], case.shape[1], math.prod(case.shape[2:])
-    names |= {
-        "counts": counts,
-        "mask": [True, True, True],
-        "batch_norm": torch.nn.functional.batch_norm,
-        "group_norm": torch.nn.functional.group_norm,
-        "instance_norm": torch.nn.functional.instance_norm,
-        "adaptive_instance_norm": _torch_adaptive_instance_norm,
-    }
-    if case.op == "group_norm_backward":
-        names["backward"] = torch.ops.aten.native_group_norm_backward.default
-        _, mean, rstd = torch.native_group_norm(x, None, None, *counts, names["groups"], eps)
-        names |= {"mean": mean, "rstd": rstd}
-    elif case.op.startswith("batch_norm"):
-        names["backward"] = torch.ops.aten.native_batch_norm_backward.default
-        _, mean, rstd = torch.native_batch_norm(x, None, None, None, None, True, 0.1, eps)
-        names |= {"mean": mean, "rstd": rstd}
-    return names
-
-
-def _torch_adaptive_instance_norm(x: Any, style: Any, eps: float) -> Any:
-    import torch
-
-    axes = tuple(range(2, style.ndim))
-    var, mean = torch.var_mean(style, axes, correction=0, keepdim=True)
-    return torch.nn.functional.instance_norm(x, eps=eps) * (var + eps).sqrt() + mean
 
 
 # PyTorch Geometric's LayerNorm(mode="graph"), its scatter being index_add.
