@@ -308,6 +308,27 @@ def straight_batch_training(
     eps: float,
     out: _Input | None,
 ) -> tuple[_Array, _Array, _Array] | None: ...
+def straight_rows(
+    x: _Input,
+    weight: _Input | None,
+    bias: _Input | None,
+    eps: float,
+    out: _Input | None,
+    running_mean: _Input | None,
+    running_var: _Input | None,
+    training: bool,
+) -> Any: ...
+def straight_rows_backward(
+    dy: _Input,
+    x: _Input,
+    mean: _Input,
+    rstd: _Input,
+    weight: _Input | None,
+    bias: _Input | None,
+    output_mask: Sequence[bool],
+    running_var: _Input | None = None,
+    eps: float = 0.0,
+) -> tuple[_Array | None, _Array | None, _Array | None] | None: ...
 def straight_channel_backward(
     dy: _Input,
     x: _Input,

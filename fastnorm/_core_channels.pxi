@@ -5,6 +5,9 @@ cdef enum:
     #: Rows of a block where statistics run down the rows (channels last).
     BLOCK_ROWS = 64
 
+#: Padded variances below these may have lost digits, as op_stats.h has them.
+cdef double LEAST_F32 = 2.0**-80, LEAST_F64 = 2.0**-600
+
 
 cdef inline const void *data_of(object a) noexcept:
     return NULL if a is None else cnp.PyArray_DATA(<ndarray>a)
@@ -547,6 +550,259 @@ cdef ndarray sample_totals(ndarray sums, Py_ssize_t lots, npy_intp channels, int
 def total_over_samples(ndarray sums, compute):
     """The same of (lots, C, 2): dbias and dweight, (2, C)."""
     return sample_totals(sums, cnp.PyArray_DIM(sums, 0), cnp.PyArray_DIM(sums, 1), compute.num)
+
+
+# ---- straight down, channels last ----------------------------------------------------------------
+#
+# Batch norm of rows of channels, as channel_forward.py and channel_backward.py have it in NumPy;
+# units out of range are theirs.
+
+cdef struct row_terms:
+    #: C numbers each, in double: mean and rstd, and what a row takes, in the order of the kernel's
+    #: terms.
+    double *mean
+    double *rstd
+    double *terms[4]
+
+
+cdef inline bint is_rows(object x) noexcept:
+    """Whether x is a plain array of one axis and more before its last."""
+    cdef int typenum
+    if not cnp.PyArray_CheckExact(x) or cnp.PyArray_NDIM(<ndarray>x) < 2:
+        return False
+    typenum = cnp.PyArray_TYPE(<ndarray>x)
+    return (
+        (typenum == cnp.NPY_FLOAT32 or typenum == cnp.NPY_FLOAT64)
+        and is_plain(x, typenum, C_ALIGNED) and cnp.PyArray_SIZE(<ndarray>x) != 0
+    )
+
+
+cdef void fill_plain_rows(fn_channels_last_args *args, ndarray x) noexcept:
+    memset(args, 0, sizeof(args[0]))
+    args.cols = cnp.PyArray_DIM(x, cnp.PyArray_NDIM(x) - 1)
+    args.rows = args.sample = cnp.PyArray_SIZE(x) // args.cols
+    args.block = BLOCK_ROWS
+    args.blocks = (args.rows + BLOCK_ROWS - 1) // BLOCK_ROWS
+    args.x = cnp.PyArray_DATA(x)
+    args.x_type = args.y_type = args.dy_type = dtype_of(cnp.PyArray_TYPE(x))
+
+
+cdef ndarray new_terms(Py_ssize_t channels, row_terms *t):
+    cdef npy_intp n = 6 * channels
+    cdef int k
+    array = cnp.PyArray_EMPTY(1, &n, cnp.NPY_FLOAT64, 0)
+    t.mean = <double *>cnp.PyArray_DATA(array)
+    t.rstd = t.mean + channels
+    for k in range(4):
+        t.terms[k] = t.mean + (2 + k) * channels
+    return array
+
+
+cdef inline double number_of(object w, bint double_, Py_ssize_t i, double otherwise) noexcept:
+    if w is None:
+        return otherwise
+    if double_:
+        return (<const double *>cnp.PyArray_DATA(<ndarray>w))[i]
+    return (<const float *>cnp.PyArray_DATA(<ndarray>w))[i]
+
+
+cdef void round_terms(fn_channels_last_args *args, row_terms *t, int count) noexcept:
+    """The terms as what is computed in, in their own place."""
+    cdef Py_ssize_t i, k
+    cdef float *narrow
+    for k in range(count):
+        args.terms[k] = t.terms[k]
+        if args.x_type == FN_F32:
+            narrow = <float *>t.terms[k]
+            for i in range(args.cols):
+                narrow[i] = <float>t.terms[k][i]
+
+
+cdef int run_rows(fn_channels_last_args *args, int what) except -1:
+    """0: moments, 1: dots, 2: y or dx."""
+    cdef int status
+    cdef fn_dtype dtype = args.x_type
+    if moves_much(args.rows * args.cols, dtype, 2):
+        with nogil:
+            status = call_rows(args, dtype, what)
+    else:
+        status = call_rows(args, dtype, what)
+    return raise_no_room(status)
+
+
+cdef inline int call_rows(fn_channels_last_args *args, fn_dtype dtype, int what) noexcept nogil:
+    if what == 0:
+        return fn_channels_last_moments(args, dtype, 0)
+    return fn_channels_last_dots(args, dtype, 0) if what == 1 else fn_channels_last(args, dtype, 0)
+
+
+cdef bint find_row_moments(fn_channels_last_args *args, row_terms *t, double *variance,
+                           double eps) except -1:
+    """Statistics of the whole array; False where a channel is out of range. Of the terms, the pivot
+    and, in the place of the shift, what the mean is beyond it."""
+    cdef ndarray merged
+    cdef const double *found
+    cdef double exact, padded
+    cdef Py_ssize_t i, n = args.cols
+    cdef bint fits = True
+    sums = block_sums(args)
+    run_rows(args, 0)
+    merged = merged_moments(sums, 1, args.rows)
+    found = <const double *>cnp.PyArray_DATA(merged)
+    for i in range(n):
+        exact = found[i] + found[n + i]
+        t.terms[0][i] = exact if args.x_type == FN_F64 else <double><float>exact
+        t.terms[2][i] = (found[i] - t.terms[0][i]) + found[n + i]
+        variance[i] = found[2 * n + i] / <double>args.rows
+        padded = variance[i] + eps
+        t.mean[i] = t.terms[0][i] + t.terms[2][i]
+        t.rstd[i] = 1.0 / sqrt(padded)
+        fits &= variance[i] <= DBL_MAX
+        fits &= padded >= (LEAST_F64 if args.x_type == FN_F64 else LEAST_F32)
+    return fits
+
+
+cdef bint apply_rows(fn_channels_last_args *args, row_terms *t, weight, bias) except -1:
+    """y from what find_row_moments leaves; False where a factor is out of range."""
+    cdef Py_ssize_t i
+    cdef bint double_ = args.x_type == FN_F64
+    cdef double most = DBL_MAX if double_ else FLT_MAX
+    for i in range(args.cols):
+        t.terms[1][i] = t.rstd[i] * number_of(weight, double_, i, 1)
+        t.terms[2][i] = number_of(bias, double_, i, 0) - t.terms[2][i] * t.terms[1][i]
+        if not fabs(t.terms[1][i]) <= most:
+            return False
+    round_terms(args, t, 3)
+    run_rows(args, 2)
+    return True
+
+
+def straight_rows(x, weight, bias, eps, out, running_mean, running_var, bint training):
+    """Batch norm, channels last: (y, mean, variance) in training, else y; None where not all is
+    plain, or a channel is out of range."""
+    cdef fn_channels_last_args args
+    cdef row_terms t
+    cdef int typenum, warm = 0
+    cdef Py_ssize_t i
+    cdef ndarray y, known, variance
+    cdef npy_intp n
+    if not is_rows(x) or not PyFloat_CheckExact(eps) or not eps >= 0:
+        return None
+    typenum = cnp.PyArray_TYPE(<ndarray>x)
+    fill_plain_rows(&args, <ndarray>x)
+    n = args.cols
+    if (
+        not is_channel_vector(weight, typenum, n) or not is_channel_vector(bias, typenum, n)
+        or not (out is None or is_result(out, <ndarray>x, typenum, weight, bias))
+    ):
+        return None
+    kept = new_terms(n, &t)
+    variance = None
+    if training:
+        variance = cnp.PyArray_EMPTY(1, &n, cnp.NPY_FLOAT64, 0)
+        if not find_row_moments(&args, &t, <double *>cnp.PyArray_DATA(variance), eps):
+            return None
+    else:
+        known = running_doubles(running_mean, running_var, eps, n)
+        if known is None or (out is not None and not (
+                apart(<ndarray>out, running_mean) and apart(<ndarray>out, running_var))):
+            return None
+        for i in range(n):
+            t.mean[i] = (<const double *>cnp.PyArray_DATA(known))[i]
+            t.rstd[i] = (<const double *>cnp.PyArray_DATA(known))[n + i]
+            t.terms[0][i] = t.mean[i] if args.x_type == FN_F64 else <double><float>t.mean[i]
+            t.terms[2][i] = t.mean[i] - t.terms[0][i]
+    y = out
+    if out is None:
+        y = new_array(cnp.PyArray_NDIM(<ndarray>x), cnp.PyArray_DIMS(<ndarray>x), typenum, &warm)
+    args.y = cnp.PyArray_DATA(y)
+    if not apply_rows(&args, &t, weight, bias):
+        return None
+    if not training:
+        return y
+    return y, kept[:n].copy(), variance
+
+
+def straight_rows_backward(dy, x, mean, rstd, weight, bias, output_mask, running_var=None,
+                           double eps=0):
+    """The same backward: (dx, dweight, dbias). running_var: `mean` and it normalised."""
+    cdef fn_channels_last_args args
+    cdef row_terms t
+    cdef int typenum, warm = 0
+    cdef Py_ssize_t i
+    cdef npy_intp n
+    cdef bint given = running_var is not None, double_, want_dx
+    cdef const double *dots
+    cdef ndarray known, totals, dx = None
+    cdef npy_intp[2] dims
+    cdef double most, w, c, dw, db, per, largest, bound, least
+    if not is_rows(x) or not PyTuple_CheckExact(output_mask) or not eps >= 0:
+        return None
+    if PyTuple_GET_SIZE(output_mask) != 3:
+        return None
+    typenum = cnp.PyArray_TYPE(<ndarray>x)
+    fill_plain_rows(&args, <ndarray>x)
+    n = args.cols
+    if (
+        not is_plain(dy, typenum, C_ALIGNED) or not same_shape(<ndarray>dy, x)
+        or not is_channel_vector(weight, typenum, n) or not is_channel_vector(bias, typenum, n)
+    ):
+        return None
+    for flag in output_mask:
+        if not is_bool(flag):
+            return None
+    known = running_doubles(mean, running_var, eps, n) if given else doubles_of(mean, rstd, 1, 0, n)
+    if known is None:
+        return None
+    kept = new_terms(n, &t)
+    double_ = args.x_type == FN_F64
+    most = DBL_MAX if double_ else FLT_MAX
+    bound = 2.0**301 if double_ else 2.0**41
+    least = 2.0**-900 if double_ else 2.0**-90
+    for i in range(n):
+        t.mean[i] = (<const double *>cnp.PyArray_DATA(known))[i]
+        t.rstd[i] = (<const double *>cnp.PyArray_DATA(known))[n + i]
+        t.terms[0][i] = t.mean[i] if double_ else <double><float>t.mean[i]
+        t.terms[1][i] = t.mean[i] - t.terms[0][i]
+    round_terms(&args, &t, 1)
+    args.dy = cnp.PyArray_DATA(<ndarray>dy)
+    sums = block_sums(&args)
+    run_rows(&args, 1)
+    totals = added_blocks(sums, 1)
+    dots = <const double *>cnp.PyArray_DATA(totals)
+    dims[0], dims[1] = 2, n
+    result = cnp.PyArray_EMPTY(2, dims, cnp.NPY_FLOAT64, 0)
+    per = <double>args.rows
+    for i in range(n):
+        w, db = number_of(weight, double_, i, 1), dots[n + i]
+        c = t.terms[1][i] if given else dots[i] / per
+        dw = (dots[2 * n + i] - c * db) * t.rstd[i]
+        t.terms[1][i] = t.rstd[i] * w
+        t.terms[2][i] = t.terms[3][i] = 0
+        if not given:
+            t.terms[3][i] = -t.rstd[i] * t.rstd[i] * (w * dw / per)
+            t.terms[2][i] = -t.rstd[i] * (w * db / per) - c * t.terms[3][i]
+        largest = fmax(fabs(db), fabs(dots[2 * n + i] * t.rstd[i]))
+        if not (
+            (largest == 0 or (least <= largest and largest <= most)) and db == db
+            and 1 / bound <= t.rstd[i] and t.rstd[i] <= bound and fabs(t.terms[1][i]) <= most
+            and fabs(t.terms[2][i]) <= most and fabs(t.terms[3][i]) <= most
+            and dots[2 * n + i] == dots[2 * n + i]
+        ):
+            return None
+        (<double *>cnp.PyArray_DATA(<ndarray>result))[i] = dw
+        (<double *>cnp.PyArray_DATA(<ndarray>result))[n + i] = db
+    want_dx = output_mask[0]
+    if want_dx:
+        dx = new_array(cnp.PyArray_NDIM(<ndarray>x), cnp.PyArray_DIMS(<ndarray>x), typenum, &warm)
+        args.y = cnp.PyArray_DATA(dx)
+        for i in range(n):  # the pivot again: it was rounded in its place
+            t.terms[0][i] = t.mean[i]
+        round_terms(&args, &t, 4)
+        run_rows(&args, 2)
+    if typenum == cnp.NPY_FLOAT32:
+        result = result.astype(np.float32)
+    return dx, result[0] if output_mask[1] else None, result[1] if output_mask[2] else None
 
 
 cdef tuple as_tuple(fn_channels *l):

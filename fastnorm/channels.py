@@ -34,6 +34,14 @@ def _is_first(channel_axis: Any) -> bool:
     return type(channel_axis) is int and channel_axis == 1
 
 
+def _is_last(x: Any, channel_axis: Any) -> bool:
+    """Whether this plainly says that the channels are x's last axis."""
+    return (
+        type(channel_axis) is int and type(x) is np.ndarray and x.ndim > 1
+        and channel_axis in (-1, x.ndim - 1)
+    )  # fmt: skip
+
+
 def batch_norm(
     x: Any, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None,
     training: bool = False, momentum: float = 0.1, eps: float = 1e-5, *, channel_axis: int = 1,
@@ -116,12 +124,23 @@ def batch_norm(
     (array([0.2, 0.5]), array([1.1, 0.9]))
     """
     done = None
-    if _is_first(channel_axis) and dtype is None and activation is None and return_stats is False:
+    if dtype is None and activation is None and return_stats is False:
         if training is True:
             done = _train_straight(
-                x, running_mean, running_var, weight, bias, eps, out, momentum, dialect
+                x,
+                running_mean,
+                running_var,
+                weight,
+                bias,
+                eps,
+                out,
+                momentum,
+                channel_axis,
+                dialect,
             )
-        elif training is False:
+        elif training is False and _is_last(x, channel_axis):
+            done = _core.straight_rows(x, weight, bias, eps, out, running_mean, running_var, False)
+        elif training is False and _is_first(channel_axis):
             done = _core.straight_batch_inference(
                 x, running_mean, running_var, weight, bias, eps, out
             )
@@ -135,31 +154,37 @@ def batch_norm(
 
 def _train_straight(
     x: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any, eps: Any, out: Any,
-    momentum: Any, dialect: Any,
+    momentum: Any, channel_axis: Any, dialect: Any,
 ) -> Any:  # fmt: skip
     """The result where all is plain, else None."""
+    is_last = _is_last(x, channel_axis)
+    if not is_last and not _is_first(channel_axis):
+        return None
     arrays = [a for a in (running_mean, running_var) if a is not None]
     if (
         type(momentum) is not float or not math.isfinite(momentum) or type(dialect) is not str
         or dialect not in DIALECTS
-        or not all(_is_running(a, x, out) for a in arrays)
+        or not all(_is_running(a, x, -1 if is_last else 1, out) for a in arrays)
         or (len(arrays) == 2 and np.may_share_memory(*arrays))
     ):  # fmt: skip
         return None
-    done = _core.straight_batch_training(x, weight, bias, eps, out)
+    if is_last:
+        done = _core.straight_rows(x, weight, bias, eps, out, None, None, True)
+    else:
+        done = _core.straight_batch_training(x, weight, bias, eps, out)
     if done is None:
         return None
     y, mean, variance = done
     running = Running(running_mean, running_var, momentum, DIALECTS[dialect])
-    running.update(mean, variance, x.size // x.shape[1])
+    running.update(mean, variance, x.size // mean.size)
     return y
 
 
-def _is_running(array: Any, x: Any, out: Any) -> bool:
+def _is_running(array: Any, x: Any, axis: int, out: Any) -> bool:
     """Whether this is a plain array to be updated, which shares no memory with the result."""
     return (
         type(array) is np.ndarray and array.dtype in checks.COMPUTED and array.dtype.isnative
-        and type(x) is np.ndarray and x.ndim > 1 and array.shape == x.shape[1:2]
+        and type(x) is np.ndarray and x.ndim > 1 and array.shape == (x.shape[axis],)
         and array.flags.writeable and array.flags.c_contiguous
         and (out is None or (type(out) is np.ndarray and not np.may_share_memory(array, out)))
     )  # fmt: skip
@@ -221,7 +246,14 @@ def batch_norm_backward(
     array([1., 1.], dtype=float32)
     """
     done = None
-    if _is_first(channel_axis) and type(eps) is float:
+    if type(eps) is float and _is_last(x, channel_axis):
+        if training is True:
+            done = _core.straight_rows_backward(dy, x, mean, rstd, weight, bias, output_mask)
+        elif training is False and running_var is not None:
+            done = _core.straight_rows_backward(
+                dy, x, running_mean, None, weight, bias, output_mask, running_var, eps
+            )
+    elif type(eps) is float and _is_first(channel_axis):
         if training is True:
             done = _core.straight_channel_backward(
                 dy, x, 0, mean, rstd, weight, bias, output_mask, True
