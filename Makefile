@@ -24,7 +24,7 @@ SOURCES := $(wildcard pyproject.toml setup.py README.md LICENSE \
 .PRECIOUS: .venv-%/.python-$(ABI)
 
 help:
-	@echo 'make demo      the main job: layer norm inside a network that learns to read digits'
+	@echo 'make demo      the main job: layer norm beside batch norm in a network that learns to read digits'
 	@echo 'make test      the tests, against the built wheel'
 	@echo 'make test-gpu  the tests that need a CUDA device'
 	@echo 'make bench     this machine, beside NumPy, torch, onnxruntime and numba'
