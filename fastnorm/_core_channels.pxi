@@ -351,6 +351,26 @@ cdef ndarray running_doubles(object mean, object variance, double eps, Py_ssize_
     return array
 
 
+cdef bint are_near(ndarray known, object weight, int typenum) noexcept:
+    """Whether nothing leaves the range of what is computed in by these means and rstds (where the
+    weight is plain, as it must be anyway). As by_far_statistics of channel_forward.py has it."""
+    cdef Py_ssize_t i, channels = cnp.PyArray_SIZE(known) // 2
+    cdef const double *mean = <const double *>cnp.PyArray_DATA(known)
+    cdef const double *rstd = mean + channels
+    cdef bint wide = typenum == cnp.NPY_FLOAT64
+    cdef double farthest = 2.0**960 if wide else 2.0**100, most = DBL_MAX if wide else FLT_MAX, w = 1
+    if not is_channel_vector(weight, typenum, channels):
+        return False
+    for i in range(channels):
+        if weight is not None:
+            w = ((<const double *>cnp.PyArray_DATA(<ndarray>weight))[i] if wide
+                 else (<const float *>cnp.PyArray_DATA(<ndarray>weight))[i])
+        if not (fabs(mean[i]) <= farthest and fabs(rstd[i]) <= DBL_MAX
+                and fabs(rstd[i] * w) <= most):
+            return False
+    return True
+
+
 cdef inline bint is_channels_first(object x) noexcept:
     """Whether x is a plain array of planes of more than one element."""
     cdef int typenum
@@ -373,9 +393,11 @@ def straight_batch_inference(x, running_mean, running_var, weight, bias, eps, ou
         return None
     channels = cnp.PyArray_DIM(<ndarray>x, 1)
     known = running_doubles(running_mean, running_var, eps, channels)
-    if known is None or (out is not None and not (
+    if known is None or not are_near(known, weight, cnp.PyArray_TYPE(<ndarray>x)):
+        return None
+    if out is not None and not (
             is_plain(out, cnp.PyArray_TYPE(<ndarray>x), C_ALIGNED_WRITEABLE)
-            and apart(<ndarray>out, running_mean) and apart(<ndarray>out, running_var))):
+            and apart(<ndarray>out, running_mean) and apart(<ndarray>out, running_var)):
         return None
     return straight_channels(x, channels, weight, bias, eps, out, known, True, NULL)
 

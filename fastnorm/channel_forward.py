@@ -17,6 +17,10 @@ from .channel_repairs import activated, normalise, put_right, store
 LEAST_VARIANCE = {checks.FLOAT32: 2.0**-80, checks.FLOAT64: 2.0**-600}
 
 
+#: Given means up to these are nothing next to an x that might leave the range with them.
+FARTHEST_MEAN = {checks.FLOAT32: 2.0**100, checks.FLOAT64: 2.0**960}
+
+
 class ForwardCall(ChannelCall):
     """y, and with it what statistics were asked for."""
 
@@ -103,12 +107,39 @@ class ForwardCall(ChannelCall):
 
     def run(self) -> Any:
         if self.source.size == 0:
-            return self.gather(self.empty_statistics())
+            return self.gather(self.empty_statistics() if self.return_stats else None)
+        far = self.by_far_statistics()
         found = self.run_last() if self.is_last else self.run_planes()
+        for channel, values in far:
+            store(self.of_channel(self.made, channel), values)
         self.write_back(self.made, self.target)
         if self.running and found is not None:
             self.update_running(found)
         return self.gather(found)
+
+    def of_channel(self, array: np.ndarray, channel: int) -> np.ndarray:
+        """A channel of x or y as the kernels see them, (N, S): a view."""
+        if self.is_last:
+            return array.reshape(self.samples, self.size, self.channels)[..., channel]
+        return array.reshape(self.samples, self.channels, self.size)[:, channel]
+
+    def by_far_statistics(self) -> list[tuple[int, np.ndarray]]:
+        """Channels whose given statistics would leave the range of what is computed in, with their
+        results, in double precision; before anything is written: y may be x."""
+        if not self.given:
+            return []
+        mean, rstd = self.given
+        w, b = self.spread_parameters(self.samples if self.per_sample else 1)
+        with np.errstate(all="ignore"):
+            factors = np.abs(rstd * w)
+            near = (np.abs(mean) <= FARTHEST_MEAN[self.compute]) & np.isfinite(rstd)
+            near &= ((factors <= np.finfo(self.compute).max) | ~np.isfinite(w)).all(0)
+            found = []
+            for c in np.flatnonzero(~near & ~np.isnan(rstd)):
+                x = interop.widened(self.of_channel(self.x, c)).astype(np.float64)
+                y = (x * 0.5 - mean[c] * 0.5) * rstd[c] * 2 * w[:, c, None] + b[:, c, None]
+                found.append((int(c), activated(y, self.activation)))
+        return found
 
     def run_planes(self) -> np.ndarray | None:
         if self.given:
@@ -222,9 +253,9 @@ class ForwardCall(ChannelCall):
     def gather(self, found: np.ndarray | None) -> Any:
         if not self.return_stats:
             return self.y
-        if found is None:
-            assert self.given is not None
+        if self.given is not None:
             return self.y, *self.given
+        assert found is not None
         mean, _, rstd = found
         if self.over_samples:
             return self.y, mean.copy(), rstd.copy()
@@ -271,10 +302,15 @@ class AdaptiveCall(ForwardCall):
 def moments_of(x: Any, channel_axis: Any, ddof: int, eps: float) -> tuple[np.ndarray, np.ndarray]:
     """Mean and ``sqrt(var + eps)`` of each channel of each sample, (N, C), in double precision."""
     call = ForwardCall(x, channel_axis, None, None, None, 0.0)
+    shape = call.samples, call.channels
     if call.source.size == 0:
-        return (np.full((call.samples, call.channels), np.nan),) * 2
-    found = call.run_last() if call.is_last else call.run_planes()
-    assert found is not None
-    mean, variance, _ = found.reshape(3, call.samples, call.channels)
+        return (np.full(shape, np.nan),) * 2
     with np.errstate(all="ignore"):
+        if call.is_last:
+            found = call.run_last()
+            assert found is not None
+            mean, variance, _ = found.reshape(3, *shape)
+        else:
+            pivot, shift, squares = _core.plane_moments(call.x.reshape(-1, call.size))
+            mean, variance = (pivot + shift).reshape(shape), (squares / call.size).reshape(shape)
         return mean, np.sqrt(variance * (call.size / (call.size - ddof)) + eps)
