@@ -111,8 +111,13 @@ class BackwardCall(ChannelCall):
         done = gradients(layout.unit(self.dy, u), layout.unit(self.x, u), w, mean, rstd, self.given,
                          (0, 2))  # fmt: skip
         sums[:, 0], sums[:, 1] = done.dweight, done.dbias
-        if self.made is not None:
+        if self.made is not None and self.is_repaired(rstd * np.asarray(w)):
             store(layout.unit(self.made, u), done.dx)
+
+    def is_repaired(self, factor: np.ndarray) -> bool:
+        """Whether a refused unit's dx is: by statistics that are given it is dy*factor, which the
+        kernels refuse on account of x alone where the factor is within range."""
+        return not self.given or bool((np.abs(factor) > np.finfo(self.compute).max).any())
 
     # ---- channels last ---------------------------------------------------------------------------
 
@@ -136,9 +141,14 @@ class BackwardCall(ChannelCall):
         ]
         if self.made is not None:
             rows = self.in_rows(self.made)
-            _core.channels_last(dy, x, rows, rounded, each)
+            if self.given:  # x has no part in it
+                zeros = np.zeros_like(pivot)
+                _core.channels_last(None, dy, rows, [zeros, rounded[1], zeros], each)
+            else:
+                _core.channels_last(dy, x, rows, rounded, each)
             for (lot, group), values in repairs:
-                store(self.part(rows, lot, group), values)
+                if self.is_repaired(terms[0][lot, group]):
+                    store(self.part(rows, lot, group), values)
         return sums
 
     def coefficients(

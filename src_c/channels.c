@@ -282,7 +282,7 @@ static void channel_norm_backward(const void *args, ptrdiff_t unit0, ptrdiff_t u
         const double deviations = sums_of_unit(a, unit_at(l, u), terms[0], rooms, &x, &dy, sums);
         a->refused[u] = (unsigned char)!gradients_of_unit(a, first, mean, rstd, deviations, sums,
                                                           terms);
-        if (a->refused[u] || !a->dx) continue;
+        if ((a->refused[u] && !a->given) || !a->dx) continue;
         for (ptrdiff_t row = 0; row < l->rows; row++) {
             const ptrdiff_t at = unit_at(l, u) + row * l->row_stride;
             if (l->rows > 1) load_rows(a, at, rooms, &x, &dy);
