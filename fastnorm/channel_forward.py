@@ -17,6 +17,8 @@ from .channel_repairs import activated, normalise, put_right, store
 LEAST_VARIANCE = {checks.FLOAT32: 2.0**-80, checks.FLOAT64: 2.0**-600}
 
 
+#: Sums of squares up to these leave all deviations in range; sums of T's own squares do so anyway.
+LARGEST_SQUARES = {checks.FLOAT32: 2.0**252, checks.FLOAT64: float(np.finfo(np.float64).max)}
 #: Given means up to these are nothing next to an x that might leave the range with them.
 FARTHEST_MEAN = {checks.FLOAT32: 2.0**100, checks.FLOAT64: 2.0**960}
 
@@ -135,10 +137,10 @@ class ForwardCall(ChannelCall):
             near = (np.abs(mean) <= FARTHEST_MEAN[self.compute]) & np.isfinite(rstd)
             near &= ((factors <= np.finfo(self.compute).max) | ~np.isfinite(w)).all(0)
             found = []
-            for c in np.flatnonzero(~near & ~np.isnan(rstd)):
+            for c in map(int, np.flatnonzero(~near & ~np.isnan(rstd))):
                 x = interop.widened(self.of_channel(self.x, c)).astype(np.float64)
                 y = (x * 0.5 - mean[c] * 0.5) * rstd[c] * 2 * w[:, c, None] + b[:, c, None]
-                found.append((int(c), activated(y, self.activation)))
+                found.append((c, activated(y, self.activation)))
         return found
 
     def run_planes(self) -> np.ndarray | None:
@@ -211,7 +213,7 @@ class ForwardCall(ChannelCall):
             most = np.finfo(self.compute).max
             factors = np.abs(rstd[..., None] * w.reshape(lots, self.groups, count))
             refused = ~((variance + self.eps >= LEAST_VARIANCE[self.compute])
-                        & (variance <= np.finfo(np.float64).max)
+                        & (squares <= LARGEST_SQUARES[self.compute])
                         & (factors <= most).all(-1))  # fmt: skip
         spread = [np.repeat(a.reshape(lots, self.groups), count, 1) for a in (pivot, shift, rstd)]
         return spread[0], spread[1], variance, spread[2], refused

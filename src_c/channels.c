@@ -95,6 +95,10 @@ typedef struct {
 /* Variances below this may have lost digits to underflow of the squares. */
 static double least_variance(fn_dtype dtype) { return dtype == FN_F64 ? 0x1p-600 : 0x1p-80; }
 
+/* Sums of squares up to this leave all deviations in the range of what is computed in: no row's own
+ * are larger, but what lies between rows may be. */
+static double largest_squares(fn_dtype dtype) { return dtype == FN_F64 ? DBL_MAX : 0x1p252; }
+
 /* Rows are merged one by one (Chan, Golub, LeVeque 1979), by their distance from the first one's pivot.
  * *x: the last row as it was computed with. False where the unit is out of range. */
 static int moments_of_unit(const fn_channel_norm_args *a, ptrdiff_t at, void *room, const void **x,
@@ -113,6 +117,7 @@ static int moments_of_unit(const fn_channel_norm_args *a, ptrdiff_t at, void *ro
         squares += row.variance * n + delta * delta * (double)r * n * part;
     }
     if (l->rows > 1) {
+        if (squares > largest_squares(a->dtype)) return 0;
         row.variance = squares / ((double)l->rows * n);
         row.pivot = rounded(first + mean, a->dtype);
         row.shift = (first - row.pivot) + mean;
@@ -192,9 +197,8 @@ static int sums_are_safe(double a, double b, double least, fn_dtype dtype)
 {
     const double largest = fmax(fabs(a), fabs(b));
     if (a != a || b != b) return 0;
-    return largest == 0 ||
-           (largest >= fmax(least, dtype == FN_F64 ? 0x1p-900 : 0x1p-90) &&
-            largest <= largest_of(dtype));
+    return largest == 0 || (largest >= fmax(least, dtype == FN_F64 ? 0x1p-900 : 0x1p-90) &&
+                            largest <= largest_of(dtype));
 }
 
 /* Whether what dx takes besides dy*factor is rounded to T's digits, though T's least number stands in

@@ -18,10 +18,10 @@ def by_axis(x, axis):
 
 
 def trained(x, dy, axis, eps):
-    """batch_norm's gradients and the definition's, with the scale that dx's error is measured by."""
+    """batch_norm's gradients, the definition's, and the scale that dx's error is measured by."""
     x, dy = by_axis(x, axis), by_axis(dy, axis)
     options = {"training": True, "eps": eps, "channel_axis": axis}
-    y, mean, rstd = fastnorm.batch_norm(x, None, None, return_stats=True, **options)
+    _, mean, rstd = fastnorm.batch_norm(x, None, None, return_stats=True, **options)
     options |= {"mean": mean, "rstd": rstd}
     got = fastnorm.batch_norm_backward(dy, x, **options)
     want = reference.batch_norm_backward(dy, x, **options)
@@ -123,3 +123,14 @@ def test_styles_with_constant_channels(rng):
     x = rng.standard_normal((2, 3, 5)).astype(np.float32)
     y = fastnorm.adaptive_instance_norm(x, style, 0.0)
     np.testing.assert_array_equal(y[:, 1], 7)
+
+
+def test_deviations_that_leave_the_range():
+    """Of channels that are constant, or one number, each: no square of theirs tells."""
+    x = np.float32([[3e38, -3e38, -3e38, -2e38], [1e38, 2e38, 3e38, 1e30]])
+    np.testing.assert_allclose(fastnorm.group_norm(x, 1), reference.group_norm(x, 1), rtol=1e-5)
+    x = np.empty((5, 1, 2), np.float32)
+    x[0], x[1:] = 1.6e38, -1.6e38
+    options = {"training": True, "eps": 0.0}
+    got, want = (m.batch_norm(x, None, None, **options) for m in (fastnorm, reference))
+    np.testing.assert_allclose(got, want, rtol=1e-6)
