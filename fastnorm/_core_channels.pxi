@@ -358,7 +358,8 @@ cdef bint are_near(ndarray known, object weight, int typenum) noexcept:
     cdef const double *mean = <const double *>cnp.PyArray_DATA(known)
     cdef const double *rstd = mean + channels
     cdef bint wide = typenum == cnp.NPY_FLOAT64
-    cdef double farthest = 2.0**960 if wide else 2.0**100, most = DBL_MAX if wide else FLT_MAX, w = 1
+    cdef double farthest = 2.0**960 if wide else 2.0**100, most = DBL_MAX if wide else FLT_MAX
+    cdef double least = DBL_MIN if wide else FLT_MIN, w = 1
     if not is_channel_vector(weight, typenum, channels):
         return False
     for i in range(channels):
@@ -366,7 +367,8 @@ cdef bint are_near(ndarray known, object weight, int typenum) noexcept:
             w = ((<const double *>cnp.PyArray_DATA(<ndarray>weight))[i] if wide
                  else (<const float *>cnp.PyArray_DATA(<ndarray>weight))[i])
         if not (fabs(mean[i]) <= farthest and fabs(rstd[i]) <= DBL_MAX
-                and fabs(rstd[i] * w) <= most):
+                and fabs(rstd[i] * w) <= most
+                and (fabs(rstd[i] * w) >= least or fabs(w) < 1 / farthest)):
             return False
     return True
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from . import _core, checks
 from .channel_calls import ChannelCall, Given, as_groups
-from .channel_repairs import Layout, gradients, store
+from .channel_repairs import Layout, gradients, is_lost, store
 
 #: As channels.c: roots whose squares, times a gradient, stay in range, and sums of products that
 #: do.
@@ -111,13 +111,8 @@ class BackwardCall(ChannelCall):
         done = gradients(layout.unit(self.dy, u), layout.unit(self.x, u), w, mean, rstd, self.given,
                          (0, 2))  # fmt: skip
         sums[:, 0], sums[:, 1] = done.dweight, done.dbias
-        if self.made is not None and self.is_repaired(rstd * np.asarray(w)):
+        if self.made is not None:
             store(layout.unit(self.made, u), done.dx)
-
-    def is_repaired(self, factor: np.ndarray) -> bool:
-        """Whether a refused unit's dx is: by statistics that are given it is dy*factor, which the
-        kernels refuse on account of x alone where the factor is within range."""
-        return not self.given or bool((np.abs(factor) > np.finfo(self.compute).max).any())
 
     # ---- channels last ---------------------------------------------------------------------------
 
@@ -141,14 +136,9 @@ class BackwardCall(ChannelCall):
         ]
         if self.made is not None:
             rows = self.in_rows(self.made)
-            if self.given:  # x has no part in it
-                zeros = np.zeros_like(pivot)
-                _core.channels_last(None, dy, rows, [zeros, rounded[1], zeros], each)
-            else:
-                _core.channels_last(dy, x, rows, rounded, each)
+            _core.channels_last(dy, x, rows, rounded, each)
             for (lot, group), values in repairs:
-                if self.is_repaired(terms[0][lot, group]):
-                    store(self.part(rows, lot, group), values)
+                store(self.part(rows, lot, group), values)
         return sums
 
     def coefficients(
@@ -179,6 +169,7 @@ class BackwardCall(ChannelCall):
         safe &= (rstd >= 1 / bound) & (rstd <= bound)
         for term in (factor, slope, rest):
             safe &= np.abs(term) <= most
+        safe &= ~is_lost(factor, w, self.compute)
         share = np.minimum(rstd, rstd * rstd) * np.repeat(
             largest.reshape(grouped).max(-1).reshape(lots, -1) / n, grouped[2], 1
         )

@@ -11,7 +11,7 @@ import numpy as np
 from . import _core, checks, interop
 from .call import as_output
 from .channel_calls import ChannelCall, Given, Running, as_groups
-from .channel_repairs import activated, normalise, put_right, store
+from .channel_repairs import activated, is_lost, normalise, put_right, store
 
 #: Padded variances below these may have lost digits to underflow of the squares (op_stats.h).
 LEAST_VARIANCE = {checks.FLOAT32: 2.0**-80, checks.FLOAT64: 2.0**-600}
@@ -136,6 +136,7 @@ class ForwardCall(ChannelCall):
             factors = np.abs(rstd * w)
             near = (np.abs(mean) <= FARTHEST_MEAN[self.compute]) & np.isfinite(rstd)
             near &= ((factors <= np.finfo(self.compute).max) | ~np.isfinite(w)).all(0)
+            near &= ~is_lost(factors, w, self.compute).any(0)
             found = []
             for c in map(int, np.flatnonzero(~near & ~np.isnan(rstd))):
                 x = interop.widened(self.of_channel(self.x, c)).astype(np.float64)
@@ -211,10 +212,12 @@ class ForwardCall(ChannelCall):
             shift = (first[..., :1] - pivot) + mean
             rstd = 1.0 / np.sqrt(variance + self.eps)
             most = np.finfo(self.compute).max
-            factors = np.abs(rstd[..., None] * w.reshape(lots, self.groups, count))
+            weights = w.reshape(lots, self.groups, count)
+            factors = np.abs(rstd[..., None] * weights)
+            factors_fit = (factors <= most) & ~is_lost(factors, weights, self.compute)
             refused = ~((variance + self.eps >= LEAST_VARIANCE[self.compute])
                         & (squares <= LARGEST_SQUARES[self.compute])
-                        & (factors <= most).all(-1))  # fmt: skip
+                        & factors_fit.all(-1))  # fmt: skip
         spread = [np.repeat(a.reshape(lots, self.groups), count, 1) for a in (pivot, shift, rstd)]
         return spread[0], spread[1], variance, spread[2], refused
 

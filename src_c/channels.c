@@ -127,6 +127,12 @@ static int moments_of_unit(const fn_channel_norm_args *a, ptrdiff_t at, void *ro
     return !(padded < least_variance(a->dtype) || row.variance > DBL_MAX);
 }
 
+/* Whether w*rstd has lost digits to the least numbers, though the weight is nowhere near them. */
+static int is_lost(double w, double rstd, fn_dtype dtype)
+{
+    return fabs(w * rstd) < least_of(dtype) && fabs(w) >= (dtype == FN_F64 ? 0x1p-960 : 0x1p-100);
+}
+
 /* Whether a plane's factor stays in range though all that it is made of does. */
 static int weights_fit(const fn_channel_norm_args *a, ptrdiff_t first, double rstd)
 {
@@ -134,6 +140,7 @@ static int weights_fit(const fn_channel_norm_args *a, ptrdiff_t first, double rs
     for (ptrdiff_t j = 0; a->weight && j < planes; j++) {
         const double w = number_at(a->weight, a->dtype, first + j, 1);
         if (fabs(w * rstd) > largest_of(a->dtype) && fabs(w) <= DBL_MAX) return 0;
+        if (is_lost(w, rstd, a->dtype)) return 0;
     }
     return 1;
 }
@@ -256,7 +263,8 @@ static int gradients_of_unit(const fn_channel_norm_backward_args *a, ptrdiff_t f
     for (ptrdiff_t j = 0; j < l->cols / l->plane; j++) {
         const double w = number_at(a->weight, a->dtype, first + j, 1), dy = sums[2 * j + 1];
         const double dyx = sums[2 * j] * rstd;
-        fits &= sums_are_safe(dy, dyx, least, a->dtype) && fabs(w * rstd) <= most;
+        fits &= sums_are_safe(dy, dyx, least, a->dtype) && fabs(w * rstd) <= most &&
+                !is_lost(w, rstd, a->dtype);
         largest = fmax(largest, fmax(fabs(dy), fabs(dyx)));
         sums[2 * j] = (sums[2 * j] - c * dy) * rstd;
         g += w * dy;
@@ -286,7 +294,7 @@ static void channel_norm_backward(const void *args, ptrdiff_t unit0, ptrdiff_t u
         const double deviations = sums_of_unit(a, unit_at(l, u), terms[0], rooms, &x, &dy, sums);
         a->refused[u] = (unsigned char)!gradients_of_unit(a, first, mean, rstd, deviations, sums,
                                                           terms);
-        if ((a->refused[u] && !a->given) || !a->dx) continue;
+        if (a->refused[u] || !a->dx) continue;
         for (ptrdiff_t row = 0; row < l->rows; row++) {
             const ptrdiff_t at = unit_at(l, u) + row * l->row_stride;
             if (l->rows > 1) load_rows(a, at, rooms, &x, &dy);

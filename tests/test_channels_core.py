@@ -134,3 +134,25 @@ def test_deviations_that_leave_the_range():
     options = {"training": True, "eps": 0.0}
     got, want = (m.batch_norm(x, None, None, **options) for m in (fastnorm, reference))
     np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+@axes
+def test_factors_that_underflow(axis, rng):
+    """weight*rstd is subnormal, neither of them is."""
+    x = by_axis((rng.standard_normal((2, 4, 50)) * 1e15).astype(np.float32), axis)
+    w, var = np.full(4, 1e-25, np.float32), np.full(4, 1e30, np.float32)
+    dy = (rng.standard_normal(x.shape) * 1e10).astype(np.float32)
+    group = {"weight": w, "channel_axis": axis}
+    batch = {"running_mean": np.zeros(4, np.float32), "running_var": var, **group}
+    _, mean, rstd = fastnorm.group_norm(x, 2, return_stats=True, **group)
+    results = [
+        (
+            f.group_norm(x, 2, **group),
+            f.group_norm_backward(dy, x, 2, mean, rstd, **group)[0],
+            f.batch_norm(x, **batch),
+            f.batch_norm_backward(dy, x, **batch)[0],
+        )
+        for f in (fastnorm, reference)
+    ]
+    for got, want in zip(*results, strict=True):
+        assert np.abs(got - want).max() <= 1e-6 * np.abs(want).max()
