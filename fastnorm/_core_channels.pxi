@@ -354,6 +354,28 @@ cdef ndarray running_doubles(object mean, object variance, double eps, Py_ssize_
     return array
 
 
+cdef bint are_near(ndarray known, object weight, int typenum) noexcept:
+    """Whether nothing leaves the range of what is computed in by these means and rstds (where the
+    weight is plain, as it must be anyway). As by_far_statistics of channel_forward.py has it."""
+    cdef Py_ssize_t i, channels = cnp.PyArray_SIZE(known) // 2
+    cdef const double *mean = <const double *>cnp.PyArray_DATA(known)
+    cdef const double *rstd = mean + channels
+    cdef bint wide = typenum == cnp.NPY_FLOAT64
+    cdef double farthest = 2.0**960 if wide else 2.0**100, most = DBL_MAX if wide else FLT_MAX
+    cdef double least = DBL_MIN if wide else FLT_MIN, w = 1
+    if not is_channel_vector(weight, typenum, channels):
+        return False
+    for i in range(channels):
+        if weight is not None:
+            w = ((<const double *>cnp.PyArray_DATA(<ndarray>weight))[i] if wide
+                 else (<const float *>cnp.PyArray_DATA(<ndarray>weight))[i])
+        if not (fabs(mean[i]) <= farthest and fabs(rstd[i]) <= DBL_MAX
+                and fabs(rstd[i] * w) <= most
+                and (fabs(rstd[i] * w) >= least or fabs(w) < 1 / farthest)):
+            return False
+    return True
+
+
 cdef inline bint is_channels_first(object x) noexcept:
     """Whether x is a plain array of planes of more than one element."""
     cdef int typenum
@@ -376,9 +398,11 @@ def straight_batch_inference(x, running_mean, running_var, weight, bias, eps, ou
         return None
     channels = cnp.PyArray_DIM(<ndarray>x, 1)
     known = running_doubles(running_mean, running_var, eps, channels)
-    if known is None or (out is not None and not (
+    if known is None or not are_near(known, weight, cnp.PyArray_TYPE(<ndarray>x)):
+        return None
+    if out is not None and not (
             is_plain(out, cnp.PyArray_TYPE(<ndarray>x), C_ALIGNED_WRITEABLE)
-            and apart(<ndarray>out, running_mean) and apart(<ndarray>out, running_var))):
+            and apart(<ndarray>out, running_mean) and apart(<ndarray>out, running_var)):
         return None
     return straight_channels(x, channels, weight, bias, eps, out, known, True, NULL)
 
@@ -636,6 +660,14 @@ cdef inline int call_rows(fn_channels_last_args *args, fn_dtype dtype, int what)
     return fn_channels_last_dots(args, dtype, 0) if what == 1 else fn_channels_last(args, dtype, 0)
 
 
+cdef inline bint is_lost(double factor, double w, bint wide) noexcept:
+    """As channel_repairs.py has it."""
+    return (
+        fabs(factor) < (DBL_MIN if wide else FLT_MIN)
+        and fabs(w) >= (2.0**-960 if wide else 2.0**-100)
+    )
+
+
 cdef bint find_row_moments(fn_channels_last_args *args, row_terms *t, double *variance,
                            double eps) except -1:
     """Statistics of the whole array; False where a channel is out of range. Of the terms, the pivot
@@ -657,7 +689,7 @@ cdef bint find_row_moments(fn_channels_last_args *args, row_terms *t, double *va
         padded = variance[i] + eps
         t.mean[i] = t.terms[0][i] + t.terms[2][i]
         t.rstd[i] = 1.0 / sqrt(padded)
-        fits &= variance[i] <= DBL_MAX
+        fits &= found[2 * n + i] <= (DBL_MAX if args.x_type == FN_F64 else 2.0**252)
         fits &= padded >= (LEAST_F64 if args.x_type == FN_F64 else LEAST_F32)
     return fits
 
@@ -671,6 +703,8 @@ cdef bint apply_rows(fn_channels_last_args *args, row_terms *t, weight, bias) ex
         t.terms[1][i] = t.rstd[i] * number_of(weight, double_, i, 1)
         t.terms[2][i] = number_of(bias, double_, i, 0) - t.terms[2][i] * t.terms[1][i]
         if not fabs(t.terms[1][i]) <= most:
+            return False
+        if is_lost(t.terms[1][i], number_of(weight, double_, i, 1), double_):
             return False
     round_terms(args, t, 3)
     run_rows(args, 2)
@@ -707,6 +741,8 @@ def straight_rows(x, weight, bias, eps, out, running_mean, running_var, bint tra
         if known is None or (out is not None and not (
                 apart(<ndarray>out, running_mean) and apart(<ndarray>out, running_var))):
             return None
+        if not are_near(known, weight, typenum):
+            return None
         for i in range(n):
             t.mean[i] = (<const double *>cnp.PyArray_DATA(known))[i]
             t.rstd[i] = (<const double *>cnp.PyArray_DATA(known))[n + i]
@@ -735,7 +771,7 @@ def straight_rows_backward(dy, x, mean, rstd, weight, bias, output_mask, running
     cdef const double *dots
     cdef ndarray known, totals, dx = None
     cdef npy_intp[2] dims
-    cdef double most, w, c, dw, db, per, largest, bound, least
+    cdef double most, w, c, dw, db, per, largest, bound, least, tiny, share
     if not is_rows(x) or not PyTuple_CheckExact(output_mask) or not eps >= 0:
         return None
     if PyTuple_GET_SIZE(output_mask) != 3:
@@ -759,6 +795,7 @@ def straight_rows_backward(dy, x, mean, rstd, weight, bias, output_mask, running
     most = DBL_MAX if double_ else FLT_MAX
     bound = 2.0**301 if double_ else 2.0**41
     least = 2.0**-900 if double_ else 2.0**-90
+    tiny = DBL_MIN if double_ else FLT_MIN
     for i in range(n):
         t.mean[i] = (<const double *>cnp.PyArray_DATA(known))[i]
         t.rstd[i] = (<const double *>cnp.PyArray_DATA(known))[n + i]
@@ -783,8 +820,14 @@ def straight_rows_backward(dy, x, mean, rstd, weight, bias, output_mask, running
             t.terms[3][i] = -t.rstd[i] * t.rstd[i] * (w * dw / per)
             t.terms[2][i] = -t.rstd[i] * (w * db / per) - c * t.terms[3][i]
         largest = fmax(fabs(db), fabs(dots[2 * n + i] * t.rstd[i]))
+        share = fmin(t.rstd[i], t.rstd[i] * t.rstd[i]) * (largest / per)
+        if (share < tiny * sqrt(per) and (t.terms[2][i] != 0 or t.terms[3][i] != 0)
+                or is_lost(t.terms[1][i], w, double_)):
+            return None
         if not (
-            (largest == 0 or (least <= largest and largest <= most)) and db == db
+            (largest == 0 or (fmax(least, 4 * tiny * t.rstd[i] * per) <= largest
+                              and largest <= most))
+            and db == db
             and 1 / bound <= t.rstd[i] and t.rstd[i] <= bound and fabs(t.terms[1][i]) <= most
             and fabs(t.terms[2][i]) <= most and fabs(t.terms[3][i]) <= most
             and dots[2 * n + i] == dots[2 * n + i]

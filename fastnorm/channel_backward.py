@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
 from . import _core, checks
 from .channel_calls import ChannelCall, Given, as_groups
-from .channel_repairs import Layout, gradients, store
+from .channel_repairs import Layout, gradients, is_lost, store
 
 #: As channels.c: roots whose squares, times a gradient, stay in range, and sums of products that
 #: do.
@@ -162,10 +163,17 @@ class BackwardCall(ChannelCall):
             rest = -rstd * over_group(w * db) - c * slope
         most, bound = np.finfo(self.compute).max, LARGEST_RSTD[self.compute]
         largest = np.maximum(np.abs(db), np.abs(dyx * rstd))
-        safe = (largest == 0) | ((largest >= LEAST_SUM[self.compute]) & (largest <= most))
+        tiny = float(np.finfo(self.compute).tiny)
+        least = np.maximum(LEAST_SUM[self.compute], 4 * tiny * rstd * self.rows_each)
+        safe = (largest == 0) | ((largest >= least) & (largest <= most))
         safe &= (rstd >= 1 / bound) & (rstd <= bound)
         for term in (factor, slope, rest):
             safe &= np.abs(term) <= most
+        safe &= ~is_lost(factor, w, self.compute)
+        share = np.minimum(rstd, rstd * rstd) * np.repeat(
+            largest.reshape(grouped).max(-1).reshape(lots, -1) / n, grouped[2], 1
+        )
+        safe &= ((slope == 0) & (rest == 0)) | (share >= tiny * math.sqrt(n))
         return [factor, rest, slope], np.stack([dw, db], -1), ~safe.reshape(grouped).all(-1)
 
     def repaired(

@@ -18,7 +18,7 @@ from numpy.exceptions import AxisError
 
 from . import _core, checks, interop
 from .call import stand_in, why_copied
-from .channel_repairs import Layout
+from .channel_repairs import Layout, store
 from .dialects import Dialect
 
 #: Statistics that are given, once the number of channels is known.
@@ -90,10 +90,15 @@ class Running(NamedTuple):
         kept, taken = (1 - share, share) if self.dialect.momentum_is_of_new else (share, 1 - share)
         if self.dialect.is_unbiased and count > 1:
             variance = variance * (count / (count - 1))
-        if self.mean is not None:
-            _core.update_running(self.mean, np.ascontiguousarray(mean), kept, taken)
-        if self.var is not None:
-            _core.update_running(self.var, np.ascontiguousarray(variance), kept, taken)
+        for running, batch in ((self.mean, mean), (self.var, variance)):
+            if running is None:
+                continue
+            if not interop.is_bits(running.dtype):
+                _core.update_running(running, np.ascontiguousarray(batch), kept, taken)
+                continue
+            with np.errstate(all="ignore"):
+                old = interop.widened(running).astype(np.float64)
+                store(running, kept * old + taken * batch)
 
 
 def rstd_of(variance: np.ndarray, eps: float) -> np.ndarray:

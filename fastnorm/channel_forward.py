@@ -11,10 +11,16 @@ import numpy as np
 from . import _core, checks, interop
 from .call import as_output
 from .channel_calls import ChannelCall, Given, Running, as_groups
-from .channel_repairs import activated, normalise, put_right, store
+from .channel_repairs import activated, is_lost, normalise, put_right, store
 
 #: Padded variances below these may have lost digits to underflow of the squares (op_stats.h).
 LEAST_VARIANCE = {checks.FLOAT32: 2.0**-80, checks.FLOAT64: 2.0**-600}
+
+
+#: Sums of squares up to these leave all deviations in range; sums of T's own squares do so anyway.
+LARGEST_SQUARES = {checks.FLOAT32: 2.0**252, checks.FLOAT64: float(np.finfo(np.float64).max)}
+#: Given means up to these are nothing next to an x that might leave the range with them.
+FARTHEST_MEAN = {checks.FLOAT32: 2.0**100, checks.FLOAT64: 2.0**960}
 
 
 class ForwardCall(ChannelCall):
@@ -103,12 +109,40 @@ class ForwardCall(ChannelCall):
 
     def run(self) -> Any:
         if self.source.size == 0:
-            return self.gather(self.empty_statistics())
+            return self.gather(self.empty_statistics() if self.return_stats else None)
+        far = self.by_far_statistics()
         found = self.run_last() if self.is_last else self.run_planes()
+        for channel, values in far:
+            store(self.of_channel(self.made, channel), values)
         self.write_back(self.made, self.target)
         if self.running and found is not None:
             self.update_running(found)
         return self.gather(found)
+
+    def of_channel(self, array: np.ndarray, channel: int) -> np.ndarray:
+        """A channel of x or y as the kernels see them, (N, S): a view."""
+        if self.is_last:
+            return array.reshape(self.samples, self.size, self.channels)[..., channel]
+        return array.reshape(self.samples, self.channels, self.size)[:, channel]
+
+    def by_far_statistics(self) -> list[tuple[int, np.ndarray]]:
+        """Channels whose given statistics would leave the range of what is computed in, with their
+        results, in double precision; before anything is written: y may be x."""
+        if not self.given:
+            return []
+        mean, rstd = self.given
+        w, b = self.spread_parameters(self.samples if self.per_sample else 1)
+        with np.errstate(all="ignore"):
+            factors = np.abs(rstd * w)
+            near = (np.abs(mean) <= FARTHEST_MEAN[self.compute]) & np.isfinite(rstd)
+            near &= ((factors <= np.finfo(self.compute).max) | ~np.isfinite(w)).all(0)
+            near &= ~is_lost(factors, w, self.compute).any(0)
+            found = []
+            for c in map(int, np.flatnonzero(~near & ~np.isnan(rstd))):
+                x = interop.widened(self.of_channel(self.x, c)).astype(np.float64)
+                y = (x * 0.5 - mean[c] * 0.5) * rstd[c] * 2 * w[:, c, None] + b[:, c, None]
+                found.append((c, activated(y, self.activation)))
+        return found
 
     def run_planes(self) -> np.ndarray | None:
         if self.given:
@@ -178,10 +212,12 @@ class ForwardCall(ChannelCall):
             shift = (first[..., :1] - pivot) + mean
             rstd = 1.0 / np.sqrt(variance + self.eps)
             most = np.finfo(self.compute).max
-            factors = np.abs(rstd[..., None] * w.reshape(lots, self.groups, count))
+            weights = w.reshape(lots, self.groups, count)
+            factors = np.abs(rstd[..., None] * weights)
+            factors_fit = (factors <= most) & ~is_lost(factors, weights, self.compute)
             refused = ~((variance + self.eps >= LEAST_VARIANCE[self.compute])
-                        & (variance <= np.finfo(np.float64).max)
-                        & (factors <= most).all(-1))  # fmt: skip
+                        & (squares <= LARGEST_SQUARES[self.compute])
+                        & factors_fit.all(-1))  # fmt: skip
         spread = [np.repeat(a.reshape(lots, self.groups), count, 1) for a in (pivot, shift, rstd)]
         return spread[0], spread[1], variance, spread[2], refused
 
@@ -222,9 +258,9 @@ class ForwardCall(ChannelCall):
     def gather(self, found: np.ndarray | None) -> Any:
         if not self.return_stats:
             return self.y
-        if found is None:
-            assert self.given is not None
+        if self.given is not None:
             return self.y, *self.given
+        assert found is not None
         mean, _, rstd = found
         if self.over_samples:
             return self.y, mean.copy(), rstd.copy()
@@ -271,10 +307,15 @@ class AdaptiveCall(ForwardCall):
 def moments_of(x: Any, channel_axis: Any, ddof: int, eps: float) -> tuple[np.ndarray, np.ndarray]:
     """Mean and ``sqrt(var + eps)`` of each channel of each sample, (N, C), in double precision."""
     call = ForwardCall(x, channel_axis, None, None, None, 0.0)
+    shape = call.samples, call.channels
     if call.source.size == 0:
-        return (np.full((call.samples, call.channels), np.nan),) * 2
-    found = call.run_last() if call.is_last else call.run_planes()
-    assert found is not None
-    mean, variance, _ = found.reshape(3, call.samples, call.channels)
+        return (np.full(shape, np.nan),) * 2
     with np.errstate(all="ignore"):
+        if call.is_last:
+            found = call.run_last()
+            assert found is not None
+            mean, variance, _ = found.reshape(3, *shape)
+        else:
+            pivot, shift, squares = _core.plane_moments(call.x.reshape(-1, call.size))
+            mean, variance = (pivot + shift).reshape(shape), (squares / call.size).reshape(shape)
         return mean, np.sqrt(variance * (call.size / (call.size - ddof)) + eps)

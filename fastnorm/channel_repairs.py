@@ -10,6 +10,15 @@ import numpy as np
 
 from . import _core, checks, interop
 
+#: Weights from here on are nowhere near the least numbers.
+LEAST_WEIGHT = {checks.FLOAT32: 2.0**-100, checks.FLOAT64: 2.0**-960}
+
+
+def is_lost(factor: Any, weight: Any, compute: np.dtype) -> Any:
+    """Whether weight*rstd has lost digits to the type's least numbers, as channels.c has it."""
+    tiny = np.finfo(compute).tiny
+    return (np.abs(factor) < tiny) & (np.abs(weight) >= LEAST_WEIGHT[compute])
+
 
 class Layout(NamedTuple):
     """Units as channels.c counts them, in elements."""
@@ -126,10 +135,8 @@ def _unscaled_gradients(
     g = interop.widened(dy).astype(np.float64)
     xh = (interop.widened(x).astype(np.float64) - mean) * rstd
     factor = np.float64(rstd) * weight
-    kind = checks.compute_type(
-        x.dtype
-    ).type  # in which the kernels multiply, if it holds the factor
-    if np.all(np.abs(factor) <= np.finfo(kind).max):
+    kind = checks.compute_type(x.dtype)  # in which the kernels multiply, if it holds the factor
+    if np.all((np.abs(factor) <= np.finfo(kind).max) & ~is_lost(factor, weight, kind)):
         g, factor = g.astype(kind), factor.astype(kind)
     dx = g * factor if given else np.full(x.shape, np.nan)
     g = interop.widened(dy).astype(np.float64)
@@ -140,9 +147,20 @@ def store(into: np.ndarray, values: np.ndarray) -> None:
     """Doubles, rounded once to the type of `into`."""
     with np.errstate(all="ignore"):
         if interop.is_bits(into.dtype):
-            into[...] = interop.to_bits(values)
+            into[...] = interop.to_bits(_to_odd(values))
         else:
-            into[...] = values
+            into[...] = _to_odd(values) if interop.is_bfloat16(into.dtype) else values
+
+
+def _to_odd(values: np.ndarray) -> np.ndarray:
+    """float32 on the way to a narrower type: rounded to odd, so that the next rounding is the
+    first."""
+    wide = np.ascontiguousarray(values, np.float64)
+    near = wide.astype(np.float32)
+    bits = near.view(np.uint32)
+    bits -= np.abs(near) > np.abs(wide)
+    bits |= (near != wide) & ~np.isnan(wide)
+    return near
 
 
 def put_right(

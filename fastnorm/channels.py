@@ -42,6 +42,14 @@ def _is_last(x: Any, channel_axis: Any) -> bool:
     )  # fmt: skip
 
 
+def _are_plain(momentum: Any, dialect: Any) -> bool:
+    """Whether there is nothing about these to convert or to complain of."""
+    return (
+        type(momentum) is float and math.isfinite(momentum)
+        and type(dialect) is str and dialect in DIALECTS
+    )  # fmt: skip
+
+
 def batch_norm(
     x: Any, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None,
     training: bool = False, momentum: float = 0.1, eps: float = 1e-5, *, channel_axis: int = 1,
@@ -138,9 +146,11 @@ def batch_norm(
                 channel_axis,
                 dialect,
             )
-        elif training is False and _is_last(x, channel_axis):
+        elif training is not False or not _are_plain(momentum, dialect):
+            pass
+        elif _is_last(x, channel_axis):
             done = _core.straight_rows(x, weight, bias, eps, out, running_mean, running_var, False)
-        elif training is False and _is_first(channel_axis):
+        elif _is_first(channel_axis):
             done = _core.straight_batch_inference(
                 x, running_mean, running_var, weight, bias, eps, out
             )
@@ -162,8 +172,7 @@ def _train_straight(
         return None
     arrays = [a for a in (running_mean, running_var) if a is not None]
     if (
-        type(momentum) is not float or not math.isfinite(momentum) or type(dialect) is not str
-        or dialect not in DIALECTS
+        not _are_plain(momentum, dialect)
         or not all(_is_running(a, x, -1 if is_last else 1, out) for a in arrays)
         or (len(arrays) == 2 and np.may_share_memory(*arrays))
     ):  # fmt: skip
@@ -591,11 +600,17 @@ def _running(mean: Any, var: Any, momentum: Any, dialect: Any) -> Callable[[int]
     return running
 
 
+def _as_bits(x: Any, dtype: Any, *arrays: Any) -> tuple[Any, ...]:
+    """What goes with an x that is bfloat16 as uint16, may be so too."""
+    return tuple(map(interop.as_bits, arrays)) if interop.asks_for_bits(x, dtype) else arrays
+
+
 def _batch_norm(
     x: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any, training: Any,
     momentum: Any, eps: Any, channel_axis: Any, dialect: Any, out: Any, dtype: Any,
     return_stats: Any, activation: Any, explained: bool = False,
 ) -> ChannelCall:  # fmt: skip
+    running_mean, running_var = _as_bits(x, dtype, running_mean, running_var)
     running = _running(running_mean, running_var, momentum, dialect)
     return ForwardCall(
         x, channel_axis, None, weight, bias, eps, over_samples=True, dtype=dtype, out=out,
@@ -646,6 +661,7 @@ def _instance_norm(
     momentum: Any, eps: Any, channel_axis: Any, dialect: Any, out: Any, dtype: Any,
     return_stats: Any, activation: Any, explained: bool = False,
 ) -> ChannelCall:  # fmt: skip
+    running_mean, running_var = _as_bits(x, dtype, running_mean, running_var)
     running = _running(running_mean, running_var, momentum, dialect)
     return ForwardCall(
         x, channel_axis, None, weight, bias, eps, dtype=dtype, out=out, activation=activation,

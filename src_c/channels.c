@@ -4,6 +4,7 @@
  * double and in the order of the rows. No arithmetic on elements is done in this file. */
 #include <float.h>
 #include <math.h>
+#include <stdatomic.h>
 #include <stdint.h>
 
 #include "split.h"
@@ -40,6 +41,14 @@ static double largest_of(fn_dtype dtype) { return dtype == FN_F64 ? DBL_MAX : (d
 
 /* Rounded to what is computed in. */
 static double rounded(double a, fn_dtype dtype) { return dtype == FN_F64 ? a : (double)(float)a; }
+
+static double least_of(fn_dtype dtype) { return dtype == FN_F64 ? DBL_MIN : (double)FLT_MIN; }
+
+/* What was written past the cache is there for all threads that wait for this one. */
+static void fence(int stream)
+{
+    if (stream) atomic_thread_fence(memory_order_seq_cst);
+}
 
 static ptrdiff_t unit_at(const fn_channels *l, ptrdiff_t u)
 {
@@ -86,6 +95,10 @@ typedef struct {
 /* Variances below this may have lost digits to underflow of the squares. */
 static double least_variance(fn_dtype dtype) { return dtype == FN_F64 ? 0x1p-600 : 0x1p-80; }
 
+/* Sums of squares up to this leave all deviations in the range of what is computed in: no row's own
+ * are larger, but what lies between rows may be. */
+static double largest_squares(fn_dtype dtype) { return dtype == FN_F64 ? DBL_MAX : 0x1p252; }
+
 /* Rows are merged one by one (Chan, Golub, LeVeque 1979), by their distance from the first one's pivot.
  * *x: the last row as it was computed with. False where the unit is out of range. */
 static int moments_of_unit(const fn_channel_norm_args *a, ptrdiff_t at, void *room, const void **x,
@@ -104,6 +117,7 @@ static int moments_of_unit(const fn_channel_norm_args *a, ptrdiff_t at, void *ro
         squares += row.variance * n + delta * delta * (double)r * n * part;
     }
     if (l->rows > 1) {
+        if (squares > largest_squares(a->dtype)) return 0;
         row.variance = squares / ((double)l->rows * n);
         row.pivot = rounded(first + mean, a->dtype);
         row.shift = (first - row.pivot) + mean;
@@ -113,6 +127,12 @@ static int moments_of_unit(const fn_channel_norm_args *a, ptrdiff_t at, void *ro
     return !(padded < least_variance(a->dtype) || row.variance > DBL_MAX);
 }
 
+/* Whether w*rstd has lost digits to the least numbers, though the weight is nowhere near them. */
+static int is_lost(double w, double rstd, fn_dtype dtype)
+{
+    return fabs(w * rstd) < least_of(dtype) && fabs(w) >= (dtype == FN_F64 ? 0x1p-960 : 0x1p-100);
+}
+
 /* Whether a plane's factor stays in range though all that it is made of does. */
 static int weights_fit(const fn_channel_norm_args *a, ptrdiff_t first, double rstd)
 {
@@ -120,6 +140,7 @@ static int weights_fit(const fn_channel_norm_args *a, ptrdiff_t first, double rs
     for (ptrdiff_t j = 0; a->weight && j < planes; j++) {
         const double w = number_at(a->weight, a->dtype, first + j, 1);
         if (fabs(w * rstd) > largest_of(a->dtype) && fabs(w) <= DBL_MAX) return 0;
+        if (is_lost(w, rstd, a->dtype)) return 0;
     }
     return 1;
 }
@@ -168,6 +189,7 @@ static void channel_norm(const void *args, ptrdiff_t unit0, ptrdiff_t unit1, voi
             }
         }
     }
+    fence(a->stream);
 }
 
 /* ---- backward --------------------------------------------------------------------------------- */
@@ -175,14 +197,23 @@ static void channel_norm(const void *args, ptrdiff_t unit0, ptrdiff_t unit1, voi
 /* Square roots of variances within these bounds leave their squares, times a gradient, in range. */
 static double largest_rstd(fn_dtype dtype) { return dtype == FN_F64 ? 0x1p301 : 0x1p41; }
 
-/* Whether two sums of a plane, of dy and of dy times xh, lost nothing to either end of the range: sums
- * below the least may have been formed of products that underflowed. */
-static int sums_are_safe(double a, double b, fn_dtype dtype)
+/* Whether two sums of a plane, of dy and of dy times xh, lost nothing to either end of the range.
+ * Products of dy and 1/rstd may underflow by half a least number each: next to `least`, that is
+ * nothing. */
+static int sums_are_safe(double a, double b, double least, fn_dtype dtype)
 {
     const double largest = fmax(fabs(a), fabs(b));
     if (a != a || b != b) return 0;
-    return largest == 0 ||
-           (largest >= (dtype == FN_F64 ? 0x1p-900 : 0x1p-90) && largest <= largest_of(dtype));
+    return largest == 0 || (largest >= fmax(least, dtype == FN_F64 ? 0x1p-900 : 0x1p-90) &&
+                            largest <= largest_of(dtype));
+}
+
+/* Whether what dx takes besides dy*factor is rounded to T's digits, though T's least number stands in
+ * the way; `sums`: the largest of the unit's n elements. */
+static int terms_are_safe(const double terms[4], double rstd, double sums, double n, fn_dtype dtype)
+{
+    const double least = fmin(rstd, rstd * rstd) * (sums / n);
+    return (terms[2] == 0 && terms[3] == 0) || least >= least_of(dtype) * sqrt(n);
 }
 
 /* The unit's rows as they are computed with. */
@@ -223,13 +254,18 @@ static int gradients_of_unit(const fn_channel_norm_backward_args *a, ptrdiff_t f
                              double rstd, double deviations, double *sums, double terms[4])
 {
     const fn_channels *l = &a->layout;
-    const double per_n = 1.0 / ((double)l->rows * (double)l->cols), most = largest_of(a->dtype);
+    const double n = (double)l->rows * (double)l->cols, per_n = 1.0 / n;
+    const double most = largest_of(a->dtype);
+    const double least = 4 * least_of(a->dtype) * rstd * (double)l->rows * (double)l->plane;
     const double c = a->given ? mean - terms[0] : deviations * per_n;
-    double g = 0, gx = 0;
+    double g = 0, gx = 0, largest = 0;
     int fits = 1 / largest_rstd(a->dtype) <= rstd && rstd <= largest_rstd(a->dtype);
     for (ptrdiff_t j = 0; j < l->cols / l->plane; j++) {
         const double w = number_at(a->weight, a->dtype, first + j, 1), dy = sums[2 * j + 1];
-        fits &= sums_are_safe(dy, sums[2 * j] * rstd, a->dtype) && fabs(w * rstd) <= most;
+        const double dyx = sums[2 * j] * rstd;
+        fits &= sums_are_safe(dy, dyx, least, a->dtype) && fabs(w * rstd) <= most &&
+                !is_lost(w, rstd, a->dtype);
+        largest = fmax(largest, fmax(fabs(dy), fabs(dyx)));
         sums[2 * j] = (sums[2 * j] - c * dy) * rstd;
         g += w * dy;
         gx += w * sums[2 * j];
@@ -237,6 +273,7 @@ static int gradients_of_unit(const fn_channel_norm_backward_args *a, ptrdiff_t f
     if (!a->given) {
         terms[3] = -rstd * rstd * (gx * per_n);
         terms[2] = -rstd * (g * per_n) - c * terms[3];
+        fits &= terms_are_safe(terms, rstd, largest, n, a->dtype);
     }
     return fits && fabs(terms[3]) <= most && fabs(terms[2]) <= most;
 }
@@ -273,6 +310,7 @@ static void channel_norm_backward(const void *args, ptrdiff_t unit0, ptrdiff_t u
             }
         }
     }
+    fence(a->stream);
 }
 
 /* ---- channels last ---------------------------------------------------------------------------- */
