@@ -175,7 +175,7 @@ def _chosen(
 ) -> dict[str, str]:
     """Which keys are whose: those right below `place`, each of which must be known."""
     role_of = {name: role for role, known in names.items() for name in known}
-    shown = ".".join(place) or "the top"
+    shown, keys = ".".join(place) or "the top", list(keys)
     chosen: dict[str, str] = {}
     for key in keys:
         parts = re.findall(r"[^./]+", key.removesuffix(":0"))  # as TensorFlow ends its names
@@ -194,8 +194,9 @@ def _chosen(
     if (RUNNING[0] in chosen) != (RUNNING[1] in chosen):
         [missing] = [names[role][0] for role in RUNNING if role not in chosen]
         raise KeyError(f"parameters: got {sorted(chosen.values())}, wanted {missing!r} with them")
-    if place and not chosen:
-        raise KeyError(f"parameters: got nothing at {shown}, wanted some of {sorted(role_of)}")
+    if not chosen and (place or keys):
+        few = f"; there are keys such as {keys[0]!r}: see prefix" if keys else ""
+        raise KeyError(f"parameters: got nothing at {shown}, wanted some of {sorted(role_of)}{few}")
     return chosen
 
 

@@ -162,7 +162,7 @@ def test_factors_that_underflow(axis, rng):
 @pytest.mark.parametrize("shape", [(5, 6), (64, 128), (65, 3), (300, 7), (4, 9, 10, 6), (1, 4)])
 @pytest.mark.parametrize("scale", [1, 1e30, 1e-30, 0])
 def test_rows_go_straight_with_the_same_bits(shape, kind, scale, rng):
-    """Plain calls, channels last, against the general way, which return_stats or strides lead to."""
+    """Plain calls, channels last, against the general way: of return_stats, or of strides."""
     x = (rng.normal(size=shape) * scale + (100 if scale == 1 else 0)).astype(kind)
     dy, channels = rng.normal(size=shape).astype(kind), shape[-1]
     w, b = rng.normal(size=(2, channels)).astype(kind)
