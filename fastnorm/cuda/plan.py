@@ -130,6 +130,7 @@ def arguments(spec: Spec) -> tuple[str, ...]:
             names += [f"{name}_div", f"{name}_mod"]
     names += _NUMBERS[spec.kernel]
     names += ["offset"] * ("offset" in spec.flags) + ["div", "mod"] * ("grouped" in spec.flags)
+    names += ["channels", "factor", "places"] * ("runs" in spec.flags)
     return tuple(names)
 
 
@@ -381,7 +382,10 @@ class _Backward(NamedTuple):
         return Plan(steps, workspace, _in_words(spec), self.alignment, _why(spec))
 
     def grouped(self) -> list[str]:
-        return ["grouped"] if self.groups[1] > 1 else []
+        """Whether there are groups of rows, and whether the rows of each lie together."""
+        if self.groups[1] == 1:
+            return []
+        return ["grouped", *["adjoining"] * (self.group_rows == self.groups[0])]
 
     def slices(self, at_once: int, blocks: int) -> int:
         """How many of about so many blocks share a group's rows."""
@@ -472,7 +476,8 @@ def resident_blocks(spec: Spec) -> int:
     if spec.compute == "float64" or "sums" in spec.flags or spec.kernel == "backward_columns":
         threads = BACKWARD_THREADS
     elif spec.kernel == "backward":
-        threads = (MAX_THREADS + BACKWARD_THREADS) // 2
+        wide = spec.has("weight") and SIZES[spec.type_of("weight")] > SIZES[spec.type_of("x")]
+        threads = 5 * 128 if wide or spec.has("dsum") else 6 * 128
     return max(1, threads // (spec.threads * spec.rows))
 
 

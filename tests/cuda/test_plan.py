@@ -7,7 +7,11 @@ import pytest
 from fastnorm.cuda import plan
 
 SIZES = plan.SIZES
-EVERY_WIDTH = range(1, 70001)
+#: All up to 4,096; then what is near a change of kernels, and some of what lies between.
+EVERY_WIDTH = sorted(
+    {*range(1, 4097), *range(4097, 70001, 37)}
+    | {width for at in range(4096, 70001, 512) for width in range(at - 8, at + 9)}
+)
 FORWARD = ("x", "weight", "bias", "y")
 BACKWARD = ("dy", "x", "weight", "dx")
 
