@@ -13,7 +13,7 @@ from typing import Any
 from .activation import activation
 from .operands import Operand, Parameter
 from .plan import Spec
-from .ptx import cuda, float64, int64
+from .ptx import cuda, float64, int32, int64
 from .rows import RANGE, REAL, inlined, log2, room_size, summing
 
 #: Chunks of a plane that a thread has in flight.
@@ -141,6 +141,8 @@ def column_moments(spec: Spec) -> Any:
     x_fetch, x_widen, x_word = x.fetch, x.widen, x.word
     size, shift_of_chunk, real = threads * at_once * elements, log2(elements), REAL[spec.compute]
     added = _columns(spec)
+    # The mean of floats has as many digits in double as there are to have.
+    corrected = spec.compute == "float64"
 
     def kernel(
         x: Any, x_stride: int, moments: Any, rows: int, cols: int, parts: int, part_rows: int
@@ -173,14 +175,19 @@ def column_moments(spec: Spec) -> Any:
         added(pivots, room)
         for j in range(elements):
             pivots[j] /= float64(count)
+        nothing = int32(cols >> 40)  # zero, which the compiler cannot know
+        for i in range(x_count):  # else it would keep all numbers, as doubles
+            xs[i] += nothing
         for i in range(flight):
             x_widen(values, 0, xs, i * x_words)
             if i * at_once + mine < count:
                 for j in range(elements):
                     away = float64(values[j]) - pivots[j]
-                    firsts[j] += away
+                    if corrected:
+                        firsts[j] += away
                     seconds[j] += away * away
-        added(firsts, room)
+        if corrected:
+            added(firsts, room)
         added(seconds, room)
         if mine == 0 and has_columns:
             total = moments.size // 3
@@ -371,12 +378,14 @@ def merge(spec: Spec) -> Any:
     """
     lanes, width_of_block = spec.rows, spec.threads
     average, size_of_room = "average" in spec.flags, spec.rows * spec.threads
+    pairs = "pairs" in spec.flags
     has_running = spec.has("running_mean"), spec.has("running_var")
     has_mean, has_rstd, applied = (
         spec.has("mean"), spec.has("rstd"), spec.has("coefficients"),
     )  # fmt: skip
     runs_mean, runs_var = has_running
-    total, apply_to = _total(spec), _forward(spec) if applied else None
+    total = _total(spec)
+    apply_to: Any = _forward(spec) if applied else None
     weight_of, bias_of = _number(spec, "weight", 1.0)[0], _number(spec, "bias", 0.0)[0]
     old_mean, new_mean = _number(spec, "running_mean", 0.0)
     old_var, new_var = _number(spec, "running_var", 0.0)
@@ -420,16 +429,17 @@ def merge(spec: Spec) -> Any:
             if has_rstd:
                 rstd[index] = root
             if runs_mean:
-                new_mean(running_mean, index,
-                         keep * old_mean(running_mean, index) + take * (pivot + away))  # fmt: skip
+                kept = keep * old_mean(running_mean, index)
+                new_mean(running_mean, index, kept + take * (pivot + away))
             if runs_var:
-                new_var(running_var, index,
-                        keep * old_var(running_var, index) + take * (variance * bessel))  # fmt: skip
+                kept = keep * old_var(running_var, index)
+                new_var(running_var, index, kept + take * (variance * bessel))
         if applied and inside:
             for k in range(mine, channels, lanes):
-                channel = group * channels + k
-                apply_to(coefficients, sample * width + channel, outer * width, pivot, away, root,
-                         weight_of(weight, channel), bias_of(bias, channel))  # fmt: skip
+                at = sample * width + group * channels + k
+                own = at if pairs else group * channels + k
+                apply_to(coefficients, at, outer * width, pivot, away, root,
+                         weight_of(weight, own), bias_of(bias, own))  # fmt: skip
 
     return kernel
 
@@ -440,7 +450,7 @@ def prepare(spec: Spec) -> Any:
     block, gradient, running = spec.threads, "gradient" in spec.flags, spec.has("running_var")
     applied, has_mean, has_rstd = spec.has("coefficients"), spec.has("mean"), spec.has("rstd")
     writes = "writes" in spec.flags
-    apply_to = _forward(spec) if applied else None
+    apply_to: Any = _forward(spec) if applied else None
     weight_of, bias_of = _number(spec, "weight", 1.0)[0], _number(spec, "bias", 0.0)[0]
     mean_of, var_of = _number(spec, "running_mean", 0.0)[0], _number(spec, "running_var", 0.0)[0]
 
@@ -477,10 +487,12 @@ def merge_sums(spec: Spec) -> Any:
     mean is corrected."""
     lanes, width_of_block = spec.rows, spec.threads
     size_of_room, batch = spec.rows * spec.threads, "batch" in spec.flags
+    pairs = "pairs" in spec.flags
     has_dweight, has_dbias = spec.has("dweight"), spec.has("dbias")
     applied = spec.has("coefficients")
     real = REAL[spec.type_of("coefficients")] if applied else float64
-    total, scaled = _total(spec), _scaled(spec) if applied else None
+    total = _total(spec)
+    scaled: Any = _scaled(spec) if applied else None
     weight_of = _number(spec, "weight", 1.0)[0]
     kinds = 2 if batch else 3
 
@@ -500,7 +512,8 @@ def merge_sums(spec: Spec) -> Any:
         for i in range(mine, items, lanes):
             part = i // channels
             at = base + part * width + i - part * channels
-            factor = weight_of(weight, group * channels + i - part * channels)
+            own = group * channels + i - part * channels
+            factor = weight_of(weight, sample * width + own if pairs else own)
             first += factor * float64(sums[at])
             second += factor * float64(sums[size + at])
             if not batch:
@@ -512,8 +525,8 @@ def merge_sums(spec: Spec) -> Any:
         moved = -third / number
         mean_g, mean_g_xh = first / number, (second + moved * first) / number
         for k in range(mine, channels if inside else int64(0), lanes):
-            channel = group * channels + k
-            at = sample * width + channel
+            at = sample * width + group * channels + k
+            own = at if pairs else group * channels + k
             one, both = float64(0), float64(0)
             for part in range(parts):
                 place = base + part * width + k
@@ -530,7 +543,7 @@ def merge_sums(spec: Spec) -> Any:
                 if root > 0 and root <= 1e300:
                     more = -moved / root
                 rest, slope, root = scaled(coefficients, at, span, middle, more, root)
-                coefficients[2 * span + at] = real(root * weight_of(weight, channel))
+                coefficients[2 * span + at] = real(root * weight_of(weight, own))
                 coefficients[3 * span + at] = real(-root * mean_g_xh * slope)
                 coefficients[4 * span + at] = real(root * (mean_g_xh * rest * slope - mean_g))
 

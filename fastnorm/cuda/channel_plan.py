@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from . import plan
-from .plan import SIZES, Plan, Spec, Step
+from .plan import Plan, Spec, Step
 
 #: Threads of a block that sums planes, at least; of a plane, at most.
 PLANE_BLOCK, PLANE_THREADS = 128, 256
@@ -40,10 +40,10 @@ class Layout(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What was summed by itself: `count` elements of a channel in each part, `last` in the last."""
+    """What was summed by itself: `each` elements of a channel in a part, `last` in the last."""
 
     number: int
-    count: int
+    each: int
     last: int
 
 
@@ -116,7 +116,9 @@ def group_backward(
     kernel, reason = found.kernel, found.reason
     if sums:
         layout = Layout(1, samples, width, run)
-        _plane_sums(b, layout, dict(types) | shift, sums, alignment, pairs or samples == 1, channels)
+        _plane_sums(
+            b, layout, dict(types) | shift, sums, alignment, pairs or samples == 1, channels
+        )
         kernel, reason = f"{kernel}, planes", f"{reason}; planes are summed by another pass"
     return b.done(kernel, alignment, reason)
 
@@ -158,28 +160,33 @@ def _plane_spec(
 
 def batch(
     layout: Layout, types: Mapping[str, str], *, alignment: int, training: bool, groups: int = 0,
-    activation: str | None = None, aliased: bool = False,
+    activation: str | None = None, aliased: bool = False, pairs: bool = False,
 ) -> Plan:  # fmt: skip
     """Batch norm; or, where each of `outer` samples has `groups` groups of channels that come last,
-    group norm.
+    group norm. `pairs`: each sample has parameters of its own.
 
     types: x, weight, bias, running_mean, running_var, mean, rstd, y.
     """
     groups = groups or layout.width
-    if not layout.size:
-        values = {"mean": "zero", "rstd": "nan"} if training else {}
+    b, compute = Builder(), plan.compute_type(types["x"])
+    running = _kinds(types, "running_mean", "running_var", "mean", "rstd")
+    if not layout.size and training:
+        values = {"mean": "zero", "rstd": "nan"}
         return plan.fills(
             {name: (layout.outer * groups, types[name], value)
              for name, value in values.items() if name in types}
         )  # fmt: skip
-    b, compute = Builder(), plan.compute_type(types["x"])
-    known = types | {"coefficients": compute}
+    if not layout.size:
+        if layout.width and "mean" in types:
+            _prepare(b, layout, running, "writes")
+        return b.done("fill", 0, "there are no elements to normalize")
+    known = dict(types) | {"coefficients": compute}
     b.room("coefficients", 4 * layout.outer * layout.width, compute)
     if training:
-        kernel = _moments(b, layout, types, groups, alignment, known)
+        kernel = _moments(b, layout, types, groups, alignment, known, "pairs" if pairs else "")
     else:
-        _prepare(b, layout, _kinds(known, "coefficients", "weight", "bias", "running_mean",
-                                   "running_var", "mean", "rstd"), "writes")  # fmt: skip
+        kinds = _kinds(known, "coefficients", "weight", "bias") | running
+        _prepare(b, layout, kinds, "writes")
         kernel = "one pass"
     flags = ("aliased",) if aliased else ()
     _apply(b, "apply", layout, _kinds(known, "x", "coefficients", "y"), compute, alignment, APPLIED,
@@ -194,13 +201,13 @@ def averages(layout: Layout, types: Mapping[str, str], *, alignment: int) -> Bui
     b = Builder()
     kinds = _kinds(types, "x", "running_mean", "running_var")
     if layout.size and len(kinds) > 1:
-        _moments(b, layout, kinds, layout.width, alignment, kinds, average=True)
+        _moments(b, layout, kinds, layout.width, alignment, kinds, "average")
     return b
 
 
 def _moments(
     b: Builder, layout: Layout, types: Mapping[str, str], groups: int, alignment: int,
-    known: Mapping[str, str], average: bool = False,
+    known: Mapping[str, str], flag: str = "",
 ) -> str:  # fmt: skip
     """Moments of parts, and what is merged of them."""
     if layout.run > 1:
@@ -216,12 +223,10 @@ def _moments(
     kinds = {"moments": "float64"} | _kinds(
         known, "weight", "bias", "running_mean", "running_var", "mean", "rstd", "coefficients"
     )
-    # With channels first, instances are planes of one sample; with channels last, they are merged
-    # of parts, and what they are is not averaged here.
-    spec = _merging("merge", kinds, "average" if average else "")
+    spec = _merging("merge", kinds, flag)
     grid = _up(layout.outer * groups, plan.REDUCE_COLUMNS)
     b.launch(spec, grid, outer=layout.outer, groups=groups, channels=layout.width // groups,
-             parts=parts.number, count=parts.count, last=parts.last)  # fmt: skip
+             parts=parts.number, count=parts.each, last=parts.last)  # fmt: skip
     return kernel
 
 
@@ -284,7 +289,7 @@ def _apply(
 
 def batch_backward(
     layout: Layout, types: Mapping[str, str], *, alignment: int, training: bool, groups: int = 0,
-    known: bool = True,
+    known: bool = True, pairs: bool = False,
 ) -> Plan:  # fmt: skip
     """Gradients of `batch`.
 
@@ -293,7 +298,8 @@ def batch_backward(
     """
     sums = [name for name in ("dweight", "dbias") if name in types]
     if not layout.size:
-        return plan.fills({name: (layout.width, types[name], "zero") for name in sums})
+        count = layout.width * (layout.outer if pairs else 1)
+        return plan.fills({name: (count, types[name], "zero") for name in sums})
     b, compute, own = Builder(), plan.compute_type(types["x"]), bool(groups)
     types = dict(types)
     if not known:
@@ -312,7 +318,7 @@ def batch_backward(
         b.room("coefficients", count * layout.outer * layout.width, compute)
         types["coefficients"] = compute
     if sums or (training and "dx" in types):
-        kernel = _sums(b, layout, types, groups or layout.width, alignment, own, training)
+        kernel = _sums(b, layout, types, groups or layout.width, alignment, own, training, pairs)
     if "dx" in types and training:
         _apply(b, "apply_backward", layout, _kinds(types, "dy", "x", "coefficients", "dx"), compute,
                alignment, APPLIED_BACKWARD)  # fmt: skip
@@ -327,7 +333,7 @@ def batch_backward(
 
 def _sums(
     b: Builder, layout: Layout, types: Mapping[str, str], groups: int, alignment: int, own: bool,
-    applied: bool,
+    applied: bool, pairs: bool,
 ) -> str:  # fmt: skip
     """Sums of parts; dweight, dbias and the coefficients that follow from them."""
     compute = plan.compute_type(types["x"])
@@ -360,10 +366,11 @@ def _sums(
     named = ["weight", "dweight", "dbias", *["coefficients"] * applied]
     arrays = {"sums": compute} | _kinds(types, "mean", "rstd", *named)
     # Of several samples, parameters' gradients are summed by another step.
+    several = layout.outer > 1 and not pairs
     partials = {
-        name: f"{name}_partials" for name in ("dweight", "dbias") if name in types and layout.outer > 1
-    }  # fmt: skip
-    b.launch(_merging("merge_sums", arrays, *flags),
+        name: f"{name}_partials" for name in ("dweight", "dbias") if name in types and several
+    }
+    b.launch(_merging("merge_sums", arrays, *flags, "pairs" if pairs else ""),
              _up(layout.outer * groups, plan.REDUCE_COLUMNS), partials, outer=layout.outer,
              groups=groups, channels=layout.width // groups, parts=number,
              count=layout.rows * layout.run)  # fmt: skip

@@ -137,9 +137,11 @@ def _rstds(spec: Spec) -> Any:
     return rstds
 
 
-def _firsts(own_weight: bool, own_bias: bool) -> Any:
+def _firsts(spec: Spec) -> Any:
     """``(row, weight_div, weight_mod, bias_div, bias_mod, width)``: where the row's weight and
-    bias begin."""
+    bias begin; one place, if rows differ alike in both."""
+    own_weight, own_bias = "each:weight" in spec.flags, "each:bias" in spec.flags
+    alike = "alike" in spec.flags
 
     @inlined
     def firsts(
@@ -148,7 +150,9 @@ def _firsts(own_weight: bool, own_bias: bool) -> Any:
         weight_first, bias_first = int64(0), int64(0)
         if own_weight:
             weight_first += row // weight_div % weight_mod * width
-        if own_bias:
+        if alike:
+            bias_first = weight_first
+        elif own_bias:
             bias_first += row // bias_div % bias_mod * width
         return weight_first, bias_first
 
@@ -228,7 +232,7 @@ def forward(spec: Spec) -> Any:
     x_words, r_words = x.words, residual.words
     has_gate, has_linear_bias = gate.there, linear_bias.there
     own_gate, own_linear_bias = gate.own, linear_bias.own
-    firsts = _firsts(weight.own, bias.own)
+    firsts = _firsts(spec)
 
     @inlined
     def numbers(values: Any, held: Any, words: Any, k: int) -> None:
@@ -476,7 +480,7 @@ def forward_wide(spec: Spec) -> Any:
     w_words, b_words, y_words, s_words = weight.words, bias.words, y.words, sums.words
     x_count, r_count = flight * x_words, flight * r_words
     own_gate, own_linear_bias = gate.own, linear_bias.own
-    firsts = _firsts(weight.own, bias.own)
+    firsts = _firsts(spec)
 
     @inlined
     def fetch(

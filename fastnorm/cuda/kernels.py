@@ -21,10 +21,7 @@ FACTORIES: dict[str, Callable[[plan.Spec], Any]] = {
     "backward_columns": backward.columns,
     "reduce": backward.reduce,
     "fill": backward.fill,
-    **{
-        name: getattr(channel_kernels, name)
-        for name in plan.CHANNEL_NUMBERS
-    },
+    **{name: getattr(channel_kernels, name) for name in plan.CHANNEL_NUMBERS},
 }
 
 

@@ -170,8 +170,7 @@ def layout(spec: Spec) -> tuple[str, ...]:
     arrays = {name for name, _ in spec.types}
     real = "d" if spec.compute == "float64" else "f"
     return tuple(
-        "a" if name in arrays else real if name in REALS else "q"
-        for name in arguments(spec)
+        "a" if name in arrays else real if name in REALS else "q" for name in arguments(spec)
     )
 
 
@@ -245,6 +244,7 @@ def forward(
     round_sum: bool = False,
     aliased: bool = False,
     run: int = 1,
+    alike: bool = False,
 ) -> Plan:
     """The plan of a norm of `rows` rows of `cols` elements.
 
@@ -262,6 +262,8 @@ def forward(
         Whether y or sum is the memory of x or residual.
     run
         Columns that have a parameter's element in common, one after the other.
+    alike
+        Whether a row has the same row of bias as of weight.
     """
     if not rows or not cols:
         values = {"mean": "zero", "rstd": "nan"}
@@ -274,6 +276,7 @@ def forward(
         "rms": rms, "offset": offset, "round_before_weight": round_before_weight,
         "round_sum": round_sum and "residual" in types, "aliased": aliased,
         **runs_of(types, run, elements),
+        "alike": alike and bool(per_row and per_row.get("weight") and per_row.get("bias")),
     }  # fmt: skip
     kernel = "forward" if tile else "forward_wide"
     tile = tile or Tile(MAX_THREADS, 1)
@@ -485,7 +488,6 @@ class _Backward(NamedTuple):
         return (first, second), workspace
 
 
-
 def reduction(
     partials: Mapping[str, str], cols: int, compute: str, groups: int = 1, known_as: str = "cols"
 ) -> Step:
@@ -518,7 +520,10 @@ def resident_blocks(spec: Spec) -> int:
     """Blocks that a multiprocessor shall have room for, which caps the registers of a thread."""
     threads = MAX_THREADS
     many = spec.kernel == "backward_columns" or spec.kernel in CHANNEL_NUMBERS
-    if spec.compute == "float64" or "sums" in spec.flags or many:
+    many = many or "mixed" in spec.flags  # whose parameters are read one at a time
+    if spec.kernel == "column_moments":  # which holds many rows, and sums doubles
+        threads = BACKWARD_THREADS // 2
+    elif spec.compute == "float64" or "sums" in spec.flags or many:
         threads = BACKWARD_THREADS
     elif spec.kernel == "backward":
         wide = spec.has("weight") and SIZES[spec.type_of("weight")] > SIZES[spec.type_of("x")]

@@ -82,8 +82,8 @@ class Groups:
 
     def check_forward(self):
         compute = running.compute_type(self.x.dtype)
-        arrays = {"x": self.x, "weight": self.weight, "bias": self.bias, "y": np.zeros_like(self.x),
-                  "mean": np.zeros(self.rows, compute), "rstd": np.zeros(self.rows, compute)}  # fmt: skip
+        arrays = {"x": self.x, "weight": self.weight, "bias": self.bias, "y": np.zeros_like(self.x)}
+        arrays |= {name: np.zeros(self.rows, compute) for name in ("mean", "rstd")}
         planned = plan.forward(
             self.rows, self.cols, types_of(arrays), alignment=self.alignment, rms=False,
             return_stats=True, per_row={"weight": self.own, "bias": self.own}, run=self.run,
@@ -100,9 +100,9 @@ class Groups:
 
     def check_backward(self):
         compute = running.compute_type(self.x.dtype)
-        arrays = {"dy": self.dy, "x": self.x, "weight": self.weight,
-                  "mean": self.mean.ravel().astype(compute),
-                  "rstd": self.rstd.ravel().astype(compute), "dx": np.zeros_like(self.x)}  # fmt: skip
+        arrays = {"dy": self.dy, "x": self.x, "weight": self.weight, "dx": np.zeros_like(self.x)}
+        arrays["mean"] = self.mean.ravel().astype(compute)
+        arrays["rstd"] = self.rstd.ravel().astype(compute)
         for name in ("dweight", "dbias"):
             arrays[name] = np.zeros(self.weight.shape, compute)
         planned = channel_plan.group_backward(
@@ -197,8 +197,7 @@ class Batch:
             self.layout, types_of(arrays), alignment=self.alignment, training=True,
             groups=0 if self.of_batch else self.groups,
         )  # fmt: skip
-        outputs = [name for name in arrays if name in ("y", "mean", "rstd") or dialect and
-                   name.startswith("running")]  # fmt: skip
+        outputs = [name for name in arrays if name not in ("x", "weight", "bias")]
         got, stats = run(planned, arrays, outputs, eps=eps, **numbers)
         rstd = 1 / np.sqrt(self.var + WIDE(eps))
         xh = ((self.grouped(self.x) - self.mean) * rstd).reshape(self.x.shape)

@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed")
 pytest.importorskip("numba.cuda", reason="numba, which compiles the kernels, is not installed")
 
-from fastnorm.cuda import compiler, plan
+from fastnorm.cuda import channel_plan, compiler, plan
 
 from . import running
 
@@ -45,6 +45,24 @@ def backward(kind, cols, rms=False, sums=True, more=None, **options):
     return plan.backward(32768, cols, types | (more or {}), alignment=16, rms=rms, **options)
 
 
+def batch(kind, samples, channels, run, gradients=False):
+    """Batch norm in training; `run` elements of a sample and channel, or channels come last."""
+    layout = channel_plan.Layout(1, samples, channels, run)
+    types = {"x": kind, "weight": "float32", "mean": "float64", "rstd": "float64"}
+    if gradients:
+        types |= {"dy": kind, "dx": kind, "dweight": "float32", "dbias": "float32"}
+        return channel_plan.batch_backward(layout, types, alignment=16, training=True)
+    types |= {"bias": "float32", "y": kind}
+    return channel_plan.batch(layout, types, alignment=16, training=True)
+
+
+def group(kind, channels, run):
+    """Group norm with channels first."""
+    types = dict.fromkeys(("x", "y"), kind) | dict.fromkeys(("weight", "bias"), "float32")
+    return plan.forward(1000, channels * run, types, alignment=16, rms=False, run=run,
+                        per_row=OWN, alike=True)  # fmt: skip
+
+
 def residual(kind):
     return {"residual": kind, "sum": kind}
 
@@ -67,6 +85,12 @@ PLANS = {
        for kind, cols in (("bfloat16", 128), ("bfloat16", 4096), ("bfloat16", 8192),
                           ("float16", 8192), ("float32", 4096), ("bfloat16", 32768))},
     "rms backward bfloat16 8192": backward("bfloat16", 8192, rms=True),
+    "batch of planes bfloat16 3136": batch("bfloat16", 32, 64, 3136),
+    "batch of planes backward bfloat16 3136": batch("bfloat16", 32, 64, 3136, gradients=True),
+    "batch of columns bfloat16 256": batch("bfloat16", 3136, 256, 1),
+    "batch of columns backward bfloat16 256": batch("bfloat16", 3136, 256, 1, gradients=True),
+    "groups bfloat16 12544": group("bfloat16", 4, 3136),
+    "mixed groups bfloat16 1568": group("bfloat16", 32, 49),
     # Of all kinds of calls on 16 bits, those that filled their registers to the last.
     "wide parameters, forward bfloat16 1024": forward("bfloat16", 1024, more=WIDE),
     "wide parameters, forward bfloat16 1536": forward("bfloat16", 1536, more=WIDE),
@@ -74,7 +98,8 @@ PLANS = {
         "bfloat16", 4096, more=WIDE | residual("bfloat16") | {"linear_bias": "float32"},
         round_sum=True),
     "wide parameters, adaptive bfloat16 16384": forward(
-        "bfloat16", 16384, more=WIDE, per_row=OWN, offset=True),
+        "bfloat16", 16384, more=WIDE | residual("bfloat16") | {"gate": "float32"},
+        per_row=OWN | {"gate": True}, offset=True, round_sum=True, alike=True),
     "wide parameters, backward bfloat16 1024": backward(
         "bfloat16", 1024, more={"weight": "float32"}),
     "wide parameters, backward of dx bfloat16 1024": backward(
@@ -159,11 +184,11 @@ def test_wide_accesses_alone(name):
     spec, text = KERNELS[name], running.ptx(KERNELS[name])
     assert ".local" not in text
     assert "call" not in re.sub(r"//.*", "", text)
-    if spec.kernel == "reduce":
+    if spec.kernel in ("reduce", "merge", "merge_sums"):
         return
     for access in accesses(text):
         narrow = not access.endswith("v4.b32")
-        assert not narrow or access.endswith((".f32", ".b32", ".u32"))
+        assert not narrow or access.endswith((".f32", ".b32", ".u32", ".f64"))
         assert not (narrow and "no_allocate" in access)
 
 
