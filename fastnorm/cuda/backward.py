@@ -295,6 +295,8 @@ def backward(spec: Spec) -> Any:
                     if not kept:
                         w_fetch(ws, 0, weight, weight_first, place, there, factor, places)
                     w_widen(factors, 0, ws, k * w_step)
+                if has_dx and has_dsum:
+                    s_fetch(ss, 0, dsum, this_row * dsum_stride + place, there)
                 x_widen(values, 0, xs, k * x_words)
                 dy_widen(grads, 0, dys, k * dy_words)
                 for j in range(elements):
@@ -308,8 +310,6 @@ def backward(spec: Spec) -> Any:
                     if has_dx:
                         values[j] = root * (grad - mean_g - xh * mean_g_xh)
                 if has_dx:
-                    if has_dsum:
-                        s_fetch(ss, 0, dsum, this_row * dsum_stride + place, there)
                     finish(values, factors, words, ss)
                     dx_store(dx, this_row * dx_stride + place, words, 0, there)
 

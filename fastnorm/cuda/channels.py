@@ -66,7 +66,7 @@ class ChannelCall(ops.Call):
 
     def lay_out_groups(self, axis: int, groups: int) -> None:
         """x as rows of groups where channels come first, else as columns of each sample."""
-        self.groups, self.each = groups, self.channels // groups
+        self.groups, self.each = groups, self.channels // max(groups, 1)
         self.in_rows = self.before == 1
         if self.in_rows:
             self.rows, self.cols = self.samples * groups, self.each * self.run
@@ -358,7 +358,7 @@ class GroupBackward(ChannelCall):
 def groups_of(call: ChannelCall) -> int:
     """How many groups the channels are in; each is one in instance norm."""
     if "num_groups" not in call.given:
-        return max(call.channels, 1)
+        return call.channels
     given = call.given["num_groups"]
     try:
         groups = operator.index(given)

@@ -203,8 +203,8 @@ def test_norms_of_channels(kind):
     backward |= dict.fromkeys(("mean", "rstd"), "float64")
     runs, widths = (1, 2, 7, 49, 196, 1024, 10**5, 2**24), (1, 3, 8, 64, 1000, 4096)
     for outer, rows, width, run in itertools.product((1, 3), (1, 2, 130, 10**5), widths, runs):
-        if outer > 1 and run > 1:
-            continue
+        if (outer > 1 and run > 1) or width * run >= 2**31 or rows * width * run > 2**40:
+            continue  # which there are not, or which are refused
         layout = channel_plan.Layout(outer, rows, width, run)
         groups = 1 if outer > 1 else 0
         alignment = alignment_of(width * run, kind)
@@ -227,6 +227,6 @@ def test_numbers_of_runs(run):
     """A product and a shift instead of a division, exact for every column."""
     numbers = plan.run_numbers(run)
     for column in (0, 1, run - 1, run, run + 1, 2 * run - 1, 2 * run, 10**6, 2**31 - 2, 2**31 - 1):
-        assert column * numbers["factor"] < 2**63
         if column < 2**31:
+            assert column * numbers["factor"] < 2**63
             assert column * numbers["factor"] >> numbers["places"] == column // run
