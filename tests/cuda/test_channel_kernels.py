@@ -312,7 +312,7 @@ def test_hard_channels(shape, eps):
 
 
 def test_one_element_a_channel():
-    batch = Batch(1, 1, 8, 1)
+    batch = Batch(1, 1, 24, 1)  # of kernels that are compiled above
     _, _, got = batch.check_forward()
     assert (got["y"].ravel() == batch.bias).all()
 
