@@ -48,13 +48,33 @@ def op(name: str) -> Any:
             f"devices are {', '.join(ops.NAMES)}"
         )
     launch.start()
-    return _cuda.Op(
-        name,
-        names,
-        functools.partial(ops.build, name),
+    made = functools.partial(
+        _cuda.Op, name, names, functools.partial(ops.build, name),
         main=names.index("x" if "x" in names else "sum"),
-        written=[i for i, argument in enumerate(names) if argument in ("out", "sum_out")],
-    )
+    )  # fmt: skip
+    results = [i for i, argument in enumerate(names) if argument in ("out", "sum_out")]
+    running = [i for i, argument in enumerate(names) if argument.startswith("running_")]
+    mode = {"batch_norm": "training", "instance_norm": "use_input_stats"}.get(name)
+    if mode is None:
+        return made(written=results)
+    return _Modes(names.index(mode), made(written=results + running), made(written=results))
+
+
+class _Modes:
+    """An op that writes to more of its arguments in one mode than in the other."""
+
+    def __init__(self, at: int, training: Any, inference: Any) -> None:
+        self.at, self.ops = at, (inference, training)
+
+    def __call__(self, *args: Any) -> Any:
+        return self.ops[bool(args[self.at])](*args)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.ops))
+
+    def clear(self) -> None:
+        for each in self.ops:
+            each.clear()
 
 
 def explain(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .operands import Operand
+from .operands import Operand, Parameter
 from .plan import COLUMN_CHUNKS, COLUMN_ROWS, REDUCE_COLUMNS, REDUCE_LANES, Spec
 from .ptx import cuda, int32, int64
 from .rows import RANGE, REAL, inlined, log2, reciprocal, room_size, summing
@@ -89,14 +89,16 @@ def backward(spec: Spec) -> Any:
     compute = spec.compute
     real, most = REAL[compute], RANGE[compute].most
     x, dy, dsum = Operand(spec, "x"), Operand(spec, "dy"), Operand(spec, "dsum")
-    weight, dx = Operand(spec, "weight", "kept"), Operand(spec, "dx")
+    weight, dx = Parameter(spec, "weight"), Operand(spec, "dx")
     partial = Operand(spec, "dweight" if spec.has("dweight") else "dbias")
     rms, sums, grouped = "rms" in spec.flags, "sums" in spec.flags, "grouped" in spec.flags
-    ahead = "ahead" in spec.flags
+    ahead, adjoining = "ahead" in spec.flags, "adjoining" in spec.flags
     has_dx, has_dsum, has_shift = dx.there, dsum.there, spec.has("shift")
     has_dweight, has_dbias = spec.has("dweight") and sums, spec.has("dbias") and sums
-    has_weight, own_weight = weight.there, weight.own
-    kept = has_weight and not own_weight and vectors * weight.registers <= KEPT_WORDS
+    has_weight, own_weight, runs = weight.there, weight.own, "runs" in spec.flags
+    # A group of rows whose gradients are summed has one weight.
+    one_weight = not own_weight or grouped
+    kept = has_weight and one_weight and vectors * weight.registers <= KEPT_WORDS
     x_words, dy_words, w_words = x.words, dy.words, weight.words
     x_count, dy_count, s_count = vectors * x_words, vectors * dy_words, dsum.words
     w_count, w_step = (vectors * w_words, w_words) if kept else (w_words, 0)
@@ -117,7 +119,9 @@ def backward(spec: Spec) -> Any:
     def row_of(index: int, count: int, group: int, div: int, mod: int) -> Any:
         """The group's row of this index, and whether there is one."""
         row = index
-        if grouped:
+        if adjoining:
+            row = group * div + index
+        elif grouped:
             row = (index // div * mod + group) * div + index % div
         return row, index < count
 
@@ -160,6 +164,7 @@ def backward(spec: Spec) -> Any:
         weight: Any, weight_div: int, weight_mod: int, mean: Any, rstd: Any,
         dx: Any, dx_stride: int, shift: Any, dweight: Any, dbias: Any,
         rows: int, cols: int, offset: Any, div: int, mod: int,
+        channels: int, factor: int, places: int,
     ) -> None:  # fmt: skip
         xs = cuda.local.array(x_count, x_word)
         dys = cuda.local.array(dy_count, dy_word)
@@ -187,10 +192,14 @@ def backward(spec: Spec) -> Any:
             count = rows // mod
         step = blocks * rows_at_once
         per_n = reciprocal_of(cols)
+        weight_first = int64(0)
+        if own_weight and one_weight:
+            weight_first += group * (channels if runs else cols)
         if kept:
             for k in range(vectors):
                 place = column + k * threads * elements
-                w_fetch(ws, k * w_step, weight, place, chunks > k * threads)
+                w_fetch(ws, k * w_step, weight, weight_first, place, chunks > k * threads, factor,
+                        places)  # fmt: skip
         for k in range(total):
             dweights[k] = real(0)
             dbiases[k] = real(0)
@@ -212,6 +221,9 @@ def backward(spec: Spec) -> Any:
         for start in range(block_index * rows_at_once, count, step):
             if ahead:
                 this_row, this_left, this_inside = row, left, inside
+                if adjoining or not grouped:  # which is cheaper to form again than to keep
+                    this_row, this_inside = row_of(start + at_once, count, group, div, mod)
+                    this_left = chunks if this_inside else int32(0)
                 pivot, root = next_pivot, next_rstd
                 for k in range(x_count):
                     xs[k] = next_xs[k]
@@ -236,9 +248,9 @@ def backward(spec: Spec) -> Any:
                     root = rstd[this_row]
                     if not rms:
                         pivot = mean[this_row]
-            weight_place = column
-            if own_weight:
-                weight_place += this_row // weight_div % weight_mod * cols
+            if not one_weight:
+                width = channels if runs else cols
+                weight_first = this_row // weight_div % weight_mod * width
             if root > most:  # a constant row, and eps 0
                 root = real(0)
 
@@ -247,8 +259,8 @@ def backward(spec: Spec) -> Any:
                 there = this_left > k * threads
                 if has_weight:
                     if not kept:
-                        place = weight_place + k * threads * elements
-                        w_fetch(ws, 0, weight, place, there)
+                        place = column + k * threads * elements
+                        w_fetch(ws, 0, weight, weight_first, place, there, factor, places)
                     w_widen(factors, 0, ws, k * w_step)
                 x_widen(values, 0, xs, k * x_words)
                 dy_widen(grads, 0, dys, k * dy_words)
@@ -269,9 +281,9 @@ def backward(spec: Spec) -> Any:
             phase ^= 1
             # Else the numbers of the first pass are kept for the second, in twice the registers.
             for k in range(x_count):
-                xs[k] ^= nothing
+                xs[k] += nothing
             for k in range(dy_count):
-                dys[k] ^= nothing
+                dys[k] += nothing
             moved, mean_g, mean_g_xh = coefficients(first, second, third, per_n)
             if has_shift and lane == 0 and this_inside:
                 shift[this_row] = moved
@@ -281,8 +293,10 @@ def backward(spec: Spec) -> Any:
                 place = column + k * threads * elements
                 if has_weight:
                     if not kept:
-                        w_fetch(ws, 0, weight, weight_place + k * threads * elements, there)
+                        w_fetch(ws, 0, weight, weight_first, place, there, factor, places)
                     w_widen(factors, 0, ws, k * w_step)
+                if has_dx and has_dsum:
+                    s_fetch(ss, 0, dsum, this_row * dsum_stride + place, there)
                 x_widen(values, 0, xs, k * x_words)
                 dy_widen(grads, 0, dys, k * dy_words)
                 for j in range(elements):
@@ -296,8 +310,6 @@ def backward(spec: Spec) -> Any:
                     if has_dx:
                         values[j] = root * (grad - mean_g - xh * mean_g_xh)
                 if has_dx:
-                    if has_dsum:
-                        s_fetch(ss, 0, dsum, this_row * dsum_stride + place, there)
                     finish(values, factors, words, ss)
                     dx_store(dx, this_row * dx_stride + place, words, 0, there)
 
@@ -319,11 +331,12 @@ def backward_wide(spec: Spec) -> Any:
     threads, elements, compute, flight = spec.threads, spec.elements, spec.compute, WIDE_CHUNKS
     real, most = REAL[compute], RANGE[compute].most
     x, dy, dsum = Operand(spec, "x"), Operand(spec, "dy"), Operand(spec, "dsum")
-    weight, dx = Operand(spec, "weight", "kept"), Operand(spec, "dx")
+    weight, dx = Parameter(spec, "weight"), Operand(spec, "dx")
     rms, has_dx, has_dsum, has_shift = (
         "rms" in spec.flags, dx.there, dsum.there, spec.has("shift"),
     )  # fmt: skip
     has_weight, own_weight, shift_of_chunk = weight.there, weight.own, log2(elements)
+    runs = "runs" in spec.flags
     x_words, dy_words, w_words, s_words = x.words, dy.words, weight.words, dsum.words
     x_count, dy_count, w_count = flight * x_words, flight * dy_words, flight * w_words
     size, three = room_size(threads, 1), summing(threads, 1, 1 if rms else 3)
@@ -337,14 +350,15 @@ def backward_wide(spec: Spec) -> Any:
     @inlined
     def fetch(
         xs: Any, dys: Any, ws: Any, x: Any, dy: Any, weight: Any, place: int, dy_place: int,
-        weight_place: int, left: int,
+        weight_first: int, column: int, left: int, factor: int, places: int,
     ) -> None:  # fmt: skip
         for k in range(flight):
             there, step = left > k * threads, k * threads * elements
             x_fetch(xs, k * x_words, x, place + step, there)
             dy_fetch(dys, k * dy_words, dy, dy_place + step, there)
             if has_weight:
-                w_fetch(ws, k * w_words, weight, weight_place + step, there)
+                w_fetch(ws, k * w_words, weight, weight_first, column + step, there, factor,
+                        places)  # fmt: skip
 
     @inlined
     def widen(values: Any, grads: Any, factors: Any, xs: Any, dys: Any, ws: Any, k: int) -> None:
@@ -357,6 +371,7 @@ def backward_wide(spec: Spec) -> Any:
         dy: Any, dy_stride: int, x: Any, x_stride: int, dsum: Any, dsum_stride: int,
         weight: Any, weight_div: int, weight_mod: int, mean: Any, rstd: Any,
         dx: Any, dx_stride: int, shift: Any, rows: int, cols: int, offset: Any,
+        channels: int, factor: int, places: int,
     ) -> None:  # fmt: skip
         xs = cuda.local.array(x_count, x_word)
         dys = cuda.local.array(dy_count, dy_word)
@@ -370,9 +385,9 @@ def backward_wide(spec: Spec) -> Any:
 
         lane, row = int64(cuda.threadIdx.x), int64(cuda.blockIdx.x)
         chunks = cols >> shift_of_chunk
-        place, dy_place, weight_place = row * x_stride, row * dy_stride, int64(0)
+        place, dy_place, weight_first = row * x_stride, row * dy_stride, int64(0)
         if own_weight:
-            weight_place += row // weight_div % weight_mod * cols
+            weight_first += row // weight_div % weight_mod * (channels if runs else cols)
         root, pivot = rstd[row], real(0)
         if not rms:
             pivot = mean[row]
@@ -381,8 +396,8 @@ def backward_wide(spec: Spec) -> Any:
         first, second, third = real(0), real(0), real(0)
         for start in range(lane, chunks, threads * flight):
             at = start * elements
-            fetch(xs, dys, ws, x, dy, weight, place + at, dy_place + at, weight_place + at,
-                  chunks - start)  # fmt: skip
+            fetch(xs, dys, ws, x, dy, weight, place + at, dy_place + at, weight_first, at,
+                  chunks - start, factor, places)  # fmt: skip
             for k in range(flight):
                 widen(values, grads, factors, xs, dys, ws, k)
                 middle = pivot if chunks - start > k * threads else real(0)
@@ -405,8 +420,8 @@ def backward_wide(spec: Spec) -> Any:
         if has_dx:
             for start in range(lane, chunks, threads * flight):
                 at = start * elements
-                fetch(xs, dys, ws, x, dy, weight, place + at, dy_place + at, weight_place + at,
-                      chunks - start)  # fmt: skip
+                fetch(xs, dys, ws, x, dy, weight, place + at, dy_place + at, weight_first, at,
+                      chunks - start, factor, places)  # fmt: skip
                 for k in range(flight):
                     there, step = chunks - start > k * threads, at + k * threads * elements
                     widen(values, grads, factors, xs, dys, ws, k)
@@ -428,6 +443,7 @@ def columns(spec: Spec) -> Any:
     x, dy = Operand(spec, "x"), Operand(spec, "dy")
     has_dweight, has_dbias = spec.has("dweight"), spec.has("dbias")
     has_shift, has_mean, grouped = spec.has("shift"), spec.has("mean"), "grouped" in spec.flags
+    adjoining = "adjoining" in spec.flags
     x_words, dy_words = x.words, dy.words
     x_count, dy_count = x_words * ROWS_IN_FLIGHT, dy_words * ROWS_IN_FLIGHT
     width, at_once, flight = COLUMN_CHUNKS * elements, COLUMN_ROWS, ROWS_IN_FLIGHT
@@ -479,7 +495,9 @@ def columns(spec: Spec) -> Any:
             for i in range(flight):
                 index = start + i * step
                 row = index
-                if grouped:
+                if adjoining:
+                    row = group * div + index
+                elif grouped:
                     row = (index // div * mod + group) * div + index % div
                 there = has_columns and index < count
                 if has_dweight:
@@ -488,7 +506,9 @@ def columns(spec: Spec) -> Any:
             for i in range(flight):
                 index = start + i * step
                 row = index
-                if grouped:
+                if adjoining:
+                    row = group * div + index
+                elif grouped:
                     row = (index // div * mod + group) * div + index % div
                 dy_widen(grads, 0, dys, i * dy_words)
                 if has_dweight:

@@ -32,8 +32,13 @@ ROUNDS = 7
 REPLAYED = 16
 #: Rows that are compared with float64.
 COMPARED = 256
-OPS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "adaptive_layer_norm",
-       "layer_norm_backward", "rms_norm_backward")  # fmt: skip
+OPS: tuple[str, ...] = (
+    "layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "adaptive_layer_norm",
+    "layer_norm_backward", "rms_norm_backward",
+)  # fmt: skip
+#: Rows of these are samples of so many channels, in so many groups; as far as there are such ops.
+CHANNELS, GROUPS = 32, 8
+OPS += tuple([op for op in ("group_norm", "batch_norm") if hasattr(fastnorm, op)])
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
@@ -72,6 +77,10 @@ class Case:
         rows, cols = shape
         self.x, self.other = made(rows, cols), made(rows, cols)
         self.weight, self.bias = made(cols), made(cols)
+        if op in ("group_norm", "batch_norm"):
+            planes = (rows, CHANNELS, cols // CHANNELS)
+            self.x, self.other = self.x.view(planes), self.other.view(planes)
+            self.weight, self.bias = made(CHANNELS), made(CHANNELS)
         self.scale, self.shift = made(1, cols), made(1, cols)
         self.y, self.total = torch.empty_like(self.x), torch.empty_like(self.x)
         if op.endswith("_backward"):
@@ -85,7 +94,8 @@ class Case:
     @property
     def moved(self) -> int:
         """Bytes that must be moved: each row element in and out once."""
-        passes = 4 if self.op.startswith("add_") else 3 if self.op.endswith("_backward") else 2
+        three = self.op.endswith("_backward") or self.op == "batch_norm"  # which reads x twice
+        passes = 4 if self.op.startswith("add_") else 3 if three else 2
         return passes * self.x.nbytes
 
 
@@ -119,12 +129,18 @@ def _ours(case: Case, into: bool = False) -> Callable[[], Any]:
         "adaptive_layer_norm": lambda: fastnorm.adaptive_layer_norm(
             x, case.scale, case.shift, cols, eps, **out
         ),
+        "group_norm": lambda: _op("group_norm")(x, GROUPS, w, b, eps, **out),
+        "batch_norm": lambda: _op("batch_norm")(x, None, None, w, b, True, 0.1, eps, **out),
         "layer_norm_backward": lambda: fastnorm.layer_norm_backward(
             other, x, cols, case.mean, case.rstd, w, b
         ),
         "rms_norm_backward": lambda: fastnorm.rms_norm_backward(other, x, cols, case.rstd, w),
     }
     return calls[case.op]
+
+
+def _op(name: str) -> Callable[..., Any]:
+    return getattr(fastnorm, name)
 
 
 def _torch(case: Case) -> Callable[[], Any]:
@@ -181,6 +197,12 @@ def _plain(case: Case) -> Callable[..., Any]:
         return backward
     if case.op.startswith("add_"):
         return add
+    if case.op == "group_norm":
+        return lambda x, _, weight, bias: functional.group_norm(x, GROUPS, weight, bias, eps)
+    if case.op == "batch_norm":
+        return lambda x, _, weight, bias: functional.batch_norm(
+            x, None, None, weight, bias, True, 0.1, eps
+        )
     if case.op.startswith("adaptive"):
         return lambda x, _, scale, shift: norm(x, None, None) * (1 + scale) + shift
     return lambda x, _, weight, bias: norm(x, weight, bias)
@@ -190,7 +212,8 @@ def _triton(case: Case) -> Callable[[], Any] | None:
     if importlib.util.find_spec("triton") is None or case.dtype == "float64":
         return None
     kernels = importlib.import_module("fastnorm.cuda.triton_norm")
-    if case.shape[1] > kernels.WIDEST or case.op.startswith(("add_", "adaptive")):
+    others = ("add_", "adaptive", "group", "batch")
+    if case.shape[1] > kernels.WIDEST or case.op.startswith(others):
         return None
     if case.op.endswith("_backward"):
         return lambda: kernels.backward(
@@ -285,7 +308,7 @@ def measure(case: Case, clock: Any, count: int = 20) -> list[Result]:
 
 def error(case: Case, call: Callable[[], Any]) -> float:
     """The largest error of the first result's first rows against torch in float64, of its scale."""
-    torch, rows = case.torch, COMPARED
+    torch, rows = case.torch, len(case.x) if case.op == "batch_norm" else COMPARED
     got = call()
     got = (got[0] if isinstance(got, (tuple, list)) else got)[:rows].double()
     few = [

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 
 from . import plan
 
-_SOURCES = ("plan", "ptx", "rows", "operands", "activation", "forward", "backward", "kernels",
-            "compiler")  # fmt: skip
+_SOURCES = ("plan", "ptx", "rows", "operands", "activation", "forward", "backward",
+            "channel_kernels", "kernels", "compiler")  # fmt: skip
 #: bfloat16 is converted by instructions that came with it.
 LEAST_CAPABILITY = (8, 0)
 #: Of a multiprocessor.

@@ -16,11 +16,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from . import ptx
+from . import plan, ptx
 from .activation import activation
-from .operands import Operand
+from .operands import Operand, Parameter
 from .plan import Spec
-from .ptx import cuda, int32, int64
+from .ptx import cuda, float64, int32, int64
 from .rows import (
     INTEGER,
     RANGE,
@@ -137,6 +137,48 @@ def _rstds(spec: Spec) -> Any:
     return rstds
 
 
+def _firsts(spec: Spec) -> Any:
+    """``(row, weight_div, weight_mod, bias_div, bias_mod, width)``: where the row's weight and
+    bias begin; one place, if rows differ alike in both."""
+    own_weight, own_bias = "each:weight" in spec.flags, "each:bias" in spec.flags
+    alike = "alike" in spec.flags
+
+    @inlined
+    def firsts(
+        row: int, weight_div: int, weight_mod: int, bias_div: int, bias_mod: int, width: int
+    ) -> Any:
+        weight_first, bias_first = int64(0), int64(0)
+        if own_weight:
+            weight_first += row // weight_div % weight_mod * width
+        if alike:
+            bias_first = weight_first
+        elif own_bias:
+            bias_first += row // bias_div % bias_mod * width
+        return weight_first, bias_first
+
+    return firsts
+
+
+def _moments(spec: Spec) -> Any:
+    """``(moments, row, rows, cols, pivot, c, variance, exponent)``: of the row as it came, the
+    pivot, the mean's distance from it, and the sum of squares of the distances from the mean: in
+    double, three arrays of `rows`, one after the other."""
+    scaled = scaling("float64")
+
+    @inlined
+    def write(
+        moments: Any, row: int, rows: int, cols: int, pivot: Any, c: Any, variance: Any,
+        exponent: int,
+    ) -> None:  # fmt: skip
+        back = -int64(exponent)
+        moments[row] = scaled(float64(pivot), back)
+        moments[rows + row] = scaled(float64(c), back)
+        square = float64(variance if variance > 0 else 0 * variance)
+        moments[2 * rows + row] = scaled(square * cols, 2 * back)
+
+    return write
+
+
 def forward(spec: Spec) -> Any:
     """A row in registers: by some lanes of a warp, a warp, or a block."""
     threads, rows_at_once, vectors, elements = (
@@ -147,10 +189,16 @@ def forward(spec: Spec) -> Any:
     real, integer, limits = REAL[compute], INTEGER[compute], RANGE[compute]
     x, residual = Operand(spec, "x", how), Operand(spec, "residual", how)
     gate, linear_bias = Operand(spec, "gate", "kept"), Operand(spec, "linear_bias", "kept")
-    weight, bias = Operand(spec, "weight", "kept"), Operand(spec, "bias", "kept")
+    weight, bias = Parameter(spec, "weight"), Parameter(spec, "bias")
     y, sums = Operand(spec, "y"), Operand(spec, "sum")
     held_count = vectors * elements
+    # Rows of 16 bits stay as they came, which takes half the registers; what is computed with is
+    # made of them each time.
+    held = sums if residual.there else x
+    packed = plan.SIZES[held.kind] == 2 and ("round_sum" in spec.flags or not residual.there)
     x_count = vectors * x.words
+    h_count, h_words, h_word = vectors * held.words, held.words, held.word
+    number_count = 1 if packed else held_count
     r_count = vectors * residual.words if residual.there else 1
     round_sum, round_to_sum = "round_sum" in spec.flags, sums.rounded
     needed = vectors * (weight.registers * weight.there + bias.registers * bias.there)
@@ -161,8 +209,10 @@ def forward(spec: Spec) -> Any:
     rms, adds, has_sum = "rms" in spec.flags, residual.there, sums.there
     has_weight, has_bias = weight.there, bias.there
     has_mean, has_rstd = spec.has("mean"), spec.has("rstd")
+    has_moments, has_y, runs = spec.has("moments"), y.there, "runs" in spec.flags
+    write_moments = _moments(spec)
     # A float16 row cannot leave the range of float32.
-    scales = adds or x.kind != "float16"
+    scales = held.kind != "float16" or not packed
     shift_of_chunk, size = log2(elements), room_size(threads, rows_at_once)
     one, two = summing(threads, rows_at_once, 1), summing(threads, rows_at_once, 2)
     top, among = largest(threads, rows_at_once), anyone(threads, rows_at_once)
@@ -176,21 +226,38 @@ def forward(spec: Spec) -> Any:
     w_widen, b_widen, y_narrow, y_store = weight.widen, bias.widen, y.narrow, y.store
     s_narrow, s_store = sums.narrow, sums.store
     x_word, r_word, g_word, l_word = x.word, residual.word, gate.word, linear_bias.word
-    x_widen = x.widen
+    x_widen, h_widen, h_narrow = x.widen, held.widen, held.narrow
     w_word, b_word, y_word, s_word = weight.word, bias.word, y.word, sums.word
     g_words, l_words, y_words, s_words = gate.words, linear_bias.words, y.words, sums.words
     x_words, r_words = x.words, residual.words
     has_gate, has_linear_bias = gate.there, linear_bias.there
     own_gate, own_linear_bias = gate.own, linear_bias.own
-    own_weight, own_bias = weight.own, bias.own
+    firsts = _firsts(spec)
 
     @inlined
-    def row_total(held: Any, room: Any, phase: int) -> Any:
+    def numbers(values: Any, held: Any, words: Any, k: int) -> None:
+        """The row's k-th chunk."""
+        if packed:
+            h_widen(values, 0, words, k * h_words)
+        else:
+            for j in range(elements):
+                values[j] = held[k * elements + j]
+
+    @inlined
+    def anew(words: Any, nothing: int) -> None:
+        """Without it, the compiler would keep the numbers of one pass for the next one."""
+        if packed:
+            for k in range(h_count):
+                words[k] += nothing
+
+    @inlined
+    def row_total(values: Any, held: Any, words: Any, room: Any, phase: int) -> Any:
         total = real(0)
         for k in range(vectors):
-            part = held[k * elements]
+            numbers(values, held, words, k)
+            part = values[0]
             for j in range(1, elements):
-                part += held[k * elements + j]
+                part += values[j]
             total += part
         total, _, _ = one(total, total, total, room, phase)
         return total
@@ -201,9 +268,11 @@ def forward(spec: Spec) -> Any:
         linear_bias: Any, linear_bias_div: int, linear_bias_mod: int,
         weight: Any, weight_div: int, weight_mod: int, bias: Any, bias_div: int, bias_mod: int,
         y: Any, y_stride: int, sum: Any, sum_stride: int, mean: Any, rstd: Any,
-        rows: int, cols: int, eps: Any, offset: Any,
+        moments: Any, rows: int, cols: int, eps: Any, offset: Any,
+        channels: int, factor: int, places: int,
     ) -> None:  # fmt: skip
-        held = cuda.local.array(held_count, real)
+        held = cuda.local.array(number_count, real)
+        words = cuda.local.array(h_count, h_word)
         xs = cuda.local.array(x_count, x_word)
         values = cuda.local.array(elements, real)
         other = cuda.local.array(elements, real)
@@ -249,43 +318,51 @@ def forward(spec: Spec) -> Any:
                 if has_sum:
                     s_narrow(ss, 0, values)
                     s_store(sum, sum_place + step, ss, 0, there)
-                for j in range(elements):
-                    held[k * elements + j] = round_to_sum(values[j]) if round_sum else values[j]
+                if packed:
+                    h_narrow(words, k * h_words, values)
+                else:
+                    for j in range(elements):
+                        held[k * elements + j] = round_to_sum(values[j]) if round_sum else values[j]
         else:
             for k in range(vectors):
                 x_fetch(xs, k * x_words, x, place + k * threads * elements, left > k * threads)
 
-        weight_place, bias_place = column, column
-        if own_weight:
-            weight_place += row // weight_div % weight_mod * cols
-        if own_bias:
-            bias_place += row // bias_div % bias_mod * cols
         if hoisted:
+            weight_first, bias_first = firsts(
+                row, weight_div, weight_mod, bias_div, bias_mod, channels if runs else cols
+            )
             for k in range(vectors):
-                there, step = left > k * threads, k * threads * elements
+                there, at = left > k * threads, column + k * threads * elements
                 if has_weight:
-                    w_fetch(weights, k * w_step, weight, weight_place + step, there)
+                    w_fetch(weights, k * w_step, weight, weight_first, at, there, factor, places)
                 if has_bias:
-                    b_fetch(biases, k * b_step, bias, bias_place + step, there)
+                    b_fetch(biases, k * b_step, bias, bias_first, at, there, factor, places)
 
         if not adds:
             for k in range(vectors):
-                x_widen(held, k * elements, xs, k * x_words)
+                if packed:
+                    for j in range(x_words):
+                        words[k * h_words + j] = xs[k * x_words + j]
+                else:
+                    x_widen(held, k * elements, xs, k * x_words)
         per_n = reciprocal_of(cols)
         padding, exponent = eps, integer(0)
         pivot, phase = real(0), 0
+        nothing = int32(cols >> 40)  # zero, which the compiler cannot know
         if not rms:
-            pivot = row_total(held, room, phase) * per_n
+            pivot = row_total(values, held, words, room, phase) * per_n
             phase = 1
         c, variance, padded = real(0), real(0), real(0)
         for attempt in range(4):
+            anew(words, nothing)
             first, second = real(0), real(0)
             for k in range(vectors):
                 # What is past the end reads as 0.
                 middle = pivot if left > k * threads else real(0)
                 part, square = real(0), real(0)
+                numbers(values, held, words, k)
                 for j in range(elements):
-                    away = held[k * elements + j] - middle
+                    away = values[j] - middle
                     part += away
                     square += away * away
                 first += part
@@ -305,23 +382,36 @@ def forward(spec: Spec) -> Any:
             moved = pivot + c
             if attempt == 0 and scales:
                 bits = integer(0)
-                for k in range(held_count):
-                    size_of_one = magnitude(held[k])
-                    bits = size_of_one if size_of_one > bits else bits
+                anew(words, nothing)
+                for k in range(vectors):
+                    numbers(values, held, words, k)
+                    for j in range(elements):
+                        size_of_one = magnitude(values[j])
+                        bits = size_of_one if size_of_one > bits else bits
                 bits = top(bits, tops)
                 if not fine and bits > 0 and bits < infinity:
                     exponent = integer(half - (bits >> mantissa))
                     padding = scaled(scaled(eps, exponent), exponent)
-                for k in range(held_count):
-                    held[k] = scaled(held[k], exponent)
+                if packed:  # exact, but for what is nothing next to the largest
+                    anew(words, nothing)
+                    for k in range(vectors):
+                        numbers(values, held, words, k)
+                        for j in range(elements):
+                            values[j] = scaled(values[j], exponent)
+                        h_narrow(words, k * h_words, values)
+                else:
+                    for k in range(held_count):
+                        held[k] = scaled(held[k], exponent)
                 if not rms:
-                    total = row_total(held, room, phase)
+                    anew(words, nothing)
+                    total = row_total(values, held, words, room, phase)
                     phase ^= 1
                     if not fine:
                         moved = total * per_n
             if not rms and not settled:
                 pivot = moved
 
+        anew(words, nothing)
         root, reported = rstds(variance, padding, padded, eps, exponent)
         shift = -c * root
         if lane == 0 and inside:
@@ -329,20 +419,26 @@ def forward(spec: Spec) -> Any:
                 mean[row] = scaled(pivot + c, -exponent)
             if has_rstd:
                 rstd[row] = reported
+            if has_moments:
+                write_moments(moments, row, rows, cols, pivot, c, variance, exponent)
 
-        for k in range(vectors):
+        if not hoisted:
+            weight_first, bias_first = firsts(
+                row, weight_div, weight_mod, bias_div, bias_mod, channels if runs else cols
+            )
+        for k in range(vectors if has_y else 0):
             there, step = left > k * threads, k * threads * elements
             if not hoisted:
+                at = column + step
                 if has_weight:
-                    w_fetch(weights, 0, weight, weight_place + step, there)
+                    w_fetch(weights, 0, weight, weight_first, at, there, factor, places)
                 if has_bias:
-                    b_fetch(biases, 0, bias, bias_place + step, there)
+                    b_fetch(biases, 0, bias, bias_first, at, there, factor, places)
             if has_weight:
                 w_widen(factors, 0, weights, k * w_step)
             if has_bias:
                 b_widen(terms, 0, biases, k * b_step)
-            for j in range(elements):
-                values[j] = held[k * elements + j]
+            numbers(values, held, words, k)
             finish(values, factors, terms, pivot, root, shift, offset)
             y_narrow(results, 0, values)
             y_store(y, row * y_stride + column + step, results, 0, there)
@@ -358,13 +454,15 @@ def forward_wide(spec: Spec) -> Any:
     real, integer, limits = REAL[compute], INTEGER[compute], RANGE[compute]
     x, residual = Operand(spec, "x", how), Operand(spec, "residual", how)
     gate, linear_bias = Operand(spec, "gate", "kept"), Operand(spec, "linear_bias", "kept")
-    weight, bias = Operand(spec, "weight", "kept"), Operand(spec, "bias", "kept")
+    weight, bias = Parameter(spec, "weight"), Parameter(spec, "bias")
     y, sums = Operand(spec, "y"), Operand(spec, "sum")
     rms, adds, has_sum = "rms" in spec.flags, residual.there, sums.there
     round_sum, round_to_sum = "round_sum" in spec.flags, sums.rounded
     has_weight, has_bias = weight.there, bias.there
     has_gate, has_linear_bias = gate.there, linear_bias.there
     has_mean, has_rstd = spec.has("mean"), spec.has("rstd")
+    has_moments, has_y, runs = spec.has("moments"), y.there, "runs" in spec.flags
+    write_moments = _moments(spec)
     shift_of_chunk, size = log2(elements), room_size(threads, 1)
     one, two, top = summing(threads, 1, 1), summing(threads, 1, 2), largest(threads, 1)
     magnitude, scaled = ptx.bits_of(compute), scaling(compute)
@@ -382,7 +480,7 @@ def forward_wide(spec: Spec) -> Any:
     w_words, b_words, y_words, s_words = weight.words, bias.words, y.words, sums.words
     x_count, r_count = flight * x_words, flight * r_words
     own_gate, own_linear_bias = gate.own, linear_bias.own
-    own_weight, own_bias = weight.own, bias.own
+    firsts = _firsts(spec)
 
     @inlined
     def fetch(
@@ -419,7 +517,8 @@ def forward_wide(spec: Spec) -> Any:
         linear_bias: Any, linear_bias_div: int, linear_bias_mod: int,
         weight: Any, weight_div: int, weight_mod: int, bias: Any, bias_div: int, bias_mod: int,
         y: Any, y_stride: int, sum: Any, sum_stride: int, mean: Any, rstd: Any,
-        rows: int, cols: int, eps: Any, offset: Any,
+        moments: Any, rows: int, cols: int, eps: Any, offset: Any,
+        channels: int, factor: int, places: int,
     ) -> None:  # fmt: skip
         xs = cuda.local.array(x_count, x_word)
         rs = cuda.local.array(r_count, r_word)
@@ -440,15 +539,14 @@ def forward_wide(spec: Spec) -> Any:
         row = int64(cuda.blockIdx.x)
         chunks = cols >> shift_of_chunk
         place, other_place = row * x_stride, row * residual_stride
-        gate_place, bias_place, weight_place, b_place = int64(0), int64(0), int64(0), int64(0)
+        gate_place, bias_place = int64(0), int64(0)
         if own_gate:
             gate_place += row // gate_div % gate_mod * cols
         if own_linear_bias:
             bias_place += row // linear_bias_div % linear_bias_mod * cols
-        if own_weight:
-            weight_place += row // weight_div % weight_mod * cols
-        if own_bias:
-            b_place += row // bias_div % bias_mod * cols
+        weight_first, bias_first = firsts(
+            row, weight_div, weight_mod, bias_div, bias_mod, channels if runs else cols
+        )
 
         padding, exponent = eps, integer(0)
         pivot, phase = real(0), 0
@@ -526,17 +624,19 @@ def forward_wide(spec: Spec) -> Any:
                 mean[row] = scaled(pivot + c, -exponent)
             if has_rstd:
                 rstd[row] = reported
+            if has_moments:
+                write_moments(moments, row, rows, cols, pivot, c, variance, exponent)
 
-        for start in range(lane, chunks, threads * flight):
+        for start in range(lane, chunks if has_y else 0, threads * flight):
             at = start * elements
             fetch(xs, rs, x, residual, place + at, other_place + at, chunks - start)
             for k in range(flight):
                 there, step = chunks - start > k * threads, at + k * threads * elements
                 if has_weight:
-                    w_fetch(ws, 0, weight, weight_place + step, there)
+                    w_fetch(ws, 0, weight, weight_first, step, there, factor, places)
                     w_widen(factors, 0, ws, 0)
                 if has_bias:
-                    b_fetch(bs, 0, bias, b_place + step, there)
+                    b_fetch(bs, 0, bias, bias_first, step, there, factor, places)
                     b_widen(terms, 0, bs, 0)
                 chunk(values, other, xs, rs, gs, ls, k, gate, linear_bias, gate_place + at,
                       bias_place + at, there)  # fmt: skip

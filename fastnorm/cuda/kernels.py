@@ -9,7 +9,7 @@ from typing import Any
 
 from numba import types
 
-from . import backward, forward, plan, ptx
+from . import backward, channel_kernels, forward, plan, ptx
 from .ptx import float32, float64, int64
 from .rows import inlined
 
@@ -21,6 +21,7 @@ FACTORIES: dict[str, Callable[[plan.Spec], Any]] = {
     "backward_columns": backward.columns,
     "reduce": backward.reduce,
     "fill": backward.fill,
+    **{name: getattr(channel_kernels, name) for name in plan.CHANNEL_NUMBERS},
 }
 
 
@@ -31,7 +32,7 @@ def kernel(spec: plan.Spec, name: str = "kernel") -> Any:
     # What the call has not got is passed as something of a type that the code would take; the code
     # that would use it is not compiled.
     arrays = {operand for operand, _ in spec.types}
-    stand_ins = {"eps": "0", "offset": "0"}
+    stand_ins = dict.fromkeys(plan.REALS, "0")
     passed = []
     for parameter in inspect.signature(body).parameters:
         if parameter in given:
@@ -46,7 +47,10 @@ def kernel(spec: plan.Spec, name: str = "kernel") -> Any:
     return scope[name]
 
 
-_ARRAYS = (*plan.ROW_OPERANDS, *plan.PARAMETERS, *plan.STATISTICS, "partials1", "result1")
+_ARRAYS = (
+    *plan.ROW_OPERANDS, *plan.PARAMETERS, *plan.STATISTICS, "partials1", "result1", "moments",
+    "running_mean", "running_var", "coefficients", "sums",
+)  # fmt: skip
 
 
 @functools.cache

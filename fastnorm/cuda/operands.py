@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 from . import ptx
-from .plan import Spec
+from .plan import SIZES, Spec
+from .rows import inlined
 
 
 class Operand:
@@ -24,5 +28,80 @@ class Operand:
         self.rounded = ptx.rounded(self.kind, spec.compute)
         #: Whether rows differ in it.
         self.own = f"each:{name}" in spec.flags
-        #: 32-bit registers of a chunk.
-        self.registers = self.words * (2 if self.kind == "float64" else 1)
+
+    @property
+    def registers(self) -> int:
+        """32-bit registers of a chunk."""
+        return self.words * (2 if self.kind == "float64" else 1)
+
+
+class Parameter(Operand):
+    """An operand with an element for each column; or, where channels run along a row, for each run
+    of columns.
+
+    ``fetch(words, at, array, first, column, there, factor, places)``: the chunk at `column` of what
+    begins at `first`. ``column * factor >> places`` is the number of the run that a column is in.
+    """
+
+    def __init__(self, spec: Spec, name: str) -> None:
+        super().__init__(spec, name, "kept")
+        how = "mixed" if "mixed" in spec.flags else "runs" if "runs" in spec.flags else ""
+        make = {"": _whole, "runs": _one, "mixed": _each}[how]
+        self.words = {"": self.words, "runs": 1, "mixed": spec.elements}[how]
+        self.fetch, self.widen = make(self.kind, spec.elements, spec.access, spec.compute)
+
+
+@functools.cache
+def _whole(kind: str, count: int, access: int, compute: str) -> tuple[Any, Any]:
+    fetch = ptx.fetch(kind, count, access, "kept")
+
+    @inlined
+    def whole(
+        words: Any, at: int, array: Any, first: int, column: int, there: bool, factor: int,
+        places: int,
+    ) -> None:  # fmt: skip
+        fetch(words, at, array, first + column, there)
+
+    return whole, ptx.widen(kind, count, compute)
+
+
+@functools.cache
+def _one(kind: str, count: int, access: int, compute: str) -> tuple[Any, Any]:
+    """A chunk that lies in one run."""
+    fetch, widen_one = ptx.fetch(kind, 1, SIZES[kind], "kept"), ptx.widen(kind, 1, compute)
+
+    @inlined
+    def one(
+        words: Any, at: int, array: Any, first: int, column: int, there: bool, factor: int,
+        places: int,
+    ) -> None:  # fmt: skip
+        fetch(words, at, array, first + (column * factor >> places), there)
+
+    @inlined
+    def widen(values: Any, first: int, words: Any, at: int) -> None:
+        widen_one(values, first, words, at)
+        for j in range(1, count):
+            values[first + j] = values[first]
+
+    return one, widen
+
+
+@functools.cache
+def _each(kind: str, count: int, access: int, compute: str) -> tuple[Any, Any]:
+    """A chunk in which another run may begin."""
+    fetch, widen_one = ptx.fetch(kind, 1, SIZES[kind], "kept"), ptx.widen(kind, 1, compute)
+
+    @inlined
+    def each(
+        words: Any, at: int, array: Any, first: int, column: int, there: bool, factor: int,
+        places: int,
+    ) -> None:  # fmt: skip
+        for j in range(count):
+            fetch(words, at + j, array, first + ((column + j) * factor >> places), there)
+
+    @inlined
+    def widen(values: Any, first: int, words: Any, at: int) -> None:
+        for j in range(count):
+            widen_one(values, first + j, words, at + j)
+
+    return each, widen

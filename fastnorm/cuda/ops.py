@@ -18,6 +18,7 @@ from .. import _cuda, checks, interop
 from ..call import MACHINE_EPS
 from ..dispatch import CALLS
 from . import launch, plan
+from .signatures import CHANNELS
 
 TYPES = ("float16", "bfloat16", "float32", "float64")
 _WANTED = "float16, bfloat16, float32 or float64"
@@ -54,6 +55,7 @@ BACKWARD = {
 }
 #: The arguments of each op, by position.
 NAMES = {op: tuple(inspect.signature(CALLS[op]).parameters)[:-1] for op in (*FORWARD, *BACKWARD)}
+NAMES |= CHANNELS
 
 
 def wider(a: str, b: str) -> str:
@@ -163,7 +165,7 @@ class Call:
         if stride is None:
             raise ValueError(
                 f"{name}: got shape {array.shape} with strides {array.strides} (in elements), "
-                f"wanted contiguous rows at one distance: {_contiguous(name, array)}"
+                f"wanted contiguous rows at one distance: {contiguous(name, array)}"
             )
         span = max(self.rows - 1, 0) * abs(stride) + self.cols
         # Of one row too: a row of a batch has the same bits alone.
@@ -182,7 +184,7 @@ class Call:
         if array.strides is not None:
             raise ValueError(
                 f"{name}: got shape {array.shape} with strides {array.strides} (in elements), "
-                f"wanted {_contiguous(name, array)}"
+                f"wanted {contiguous(name, array)}"
             )
         alignment = (
             math.gcd(array.alignment, self.cols * array.itemsize) if mod > 1 else (array.alignment)
@@ -228,6 +230,14 @@ class Call:
         return f"{first}{self.normalized}, or axes before it that broadcast to {self.lead}"
 
     # ---- results ----
+
+    def result_type(self, dtype: Any) -> str:
+        if dtype is None:
+            return self.type
+        wanted = checks.as_result_type(interop.convert("dtype", dtype))
+        if wanted == checks.INT8:
+            raise TypeError(f"dtype: got int8, wanted {_WANTED} for arrays on a CUDA device")
+        return "bfloat16" if wanted.kind == "V" else wanted.name
 
     def new_array(
         self, known_as: str, shape: tuple[int, ...], kind: str, steps: tuple[int, int] = (1, 1)
@@ -291,6 +301,12 @@ class Call:
 
     def per_row(self) -> dict[str, bool]:
         return {name: operand.mod > 1 for name, operand in self.operands.items()}
+
+    def alike(self) -> bool:
+        """Whether rows differ in the weight as they do in the bias."""
+        found = [self.operands.get(name) for name in ("weight", "bias")]
+        steps = [(each.div, each.mod) for each in found if each is not None]
+        return len(steps) == 2 and steps[0] == steps[1]
 
     def entry(self) -> _cuda.Entry:
         """The call as _cuda makes it, its kernels compiled and loaded."""
@@ -361,7 +377,7 @@ class Forward(Call):
             return_stats=bool(given["return_stats"]), per_row=self.per_row(),
             offset=self.numbers["offset"] != 0,
             round_before_weight=bool(given.get("round_before_weight")),
-            round_sum=bool(given.get("round_sum")), aliased=self.aliased,
+            round_sum=bool(given.get("round_sum")), aliased=self.aliased, alike=self.alike(),
         )  # fmt: skip
 
     def addend(self) -> Any:
@@ -373,14 +389,6 @@ class Forward(Call):
             if residual is None and self.given.get(name) is not None:
                 raise TypeError(f"{name}: got an array without a residual, wanted both or neither")
         return residual
-
-    def result_type(self, dtype: Any) -> str:
-        if dtype is None:
-            return self.type
-        wanted = checks.as_result_type(interop.convert("dtype", dtype))
-        if wanted == checks.INT8:
-            raise TypeError(f"dtype: got int8, wanted {_WANTED} for arrays on a CUDA device")
-        return "bfloat16" if wanted.kind == "V" else wanted.name
 
     def eps(self) -> float:
         eps = self.given["eps"]
@@ -462,7 +470,11 @@ def build(op: str, *args: Any) -> _cuda.Entry:
     return checked(op, args).entry()
 
 
-def checked(op: str, args: Sequence[Any]) -> Forward | Backward:
+def checked(op: str, args: Sequence[Any]) -> Call:
+    if op in CHANNELS:
+        from . import channels
+
+        return channels.checked(op, args)
     return Forward(op, args) if op in FORWARD else Backward(op, args)
 
 
@@ -529,7 +541,7 @@ def shares_memory(a: _cuda.Array, b: _cuda.Array) -> bool:
     return checks.shares_memory(np.asarray(_Place(a)), np.asarray(_Place(b)))
 
 
-def _contiguous(name: str, array: Any) -> str:
+def contiguous(name: str, array: Any) -> str:
     """How to get what is wanted of an array that lies otherwise."""
     calls = {"torch": f"{name}.contiguous()", "cupy": f"cupy.ascontiguousarray({name})"}
     return calls.get(array.kind, "a contiguous array")

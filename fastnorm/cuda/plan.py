@@ -35,6 +35,20 @@ NARROW_ELEMENTS = 16
 #: more than its share of what the memory must have under way.
 WIDE_BYTES = 64
 
+#: Numbers that are not integers; those of the kernels in channel_kernels.py, in order.
+REALS = ("eps", "offset", "keep", "take", "bessel")
+CHANNEL_NUMBERS = {
+    "plane_sums": ("rows", "cols", "channels"),
+    "column_moments": ("rows", "cols", "parts", "part_rows"),
+    "column_sums": ("rows", "cols", "parts", "part_rows", "channels"),
+    "merge": ("outer", "groups", "channels", "parts", "count", "last", "eps", "keep", "take",
+              "bessel"),
+    "prepare": ("channels", "eps"),
+    "merge_sums": ("outer", "groups", "channels", "parts", "count"),
+    "apply": ("rows", "cols", "outer", "width"),
+    "apply_backward": ("rows", "cols", "outer", "width"),
+}  # fmt: skip
+
 #: Backward with sums over rows: elements of a thread, which has two sums in registers for each;
 #: or two chunks, where these are more. 512 threads with 128 registers fill a multiprocessor and
 #: have 32 KB under way at all times, because they ask for the next row before they sum this one.
@@ -107,6 +121,8 @@ class Plan(NamedTuple):
     kernel: str
     vector_bytes: int
     reason: str
+    #: Numbers of single steps, by the names that these have for them.
+    numbers: tuple[tuple[str, int], ...] = ()
 
 
 class Tile(NamedTuple):
@@ -130,6 +146,8 @@ def arguments(spec: Spec) -> tuple[str, ...]:
             names += [f"{name}_div", f"{name}_mod"]
     names += _NUMBERS[spec.kernel]
     names += ["offset"] * ("offset" in spec.flags) + ["div", "mod"] * ("grouped" in spec.flags)
+    if "runs" in spec.flags:
+        names += [*["channels"] * ("channels" not in names), "factor", "places"]
     return tuple(names)
 
 
@@ -142,6 +160,7 @@ _NUMBERS = {
     "backward_columns": ("rows", "cols"),
     "reduce": ("cols",),
     "fill": (),
+    **CHANNEL_NUMBERS,
 }
 
 
@@ -151,8 +170,7 @@ def layout(spec: Spec) -> tuple[str, ...]:
     arrays = {name for name, _ in spec.types}
     real = "d" if spec.compute == "float64" else "f"
     return tuple(
-        "a" if name in arrays else real if name in ("eps", "offset") else "q"
-        for name in arguments(spec)
+        "a" if name in arrays else real if name in REALS else "q" for name in arguments(spec)
     )
 
 
@@ -225,6 +243,8 @@ def forward(
     round_before_weight: bool = False,
     round_sum: bool = False,
     aliased: bool = False,
+    run: int = 1,
+    alike: bool = False,
 ) -> Plan:
     """The plan of a norm of `rows` rows of `cols` elements.
 
@@ -232,7 +252,7 @@ def forward(
     ----------
     types
         The type of each operand that there is: x, weight, bias, residual, linear_bias, gate, y,
-        sum, mean, rstd.
+        sum, mean, rstd; moments, of each row, in the place of y or beside it.
     alignment
         The largest power of two up to 16 that divides each row operand's address and distance of
         rows, in bytes.
@@ -240,10 +260,14 @@ def forward(
         Which parameters differ between rows.
     aliased
         Whether y or sum is the memory of x or residual.
+    run
+        Columns that have a parameter's element in common, one after the other.
+    alike
+        Whether a row has the same row of bias as of weight.
     """
     if not rows or not cols:
         values = {"mean": "zero", "rstd": "nan"}
-        return _fills({name: (rows, types[name], values[name]) for name in values if name in types})
+        return fills({name: (rows, types[name], values[name]) for name in values if name in types})
     compute = compute_type(types["x"], types.get("residual", types["x"]))
     elements = chunk(cols, types, alignment)
     most = MOST_ELEMENTS if compute == "float32" else MOST_ELEMENTS // 2
@@ -251,17 +275,31 @@ def forward(
     found = {
         "rms": rms, "offset": offset, "round_before_weight": round_before_weight,
         "round_sum": round_sum and "residual" in types, "aliased": aliased,
+        **runs_of(types, run, elements),
+        "alike": alike and bool(per_row and per_row.get("weight") and per_row.get("bias")),
     }  # fmt: skip
     kernel = "forward" if tile else "forward_wide"
     tile = tile or Tile(MAX_THREADS, 1)
     spec = Spec(
-        kernel, _in_order(types, _FORWARD_ORDER), compute, tile.threads,
+        kernel, in_order(types, _FORWARD_ORDER), compute, tile.threads,
         max(1, BLOCK // tile.threads), tile.vectors, elements,
         access(elements, types, alignment), _flags(found, parameters_of(per_row)),
         activation or "",
     )  # fmt: skip
-    step = _step(spec, _up(rows, spec.rows))
+    step = make_step(spec, _up(rows, spec.rows))
     return Plan((step,), (), _in_words(spec), alignment, _why(spec))
+
+
+def runs_of(types: Mapping[str, str], run: int, elements: int) -> dict[str, bool]:
+    """Whether parameters are read by runs of columns, and whether a chunk may be in several."""
+    runs = run > 1 and any(name in types for name in ("weight", "bias", "coefficients"))
+    return {"runs": runs, "mixed": runs and run % elements != 0}
+
+
+def run_numbers(run: int) -> dict[str, int]:
+    """``column * factor >> places`` is ``column // run`` for columns below 2^31."""
+    places = 31 + (run - 1).bit_length()
+    return {"factor": -(-(1 << places) // run), "places": places}
 
 
 def parameters_of(per_row: Mapping[str, bool] | None) -> dict[str, bool]:
@@ -269,7 +307,7 @@ def parameters_of(per_row: Mapping[str, bool] | None) -> dict[str, bool]:
 
 
 _FORWARD_ORDER = ("x", "residual", "gate", "linear_bias", "weight", "bias", "y", "sum", "mean",
-                  "rstd")  # fmt: skip
+                  "rstd", "moments")  # fmt: skip
 
 
 # ---- backward ------------------------------------------------------------------------------------
@@ -285,6 +323,7 @@ def backward(
     per_row: Mapping[str, bool] | None = None,
     offset: bool = False,
     groups: tuple[int, int] = (1, 1),
+    run: int = 1,
 ) -> Plan:
     """The plan of a norm's gradients.
 
@@ -294,20 +333,20 @@ def backward(
         The type of each operand that there is: dy, x, dsum, weight, mean, rstd, dx, dweight, dbias.
     groups
         How rows share a row of dweight and dbias: ``row // div % mod``.
-    alignment, rms, per_row
-        As for `forward`.
+    alignment, rms, per_row, run
+        As for `forward`; with runs of columns, there are no sums over rows.
     """
     sums = tuple([name for name in ("dweight", "dbias") if name in types])
     if not rows or not cols:
-        return _fills({name: (groups[1] * cols, types[name], "zero") for name in sums})
+        return fills({name: (groups[1] * cols, types[name], "zero") for name in sums})
     call = _Backward(
         rows, cols, dict(types), chunk(cols, types, alignment), alignment, rms, offset,
-        bool(per_row and per_row.get("weight")), groups, sums,
+        bool(per_row and per_row.get("weight")), groups, sums, run,
     )  # fmt: skip
     if not sums:
         return (
             call.without_sums()
-            if "dx" in types
+            if "dx" in types or "shift" in types
             else Plan((), (), "none", 0, "nothing is asked for")
         )
     tile = call.fused_tile()
@@ -330,6 +369,7 @@ class _Backward(NamedTuple):
     own_weights: bool
     groups: tuple[int, int]
     sums: tuple[str, ...]
+    run: int = 1
 
     @property
     def compute(self) -> str:
@@ -362,9 +402,10 @@ class _Backward(NamedTuple):
         """A kernel that works with the operands `names`."""
         types = {name: kind for name, kind in self.types.items() if name in names}
         every = {"rms": self.rms, "offset": self.offset and "weight" in types}
+        every |= runs_of(types, self.run, self.elements)
         own = {"weight": self.own_weights and "weight" in types}
         return Spec(
-            kernel, _in_order(types, _BACKWARD_ORDER), self.compute, tile.threads, at_once,
+            kernel, in_order(types, _BACKWARD_ORDER), self.compute, tile.threads, at_once,
             tile.vectors, self.elements,
             access(self.elements, types, self.alignment),
             _flags(every | dict.fromkeys(flags, True), own),
@@ -381,7 +422,10 @@ class _Backward(NamedTuple):
         return Plan(steps, workspace, _in_words(spec), self.alignment, _why(spec))
 
     def grouped(self) -> list[str]:
-        return ["grouped"] if self.groups[1] > 1 else []
+        """Whether there are groups of rows, and whether the rows of each lie together."""
+        if self.groups[1] == 1:
+            return []
+        return ["grouped", *["adjoining"] * (self.group_rows == self.groups[0])]
 
     def slices(self, at_once: int, blocks: int) -> int:
         """How many of about so many blocks share a group's rows."""
@@ -398,7 +442,7 @@ class _Backward(NamedTuple):
             spec = call.spec("backward_wide", Tile(MAX_THREADS, 1), 1, names)
         else:
             spec = call.spec("backward", tile, max(1, BLOCK // tile.threads), names)
-        return spec, _step(spec, _up(self.rows, spec.rows))
+        return spec, make_step(spec, _up(self.rows, spec.rows))
 
     def without_sums(self) -> Plan:
         spec, step = self.rowwise({})
@@ -435,29 +479,35 @@ class _Backward(NamedTuple):
         div, mod = f"{self.sums[0]}_div", f"{self.sums[0]}_mod"
         places = {"div": div, "mod": mod}
         if slices == 1:
-            return (_step(spec, blocks * self.groups[1], places),), ()
+            return (make_step(spec, blocks * self.groups[1], places),), ()
         partials = {name: f"{name}_partials" for name in self.sums}
         count = slices * self.groups[1] * self.cols
-        first = _step(spec, blocks * self.groups[1], places | partials)
+        first = make_step(spec, blocks * self.groups[1], places | partials)
         workspace = tuple([(name, count, self.compute) for name in partials.values()])
-        return (first, self.reduction(partials)), workspace
+        second = reduction(partials, self.cols, self.compute, self.groups[1])
+        return (first, second), workspace
 
-    def reduction(self, partials: dict[str, str]) -> Step:
-        places: dict[str, str] = {}
-        for i, (result, parts) in enumerate(partials.items()):
-            places |= {f"partials{i}": parts, f"result{i}": result}
-        spec = Spec(
-            "reduce", tuple([(name, self.compute) for name in places]), self.compute,
-            REDUCE_COLUMNS, REDUCE_LANES, 1, 1, SIZES[self.compute],
-        )  # fmt: skip
-        blocks = len(partials) * self.groups[1] * _up(self.cols, REDUCE_COLUMNS)
-        return _step(spec, blocks, places)
+
+def reduction(
+    partials: Mapping[str, str], cols: int, compute: str, groups: int = 1, known_as: str = "cols"
+) -> Step:
+    """Slices added up: the names of each result and of its partial sums; `known_as` is the call's
+    name of the number of columns."""
+    places: dict[str, str] = {}
+    for i, (result, parts) in enumerate(partials.items()):
+        places |= {f"partials{i}": parts, f"result{i}": result}
+    spec = Spec(
+        "reduce", tuple([(name, compute) for name in places]), compute, REDUCE_COLUMNS,
+        REDUCE_LANES, 1, 1, SIZES[compute],
+    )  # fmt: skip
+    grid = len(partials) * groups * _up(cols, REDUCE_COLUMNS)
+    return make_step(spec, grid, places | {"cols": known_as})
 
 
 # ---- what all plans share ------------------------------------------------------------------------
 
 
-def _in_order(types: Mapping[str, str], order: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+def in_order(types: Mapping[str, str], order: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     return tuple([(name, types[name]) for name in order if name in types])
 
 
@@ -469,20 +519,25 @@ def _flags(found: Mapping[str, bool], each: Mapping[str, bool]) -> tuple[str, ..
 def resident_blocks(spec: Spec) -> int:
     """Blocks that a multiprocessor shall have room for, which caps the registers of a thread."""
     threads = MAX_THREADS
-    if spec.compute == "float64" or "sums" in spec.flags or spec.kernel == "backward_columns":
+    many = spec.kernel == "backward_columns" or spec.kernel in CHANNEL_NUMBERS
+    many = many or "mixed" in spec.flags  # whose parameters are read one at a time
+    if spec.kernel == "column_moments":  # which holds many rows, and sums doubles
+        threads = BACKWARD_THREADS // 2
+    elif spec.compute == "float64" or "sums" in spec.flags or many:
         threads = BACKWARD_THREADS
     elif spec.kernel == "backward":
-        threads = (MAX_THREADS + BACKWARD_THREADS) // 2
+        wide = spec.has("weight") and SIZES[spec.type_of("weight")] > SIZES[spec.type_of("x")]
+        threads = 5 * 128 if wide or spec.has("dsum") else 6 * 128
     return max(1, threads // (spec.threads * spec.rows))
 
 
-def _step(spec: Spec, grid: int, places: Mapping[str, str] | None = None) -> Step:
+def make_step(spec: Spec, grid: int, places: Mapping[str, str] | None = None) -> Step:
     """A launch; `places` are the names that some of the kernel's arguments have in the call."""
     names = tuple([(places or {}).get(name, name) for name in arguments(spec)])
     return Step(spec, grid, spec.threads * spec.rows, 0, names)
 
 
-def _fills(arrays: Mapping[str, tuple[int, str, str]]) -> Plan:
+def fills(arrays: Mapping[str, tuple[int, str, str]]) -> Plan:
     """No rows, or rows of no elements: (elements, type, value) of each array that has some."""
     steps = []
     for name, (count, kind, value) in arrays.items():
@@ -490,7 +545,7 @@ def _fills(arrays: Mapping[str, tuple[int, str, str]]) -> Plan:
             spec = Spec(
                 "fill", (("array", kind),), kind, FILL_BLOCK, 1, 1, 1, SIZES[kind], (value,)
             )
-            steps.append(_step(spec, _up(count, FILL_BLOCK), {"array": name}))
+            steps.append(make_step(spec, _up(count, FILL_BLOCK), {"array": name}))
     return Plan(tuple(steps), (), "fill", 0, "there are no elements to sum")
 
 

@@ -36,3 +36,30 @@ def driver(loaded_driver):
     assert loaded_driver.library.fake_capture_mode() == 0
     assert loaded_driver.live("events") == 0
     loaded_driver.reset()
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory):
+    """Of each kernel that is compiled, by its entry: the PTX and its layout."""
+    import fastnorm
+    from fastnorm.cuda import compiler, launch, ops, plan
+
+    found = {}
+    compile_ = compiler.compile
+
+    def compiled(spec, capability):
+        image = compile_(spec, capability)
+        found[image.entry] = image.code, "".join(plan.layout(spec))
+        return image
+
+    def forget():
+        launch.clear()
+        for name in ops.NAMES:
+            fastnorm.cuda.op(name).clear()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "compile", compiled)
+        patch.setenv("FASTNORM_CACHE_DIR", str(tmp_path_factory.mktemp("kernels")))
+        forget()
+        yield found
+    forget()

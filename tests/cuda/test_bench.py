@@ -5,7 +5,7 @@ import io
 
 import pytest
 
-from fastnorm import cli
+from fastnorm import cli, timing
 
 pytest.importorskip("rich", reason="rich is not installed")
 from fastnorm.cuda import bench
@@ -72,5 +72,5 @@ def test_all_contenders_compute_the_same(op, dtype, monkeypatch, capsys, tmp_pat
         assert result.ratio == 1
     bench.show(results)
     assert "torch.compile" in capsys.readouterr().out
-    bench.write_json(results, str(tmp_path / "results.json"))
+    timing.write_json(bench.machine(), results, str(tmp_path / "results.json"))
     assert "of_copy" in (tmp_path / "results.json").read_text()

@@ -354,6 +354,8 @@ def test_calls_of_the_host_do_not_look_for_a_driver(tmp_path):
 
 def test_every_op_is_here_or_there():
     from fastnorm.cuda import ops
+    from fastnorm.cuda.signatures import CHANNELS
 
-    assert {*OPS, *BACKWARD} == set(ops.NAMES)
-    assert set(ops.NAMES) <= set(dispatch.CALLS)
+    of_rows = set(ops.NAMES) - set(CHANNELS)
+    assert {*OPS, *BACKWARD} == of_rows
+    assert of_rows <= set(dispatch.CALLS)

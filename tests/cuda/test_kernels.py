@@ -103,7 +103,7 @@ def test_wide_rows_are_read_twice(dtype, cols):
     assert traffic["y"].stores == {16: x.nbytes // 16}
 
 
-def hard_rows(cols):
+def hard_rows(cols, dtype=F4):
     """Rows whose sums leave the range of float32, or whose mean hides their spread."""
     x = random((12, cols), F8, 7)
     x[1] += 1e6
@@ -117,7 +117,7 @@ def hard_rows(cols):
     x[9] *= 1e-40
     x[10] = 3e38
     x[11, : cols // 2] -= 1e7
-    return x.astype(F4)
+    return x.astype(dtype)
 
 
 @pytest.mark.parametrize(
@@ -133,6 +133,19 @@ def test_hard_rows(cols, rms):
     if not rms:
         for row in (5, 10):
             assert (got["y"][row] == call.arrays["bias"]).all()
+
+
+def test_hard_rows_of_bfloat16():
+    """Which stay as they came, and are scaled as such; the sum of two, too."""
+    x = hard_rows(256, BFLOAT16)
+    call = forward_call(x)
+    got, *_ = run_forward(call)
+    y, *_ = wanted_forward(call)
+    assert_near(got["y"], y)
+    call.arrays |= {"residual": np.zeros_like(x), "sum": np.zeros_like(x)}
+    again, *_ = run_forward(call, round_sum=True)
+    assert_near(again["y"], y)
+    np.testing.assert_array_equal(again["sum"].astype(F4), x.astype(F4))
 
 
 def test_hard_rows_without_eps():

@@ -14,6 +14,8 @@ import pytest
 import fastnorm
 from fastnorm import accuracy, reference
 
+from .channel_calls import call
+
 pytestmark = pytest.mark.gpu
 
 TYPES = ("float32", "bfloat16", "float16", "float64")
@@ -169,6 +171,83 @@ def test_backward(torch, op, dtype, cols):
     terms = float((dy.sum(0) * 6).max())
     for g, w in zip(got[1:], want[1:], strict=True):
         assert_near(g, w, np.dtype(p.compute).name, terms)
+
+
+# Channels first and last; planes of odd sizes, of one element, and wide ones.
+CHANNELS = [
+    ((8, 12, 7, 7), 1), ((8, 64, 14, 14), 1), ((2, 6, 300, 300), 1), ((64, 96), 1),
+    ((8, 7, 7, 12), -1), ((4, 56, 56, 64), -1), ((1, 8, 1), 1),
+]  # fmt: skip
+
+
+def channels_of(torch, shape, axis, dtype, seed=0):
+    """Arrays on the device, and in float64 with channels on the second axis."""
+    generator = torch.Generator().manual_seed(seed)
+    kind = getattr(torch, dtype)
+    x, dy = ((torch.randn(shape, generator=generator) + 3).to(kind) for _ in range(2))
+    w, b = (torch.randn(shape[axis], generator=generator) for _ in range(2))
+    given = [array.cuda() for array in (x, dy, w, b)]
+    wide = [array.cuda().double() for array in (x, dy, w, b)]
+    wide[:2] = [array.movedim(axis, 1).detach() for array in wide[:2]]
+    return given, wide
+
+
+def assert_as_torch(torch, op, y, gradients, wanted, wide, axis, dtype, scale):
+    """y, dx, dweight and dbias within rounding of torch's in float64."""
+    inputs = [array.requires_grad_() for array in (wide[0], wide[2], wide[3])]
+    exact = wanted(*inputs)
+    dx, dw, db = torch.autograd.grad(exact, inputs, wide[1])
+    precise = {"float64": 1e-12, "float32": 4e-6, "float16": 2e-3, "bfloat16": 1.6e-2}[dtype]
+    for got, want in ((y, exact.movedim(1, axis)), (gradients[0], dx.movedim(1, axis))):
+        bound = precise * want.abs().max().clamp(min=1)
+        assert ((got.double() - want).abs() <= bound).all(), op
+    for got, want in ((gradients[1], dw), (gradients[2], db)):
+        bound = max(precise, 4e-6 if dtype != "float64" else 0) * scale
+        assert ((got.double() - want).abs() <= bound).all(), op
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("shape", "axis"), CHANNELS, ids=str)
+def test_channels(torch, shape, axis, dtype):
+    """Group, instance and batch norm against torch's in float64, and ten times the same bits."""
+    functional = torch.nn.functional
+    (x, dy, w, b), wide = channels_of(torch, shape, axis, dtype)
+    scale = 10 * math.sqrt(x.numel() / shape[axis]) + 10
+    cases = {"batch_norm": {"training": True}, "group_norm": {"num_groups": 2}}
+    if x[0].numel() > shape[axis]:
+        cases["instance_norm"] = {}
+    for op, options in cases.items():
+        wanted = {
+            "batch_norm": lambda x, w, b: functional.batch_norm(x, None, None, w, b, True),
+            "group_norm": lambda x, w, b: functional.group_norm(x, 2, w, b),
+            "instance_norm": lambda x, w, b: functional.instance_norm(x, None, None, w, b),
+        }[op]
+        if op == "batch_norm" and x.numel() == shape[axis]:
+            continue  # torch refuses one element a channel
+        y, mean, rstd = call(op, x=x, weight=w, bias=b, channel_axis=axis, return_stats=True,
+                             **options)  # fmt: skip
+        given = {"dy": dy, "x": x, "weight": w, "bias": b, "mean": mean, "rstd": rstd,
+                 "channel_axis": axis, **options}  # fmt: skip
+        gradients = call(f"{op}_backward", **given)
+        assert_as_torch(torch, op, y, gradients, wanted, wide, axis, dtype, scale)
+        for _ in range(10):
+            again = call(f"{op}_backward", **given)
+            assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
+
+
+@pytest.mark.parametrize(("shape", "axis"), CHANNELS[:5], ids=str)
+def test_running_statistics(torch, shape, axis):
+    (x, _, w, b), wide = channels_of(torch, shape, axis, "float32")
+    running = [torch.zeros(shape[axis], device="cuda"), torch.ones(shape[axis], device="cuda")]
+    exact = [array.double() for array in running]
+    call("batch_norm", x=x, running_mean=running[0], running_var=running[1], weight=w, bias=b,
+         training=True, channel_axis=axis)  # fmt: skip
+    torch.nn.functional.batch_norm(wide[0], *exact, training=True)
+    for got, want in zip(running, exact, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
+    y = call("batch_norm", x=x, running_mean=running[0], running_var=running[1], channel_axis=axis)
+    want = torch.nn.functional.batch_norm(wide[0], *exact).movedim(1, axis)
+    torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("cols", [96, 1024, 4096, 16384])

@@ -16,7 +16,7 @@ from fastnorm import accuracy, reference
 pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed")
 pytest.importorskip("numba.cuda", reason="numba, which compiles the kernels, is not installed")
 
-from fastnorm.cuda import compiler, launch, ops, plan
+from fastnorm.cuda import compiler, ops
 
 from . import acted, libraries
 from .libraries import BFLOAT16, KINDS, MAKING, STREAMS, Tensor, host, placed
@@ -28,32 +28,6 @@ FLOAT32 = np.dtype("f4")
 TYPES = (FLOAT32, BFLOAT16, np.dtype("f2"), np.dtype("f8"))
 SHORT = {FLOAT32: "f4", BFLOAT16: "bf16", np.dtype("f2"): "f2", np.dtype("f8"): "f8"}
 B, T, N = 2, 3, 48
-
-
-@pytest.fixture(scope="module")
-def layouts(tmp_path_factory):
-    """Of each kernel that is compiled, by its entry: the PTX and its layout."""
-    found = {}
-    compile_ = compiler.compile
-
-    def compiled(spec, capability):
-        image = compile_(spec, capability)
-        found[image.entry] = image.code, "".join(plan.layout(spec))
-        return image
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiler, "compile", compiled)
-        patch.setenv("FASTNORM_CACHE_DIR", str(tmp_path_factory.mktemp("kernels")))
-        launch.clear()
-        forget_calls()
-        yield found
-    launch.clear()
-    forget_calls()
-
-
-def forget_calls():
-    for name in ops.NAMES:
-        fastnorm.cuda.op(name).clear()
 
 
 @pytest.fixture(autouse=True)

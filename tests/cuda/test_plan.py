@@ -4,10 +4,14 @@ import itertools
 
 import pytest
 
-from fastnorm.cuda import plan
+from fastnorm.cuda import channel_plan, plan
 
 SIZES = plan.SIZES
-EVERY_WIDTH = range(1, 70001)
+#: All up to 4,096; then what is near a change of kernels, and some of what lies between.
+EVERY_WIDTH = sorted(
+    {*range(1, 4097), *range(4097, 70001, 37)}
+    | {width for at in range(4096, 70001, 512) for width in range(at - 8, at + 9)}
+)
 FORWARD = ("x", "weight", "bias", "y")
 BACKWARD = ("dy", "x", "weight", "dx")
 
@@ -186,3 +190,43 @@ def test_layouts():
     assert "x_div" not in names
     assert "bias_div" not in names
     assert eval(repr(spec), vars(plan)) == spec
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float32", "float64"])
+def test_norms_of_channels(kind):
+    """Every launch is one that a device can make; blocks are enough, and no more than needed."""
+    compute = "float64" if kind == "float64" else "float32"
+    types = dict.fromkeys(("x", "weight", "bias", "y"), kind)
+    types |= dict.fromkeys(("mean", "rstd"), "float64")
+    gradients = dict.fromkeys(("dweight", "dbias"), compute)
+    backward = dict.fromkeys(("dy", "x", "weight", "dx"), kind) | gradients
+    backward |= dict.fromkeys(("mean", "rstd"), "float64")
+    runs, widths = (1, 2, 7, 49, 196, 1024, 10**5, 2**24), (1, 3, 8, 64, 1000, 4096)
+    for outer, rows, width, run in itertools.product((1, 3), (1, 2, 130, 10**5), widths, runs):
+        if (outer > 1 and run > 1) or width * run >= 2**31 or rows * width * run > 2**40:
+            continue  # which there are not, or which are refused
+        layout = channel_plan.Layout(outer, rows, width, run)
+        groups = 1 if outer > 1 else 0
+        alignment = alignment_of(width * run, kind)
+        plans = [
+            channel_plan.batch(layout, types, alignment=alignment, training=True, groups=groups),
+            channel_plan.batch_backward(layout, backward, alignment=alignment, training=True,
+                                        groups=groups),
+        ]  # fmt: skip
+        for planned in plans:
+            for step in planned.steps:
+                assert_launches(step)
+            spec, step = planned.steps[-1].spec, planned.steps[-1]
+            if "apply" in spec.kernel:
+                at_once = spec.threads * spec.rows * spec.vectors * spec.elements
+                assert step.grid * at_once >= layout.size
+
+
+@pytest.mark.parametrize("run", [2, 3, 7, 49, 1000, 4097, 65536, 2**30 + 1, 2**31 - 1])
+def test_numbers_of_runs(run):
+    """A product and a shift instead of a division, exact for every column."""
+    numbers = plan.run_numbers(run)
+    for column in (0, 1, run - 1, run, run + 1, 2 * run - 1, 2 * run, 10**6, 2**31 - 2, 2**31 - 1):
+        if column < 2**31:
+            assert column * numbers["factor"] < 2**63
+            assert column * numbers["factor"] >> numbers["places"] == column // run
