@@ -150,7 +150,6 @@ class GroupNorm(_ChannelNorm):
 
     Calls are stateless: nothing of a call stays on the object, and any number of threads may call
     it at once. ``norm(x, out=None)`` is :func:`fastnorm.group_norm` with the module's parameters.
-    On arrays in CUDA memory it is used as :class:`fastnorm.LayerNorm` is.
 
     Parameters
     ----------
@@ -491,8 +490,7 @@ class BatchNorm(_TrackingNorm):
     ``norm(x, out=None)`` is :func:`fastnorm.batch_norm` with the module's parameters. A new module
     is in training: the batch's own statistics normalise, and the running ones move towards them.
     After ``eval()`` the running ones normalise. Any number of threads may call one module; each
-    moves the running statistics as a whole. On arrays in CUDA memory it is used as
-    :class:`fastnorm.LayerNorm` is; the running statistics stay in host memory.
+    moves the running statistics as a whole.
 
     Parameters
     ----------
