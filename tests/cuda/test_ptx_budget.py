@@ -95,6 +95,9 @@ PLANS = {
     "wide parameters, add bfloat16 4096": forward(
         "bfloat16", 4096, more=WIDE | residual("bfloat16") | {"linear_bias": "float32"},
         round_sum=True),
+    "wide parameters, add float16 4096": forward(
+        "float16", 4096, more=WIDE | residual("float16") | {"linear_bias": "float32"},
+        round_sum=True),
     "wide parameters, adaptive bfloat16 16384": forward(
         "bfloat16", 16384, more=WIDE | residual("bfloat16") | {"gate": "float32"},
         per_row=OWN | {"gate": True}, offset=True, round_sum=True, alike=True),
