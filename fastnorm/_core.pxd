@@ -76,7 +76,7 @@ cdef extern from "fastnorm.h" nogil:
         const fn_steps *steps
 
     ctypedef struct fn_channels:
-        Py_ssize_t units, inner, outer_stride, inner_stride, rows, row_stride, cols, plane, kinds
+        Py_ssize_t units, stride, rows, row_stride, planes, plane, kinds
 
     ctypedef struct fn_channel_norm_args:
         fn_channels layout

@@ -24,10 +24,9 @@ cdef int raise_no_room(int status) except -1:
 
 
 cdef fn_channels layout_of(object layout):
-    """units, inner, outer_stride, inner_stride, rows, row_stride, cols, plane, kinds."""
+    """units, stride, rows, row_stride, planes, plane, kinds."""
     cdef fn_channels l
-    (l.units, l.inner, l.outer_stride, l.inner_stride, l.rows, l.row_stride, l.cols, l.plane,
-     l.kinds) = layout
+    l.units, l.stride, l.rows, l.row_stride, l.planes, l.plane, l.kinds = layout
     return l
 
 
@@ -42,9 +41,13 @@ cdef dict channels_plan(fn_plan plan, Py_ssize_t rows, Py_ssize_t cols):
     }
 
 
+cdef inline Py_ssize_t elements_of(const fn_channels *l) noexcept:
+    return l.units * l.rows * l.planes * l.plane
+
+
 cdef int call_channel_norm(fn_channel_norm_args *args, fn_dtype dtype) except -1:
     cdef int status
-    if moves_much(args.layout.units * args.layout.rows * args.layout.cols, dtype, 2):
+    if moves_much(elements_of(&args.layout), dtype, 2):
         with nogil:
             status = fn_channel_norm(args, dtype, 0)
     else:
@@ -54,7 +57,7 @@ cdef int call_channel_norm(fn_channel_norm_args *args, fn_dtype dtype) except -1
 
 cdef int call_channel_backward(fn_channel_norm_backward_args *args, fn_dtype dtype) except -1:
     cdef int status
-    if moves_much(args.layout.units * args.layout.rows * args.layout.cols, dtype, 3):
+    if moves_much(elements_of(&args.layout), dtype, 3):
         with nogil:
             status = fn_channel_norm_backward(args, dtype, 0)
     else:
@@ -85,7 +88,7 @@ def channel_norm(layout, compute, ndarray x, ndarray y, weight, bias, ndarray me
     args.y_is_warm = warm
     if plan:
         return channels_plan(fn_plan_channel_norm(&args, dtype, 0), args.layout.units,
-                             args.layout.rows * args.layout.cols)
+                             args.layout.rows * args.layout.planes * args.layout.plane)
     call_channel_norm(&args, dtype)
 
 
@@ -108,7 +111,7 @@ def channel_norm_backward(layout, compute, ndarray dy, ndarray x, dx, weight, nd
     args.dx_is_warm = warm
     if plan:
         return channels_plan(fn_plan_channel_norm_backward(&args, dtype, 0), args.layout.units,
-                             args.layout.rows * args.layout.cols)
+                             args.layout.rows * args.layout.planes * args.layout.plane)
     call_channel_backward(&args, dtype)
 
 
@@ -294,15 +297,13 @@ cdef inline void plain_layout(ndarray x, Py_ssize_t groups, bint batch, bint giv
     cdef Py_ssize_t samples = cnp.PyArray_DIM(x, 0), channels = cnp.PyArray_DIM(x, 1)
     cdef Py_ssize_t size = cnp.PyArray_SIZE(x) // (samples * channels)
     l.plane = size
-    l.rows, l.row_stride = 1, 0
-    l.inner, l.outer_stride = 1, 0
+    l.rows, l.row_stride, l.planes = 1, 0, 1
     if batch and not given:
-        l.units, l.kinds, l.cols, l.inner_stride = channels, channels, size, size
+        l.units, l.kinds, l.stride = channels, channels, size
         l.rows, l.row_stride = samples, channels * size
     else:
-        l.units, l.kinds, l.cols = samples * groups, groups, channels // groups * size
-    l.inner = l.units
-    l.inner_stride = l.cols
+        l.units, l.kinds, l.planes = samples * groups, groups, channels // groups
+        l.stride = l.planes * size
 
 
 cdef bint as_doubles(object a, Py_ssize_t n, double *into) noexcept:
@@ -524,7 +525,7 @@ def straight_channel_backward(dy, x, groups, mean, rstd, weight, bias, output_ma
     want_dx, want_dw, want_db = output_mask
     memset(&args, 0, sizeof(args))
     plain_layout(<ndarray>x, count, batch, given, &args.layout)
-    dims[0] = args.layout.units * (args.layout.cols // args.layout.plane)
+    dims[0] = args.layout.units * args.layout.planes
     dims[1] = 2
     if want_dx:
         dx = new_array(cnp.PyArray_NDIM(<ndarray>x), cnp.PyArray_DIMS(<ndarray>x), typenum, &warm)
@@ -849,8 +850,7 @@ def straight_rows_backward(dy, x, mean, rstd, weight, bias, output_mask, running
 
 
 cdef tuple as_tuple(fn_channels *l):
-    return (l.units, l.inner, l.outer_stride, l.inner_stride, l.rows, l.row_stride, l.cols,
-            l.plane, l.kinds)
+    return l.units, l.stride, l.rows, l.row_stride, l.planes, l.plane, l.kinds
 
 
 def update_running(running, ndarray batch, double kept, double taken):

@@ -91,7 +91,7 @@ class BackwardCall(ChannelCall):
     def run_planes(self) -> np.ndarray:
         """Sums of dy*xh and dy: (lots, C, 2)."""
         layout = self.layout(self.groups, self.per_sample, self.given)
-        planes = layout.cols // layout.plane
+        planes = layout.planes
         sums, refused = np.empty((layout.units, planes, 2)), np.empty(layout.units, np.uint8)
         self.planes(sums, refused)
         for u in np.flatnonzero(refused):
@@ -100,7 +100,7 @@ class BackwardCall(ChannelCall):
 
     def put_right(self, layout: Layout, u: int, sums: np.ndarray) -> None:
         """A unit that the kernel refused."""
-        planes = layout.cols // layout.plane
+        planes = layout.planes
         kind = u % layout.kinds
         own = kind if self.given else u
         w: Any = 1.0

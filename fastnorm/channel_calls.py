@@ -209,10 +209,9 @@ class ChannelCall:
         in."""
         channels, size = self.channels, self.size
         if self.over_samples and not given:
-            return Layout(channels, channels, 0, size, self.samples, channels * size, size, size,
-                          channels)  # fmt: skip
-        units, cols = self.samples * groups, channels // groups * size
-        return Layout(units, units, 0, cols, 1, 0, cols, size, units if per_sample else groups)
+            return Layout(channels, size, self.samples, channels * size, 1, size, channels)
+        units, planes = self.samples * groups, channels // groups
+        return Layout(units, planes * size, 1, 0, planes, size, units if per_sample else groups)
 
     @property
     def units_shape(self) -> tuple[int, int]:

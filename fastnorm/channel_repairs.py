@@ -24,22 +24,20 @@ class Layout(NamedTuple):
     """Units as channels.c counts them, in elements."""
 
     units: int
-    inner: int
-    outer_stride: int
-    inner_stride: int
+    stride: int
     rows: int
     row_stride: int
-    cols: int
+    planes: int
     plane: int
     kinds: int
 
     def unit(self, array: np.ndarray, u: int) -> np.ndarray:
         """Unit u of a contiguous array, as (rows, planes, elements): a view."""
-        first = u // self.inner * self.outer_stride + u % self.inner * self.inner_stride
+        first = u * self.stride
         size = array.itemsize
         return np.lib.stride_tricks.as_strided(
             array.reshape(-1)[first:],
-            (self.rows, self.cols // self.plane, self.plane),
+            (self.rows, self.planes, self.plane),
             (self.row_stride * size, self.plane * size, size),
         )
 
@@ -169,7 +167,7 @@ def put_right(
 ) -> None:  # fmt: skip
     """Normalise the units that a kernel refused; statistics: (3, units): mean, variance, rstd."""
     units = Layout(*layout)
-    planes = units.cols // units.plane
+    planes = units.planes
     for u in np.flatnonzero(refused):
         kind = slice(u % units.kinds * planes, u % units.kinds * planes + planes)
         w, b = (

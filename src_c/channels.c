@@ -50,10 +50,12 @@ static void fence(int stream)
     if (stream) atomic_thread_fence(memory_order_seq_cst);
 }
 
-static ptrdiff_t unit_at(const fn_channels *l, ptrdiff_t u)
-{
-    return u / l->inner * l->outer_stride + u % l->inner * l->inner_stride;
-}
+/* Elements of a row. */
+static ptrdiff_t cols_of(const fn_channels *l) { return l->planes * l->plane; }
+
+/* Inlined, as fmax is not: its care for NaN is not needed where these are used. */
+static double larger(double a, double b) { return a > b ? a : b; }
+static double smaller(double a, double b) { return a < b ? a : b; }
 
 /* ---- planes ----------------------------------------------------------------------------------- */
 
@@ -105,12 +107,12 @@ static int moments_of_unit(const fn_channel_norm_args *a, ptrdiff_t at, void *ro
                            unit_moments *m)
 {
     const fn_channels *l = &a->layout;
-    const double n = (double)l->cols;
+    const double n = (double)cols_of(l);
     fn_row_moments row;
     double first = 0, mean = 0, squares = 0;
     for (ptrdiff_t r = 0; r < l->rows; r++, at += l->row_stride) {
-        *x = as_computed(a->x, a->x_type, at, l->cols, a->dtype, room);
-        if (!fn_active_isa->channels.row_moments[a->dtype](*x, l->cols, a->eps, &row)) return 0;
+        *x = as_computed(a->x, a->x_type, at, cols_of(l), a->dtype, room);
+        if (!fn_active_isa->channels.row_moments[a->dtype](*x, cols_of(l), a->eps, &row)) return 0;
         if (r == 0) first = row.pivot;
         const double delta = ((row.pivot - first) + row.shift) - mean, part = 1.0 / (double)(r + 1);
         mean += delta * part;
@@ -136,8 +138,7 @@ static int is_lost(double w, double rstd, fn_dtype dtype)
 /* Whether a plane's factor stays in range though all that it is made of does. */
 static int weights_fit(const fn_channel_norm_args *a, ptrdiff_t first, double rstd)
 {
-    const ptrdiff_t planes = a->layout.cols / a->layout.plane;
-    for (ptrdiff_t j = 0; a->weight && j < planes; j++) {
+    for (ptrdiff_t j = 0; a->weight && j < a->layout.planes; j++) {
         const double w = number_at(a->weight, a->dtype, first + j, 1);
         if (fabs(w * rstd) > largest_of(a->dtype) && fabs(w) <= DBL_MAX) return 0;
         if (is_lost(w, rstd, a->dtype)) return 0;
@@ -145,17 +146,16 @@ static int weights_fit(const fn_channel_norm_args *a, ptrdiff_t first, double rs
     return 1;
 }
 
-static int find_moments(const fn_channel_norm_args *a, ptrdiff_t u, ptrdiff_t first, void *room,
+static int find_moments(const fn_channel_norm_args *a, ptrdiff_t u, ptrdiff_t kind, void *room,
                         const void **x, unit_moments *m)
 {
     if (a->given) {
-        const ptrdiff_t kind = u % a->layout.kinds;
         const double pivot = rounded(a->mean[kind], a->dtype);
         *m = (unit_moments){pivot, a->mean[kind] - pivot, 0, a->rstd[kind]};
         return 1;
     }
-    const int fits = moments_of_unit(a, unit_at(&a->layout, u), room, x, m) &&
-                     weights_fit(a, first, m->rstd);
+    const int fits = moments_of_unit(a, u * a->layout.stride, room, x, m) &&
+                     weights_fit(a, kind * a->layout.planes, m->rstd);
     a->refused[u] = !fits;
     if (!fits) return 0;
     a->mean[u] = m->pivot + m->shift;
@@ -168,18 +168,19 @@ static void channel_norm(const void *args, ptrdiff_t unit0, ptrdiff_t unit1, voi
 {
     const fn_channel_norm_args *a = args;
     const fn_channels *l = &a->layout;
-    const ptrdiff_t planes = l->cols / l->plane, size = fn_size_of(a->dtype);
+    const ptrdiff_t planes = l->planes, size = fn_size_of(a->dtype);
     char *room = after_strip(scratch, a->dtype);
     const plane_result result = {a->y,    a->y_type, a->dtype, a->activation,
                                  scratch, a->stream, a->fetch};
-    for (ptrdiff_t u = unit0; u < unit1; u++) {
-        const ptrdiff_t first = u % l->kinds * planes;
+    ptrdiff_t kind = unit0 % l->kinds;
+    for (ptrdiff_t u = unit0; u < unit1; u++, kind = kind + 1 < l->kinds ? kind + 1 : 0) {
+        const ptrdiff_t first = kind * planes;
         const void *x = NULL;
         unit_moments m;
-        if (!find_moments(a, u, first, room, &x, &m)) continue;
+        if (!find_moments(a, u, kind, room, &x, &m)) continue;
         for (ptrdiff_t row = 0; row < l->rows; row++) {
-            const ptrdiff_t at = unit_at(l, u) + row * l->row_stride;
-            if (!x || l->rows > 1) x = as_computed(a->x, a->x_type, at, l->cols, a->dtype, room);
+            const ptrdiff_t at = u * l->stride + row * l->row_stride;
+            if (!x || l->rows > 1) x = as_computed(a->x, a->x_type, at, cols_of(l), a->dtype, room);
             for (ptrdiff_t j = 0; j < planes; j++) {
                 const double factor = m.rstd * number_at(a->weight, a->dtype, first + j, 1);
                 const double bias = number_at(a->bias, a->dtype, first + j, 0);
@@ -202,9 +203,9 @@ static double largest_rstd(fn_dtype dtype) { return dtype == FN_F64 ? 0x1p301 : 
  * nothing. */
 static int sums_are_safe(double a, double b, double least, fn_dtype dtype)
 {
-    const double largest = fmax(fabs(a), fabs(b));
+    const double largest = larger(fabs(a), fabs(b));
     if (a != a || b != b) return 0;
-    return largest == 0 || (largest >= fmax(least, dtype == FN_F64 ? 0x1p-900 : 0x1p-90) &&
+    return largest == 0 || (largest >= larger(least, dtype == FN_F64 ? 0x1p-900 : 0x1p-90) &&
                             largest <= largest_of(dtype));
 }
 
@@ -212,7 +213,7 @@ static int sums_are_safe(double a, double b, double least, fn_dtype dtype)
  * the way; `sums`: the largest of the unit's n elements. */
 static int terms_are_safe(const double terms[4], double rstd, double sums, double n, fn_dtype dtype)
 {
-    const double least = fmin(rstd, rstd * rstd) * (sums / n);
+    const double least = smaller(rstd, rstd * rstd) * (sums / n);
     return (terms[2] == 0 && terms[3] == 0) || least >= least_of(dtype) * sqrt(n);
 }
 
@@ -220,7 +221,7 @@ static int terms_are_safe(const double terms[4], double rstd, double sums, doubl
 static void load_rows(const fn_channel_norm_backward_args *a, ptrdiff_t at, char *rooms,
                       const char **x, const char **dy)
 {
-    const ptrdiff_t cols = a->layout.cols;
+    const ptrdiff_t cols = cols_of(&a->layout);
     *x = as_computed(a->x, a->x_type, at, cols, a->dtype, rooms);
     if (rooms) rooms += fn_room_stride(cols) * fn_size_of(a->dtype);
     *dy = as_computed(a->dy, a->dy_type, at, cols, a->dtype, rooms);
@@ -232,7 +233,7 @@ static double sums_of_unit(const fn_channel_norm_backward_args *a, ptrdiff_t at,
                            char *rooms, const char **x, const char **dy, double *sums)
 {
     const fn_channels *l = &a->layout;
-    const ptrdiff_t planes = l->cols / l->plane, step = l->plane * fn_size_of(a->dtype);
+    const ptrdiff_t planes = l->planes, step = l->plane * fn_size_of(a->dtype);
     double deviations = 0;
     for (ptrdiff_t row = 0; row < l->rows; row++, at += l->row_stride) {
         load_rows(a, at, rooms, x, dy);
@@ -254,18 +255,19 @@ static int gradients_of_unit(const fn_channel_norm_backward_args *a, ptrdiff_t f
                              double rstd, double deviations, double *sums, double terms[4])
 {
     const fn_channels *l = &a->layout;
-    const double n = (double)l->rows * (double)l->cols, per_n = 1.0 / n;
+    const double n = (double)l->rows * (double)cols_of(l), per_n = 1.0 / n;
     const double most = largest_of(a->dtype);
     const double least = 4 * least_of(a->dtype) * rstd * (double)l->rows * (double)l->plane;
     const double c = a->given ? mean - terms[0] : deviations * per_n;
     double g = 0, gx = 0, largest = 0;
-    int fits = 1 / largest_rstd(a->dtype) <= rstd && rstd <= largest_rstd(a->dtype);
-    for (ptrdiff_t j = 0; j < l->cols / l->plane; j++) {
+    const double bound = largest_rstd(a->dtype);
+    int fits = 1 <= rstd * bound && rstd <= bound;
+    for (ptrdiff_t j = 0; j < l->planes; j++) {
         const double w = number_at(a->weight, a->dtype, first + j, 1), dy = sums[2 * j + 1];
         const double dyx = sums[2 * j] * rstd;
         fits &= sums_are_safe(dy, dyx, least, a->dtype) && fabs(w * rstd) <= most &&
                 !is_lost(w, rstd, a->dtype);
-        largest = fmax(largest, fmax(fabs(dy), fabs(dyx)));
+        largest = larger(largest, larger(fabs(dy), fabs(dyx)));
         sums[2 * j] = (sums[2 * j] - c * dy) * rstd;
         g += w * dy;
         gx += w * sums[2 * j];
@@ -282,21 +284,22 @@ static void channel_norm_backward(const void *args, ptrdiff_t unit0, ptrdiff_t u
 {
     const fn_channel_norm_backward_args *a = args;
     const fn_channels *l = &a->layout;
-    const ptrdiff_t planes = l->cols / l->plane, size = fn_size_of(a->dtype);
+    const ptrdiff_t planes = l->planes, size = fn_size_of(a->dtype);
     char *rooms = after_strip(scratch, a->dtype);
     const plane_result result = {a->dx,   a->x_type, a->dtype, FN_NO_ACTIVATION,
                                  scratch, a->stream, a->fetch};
-    for (ptrdiff_t u = unit0; u < unit1; u++) {
-        const ptrdiff_t kind = u % l->kinds, first = kind * planes, own = a->given ? kind : u;
+    ptrdiff_t kind = unit0 % l->kinds;
+    for (ptrdiff_t u = unit0; u < unit1; u++, kind = kind + 1 < l->kinds ? kind + 1 : 0) {
+        const ptrdiff_t first = kind * planes, own = a->given ? kind : u;
         const double mean = a->mean[own], rstd = a->rstd[own];
         double terms[4] = {rounded(mean, a->dtype)}, *sums = a->sums + 2 * u * planes;
         const char *x, *dy;
-        const double deviations = sums_of_unit(a, unit_at(l, u), terms[0], rooms, &x, &dy, sums);
+        const double deviations = sums_of_unit(a, u * l->stride, terms[0], rooms, &x, &dy, sums);
         a->refused[u] = (unsigned char)!gradients_of_unit(a, first, mean, rstd, deviations, sums,
                                                           terms);
         if (a->refused[u] || !a->dx) continue;
         for (ptrdiff_t row = 0; row < l->rows; row++) {
-            const ptrdiff_t at = unit_at(l, u) + row * l->row_stride;
+            const ptrdiff_t at = u * l->stride + row * l->row_stride;
             if (l->rows > 1) load_rows(a, at, rooms, &x, &dy);
             for (ptrdiff_t j = 0; j < planes; j++) {
                 const char *x_plane = x + j * l->plane * size, *dy_plane = dy + j * l->plane * size;
@@ -405,7 +408,7 @@ static size_t bytes_of(ptrdiff_t elements, fn_dtype dtype)
 
 static int streams(const fn_channels *l, const void *y, fn_dtype y_type, int warm, fn_dtype dtype)
 {
-    const ptrdiff_t bytes = l->units * l->rows * l->cols * fn_size_of(dtype);
+    const ptrdiff_t bytes = l->units * l->rows * cols_of(l) * fn_size_of(dtype);
     return y && warm && y_type == dtype && bytes >= STREAM_BYTES &&
            l->plane * fn_size_of(dtype) >= STREAM_ROW_BYTES(bytes) &&
            (uintptr_t)y % (uintptr_t)fn_size_of(dtype) == 0;
@@ -413,7 +416,7 @@ static int streams(const fn_channels *l, const void *y, fn_dtype y_type, int war
 
 static fn_plan plan_of(const fn_channels *l, ptrdiff_t bytes_each, int stream, int threads)
 {
-    const ptrdiff_t bytes = l->units * l->rows * l->cols * bytes_each;
+    const ptrdiff_t bytes = l->units * l->rows * cols_of(l) * bytes_each;
     return (fn_plan){.threads = fn_planned_threads(bytes, l->units, threads),
                      .stream = stream,
                      .regime = stream ? "stream" : "planes",
@@ -450,14 +453,14 @@ fn_plan fn_plan_channels_last(const fn_channels_last_args *a, fn_dtype dtype, in
  * but for what is written past the cache. */
 static ptrdiff_t fetched(const fn_channels *l, const fn_plan *plan)
 {
-    if (l->rows > 1 && plan->bytes >= FETCH_BYTES) return l->inner_stride;
+    if (l->rows > 1 && plan->bytes >= FETCH_BYTES) return l->stride;
     return plan->stream ? 256 : 0;
 }
 
 /* A strip of results, and a row of each array that is converted. */
 static size_t scratch_for(const fn_channels *l, int plain, int rooms, fn_dtype dtype)
 {
-    return plain ? 0 : bytes_of(FN_GROUP_COLS + rooms * fn_room_stride(l->cols), dtype);
+    return plain ? 0 : bytes_of(FN_GROUP_COLS + rooms * fn_room_stride(cols_of(l)), dtype);
 }
 
 int fn_channel_norm(fn_channel_norm_args *a, fn_dtype dtype, int threads)

@@ -128,13 +128,12 @@ typedef struct {
 } fn_moments_args;
 
 /* Group, instance and batch norm, channels first. A unit is what has statistics of its own: `rows`
- * rows, row_stride apart, of `cols` contiguous elements, of which every `plane` share a weight and a
- * bias. Unit u begins at u / inner * outer_stride + u % inner * inner_stride. All of this counts
- * elements, and holds for x, y, dy and dx alike, which may be of any type that is loaded. Unit u is of
- * kind u % kinds: a kind has its own parameters, cols / plane of each, and given statistics. */
+ * rows, row_stride apart, of `planes` planes of `plane` contiguous elements, each of which has a weight
+ * and a bias. Unit u begins at u * stride. Strides count elements, and hold for x, y, dy and dx alike,
+ * which may be of any type that is loaded. Unit u is of kind u % kinds: a kind has its own parameters,
+ * `planes` of each, and given statistics. */
 typedef struct {
-    ptrdiff_t units, inner, outer_stride, inner_stride;
-    ptrdiff_t rows, row_stride, cols, plane, kinds;
+    ptrdiff_t units, stride, rows, row_stride, planes, plane, kinds;
 } fn_channels;
 
 /* y = (x - mean) * rstd * weight + bias. weight and bias are of the type that is computed in, or NULL.

@@ -49,14 +49,12 @@ static block new_planes(const channel_case *c, uint64_t seed, int mixed, size_t 
 
 static fn_channels layout_of(const channel_case *c)
 {
-    const ptrdiff_t cols = c->group * c->size, groups = c->channels / c->group;
+    const ptrdiff_t groups = c->channels / c->group, size = c->size;
     if (c->kind == GROUP)
-        return (fn_channels){c->samples * groups, 1, cols, 0, 1, 0, cols, c->size, groups};
+        return (fn_channels){c->samples * groups, c->group * size, 1, 0, c->group, size, groups};
     if (c->kind == GIVEN)
-        return (fn_channels){
-            c->samples * c->channels, 1, c->size, 0, 1, 0, c->size, c->size, c->channels};
-    return (fn_channels){c->channels,           c->channels, 0,       c->size,    c->samples,
-                         c->channels * c->size, c->size,     c->size, c->channels};
+        return (fn_channels){c->samples * c->channels, size, 1, 0, 1, size, c->channels};
+    return (fn_channels){c->channels, size, c->samples, c->channels * size, 1, size, c->channels};
 }
 
 typedef struct {
@@ -113,10 +111,9 @@ static uint64_t run_planes(const channel_case *c, const channel_way *w)
     for (ptrdiff_t u = 0; u < units; u++) h = (h ^ k.refused[u]) * 31;
     for (ptrdiff_t u = 0; u < units; u++) /* what is refused is left as it was */
         for (ptrdiff_t r = 0; !k.refused[u] && r < a.layout.rows; r++) {
-            const ptrdiff_t at = u / a.layout.inner * a.layout.outer_stride +
-                                 u % a.layout.inner * a.layout.inner_stride +
-                                 r * a.layout.row_stride;
-            h = hash(h, y.data + (size_t)at * size_of(c->dtype), a.layout.cols, c->dtype);
+            const ptrdiff_t at = u * a.layout.stride + r * a.layout.row_stride;
+            h = hash(h, y.data + (size_t)at * size_of(c->dtype), a.layout.planes * a.layout.plane,
+                     c->dtype);
         }
     block dx = new_planes(c, 6, 0, w->offset);
     for (ptrdiff_t u = 0; u < units; u++)
@@ -136,7 +133,7 @@ static uint64_t run_planes(const channel_case *c, const channel_way *w)
                                        .dx_is_warm = 1};
     if (fn_channel_norm_backward(&b, c->compute, 0)) abort();
     h = hash(h, dx.data, n, c->dtype);
-    const ptrdiff_t planes = b.layout.cols / b.layout.plane;
+    const ptrdiff_t planes = b.layout.planes;
     for (ptrdiff_t u = 0; u < units; u++) {
         h = (h ^ k.refused[u]) * 31;
         if (!k.refused[u]) h = hash(h, k.sums + 2 * u * planes, 2 * planes, FN_F64);
