@@ -406,10 +406,13 @@ static size_t bytes_of(ptrdiff_t elements, fn_dtype dtype)
     return ((size_t)elements * (size_t)fn_size_of(dtype) + 63) / 64 * 64;
 }
 
-static int streams(const fn_channels *l, const void *y, fn_dtype y_type, int warm, fn_dtype dtype)
+/* Whether the result goes past the cache: where the call moves as much as a forward call of rows that
+ * does, of which the result is a half. */
+static int streams(const fn_channels *l, const void *y, fn_dtype y_type, int warm, fn_dtype dtype,
+                   int arrays)
 {
     const ptrdiff_t bytes = l->units * l->rows * cols_of(l) * fn_size_of(dtype);
-    return y && warm && y_type == dtype && bytes >= STREAM_BYTES &&
+    return y && warm && y_type == dtype && bytes * arrays >= 2 * STREAM_BYTES &&
            l->plane * fn_size_of(dtype) >= STREAM_ROW_BYTES(bytes) &&
            (uintptr_t)y % (uintptr_t)fn_size_of(dtype) == 0;
 }
@@ -426,7 +429,7 @@ static fn_plan plan_of(const fn_channels *l, ptrdiff_t bytes_each, int stream, i
 fn_plan fn_plan_channel_norm(const fn_channel_norm_args *a, fn_dtype dtype, int threads)
 {
     return plan_of(&a->layout, fn_size_of(a->x_type) + fn_size_of(a->y_type),
-                   !a->activation && streams(&a->layout, a->y, a->y_type, a->y_is_warm, dtype),
+                   !a->activation && streams(&a->layout, a->y, a->y_type, a->y_is_warm, dtype, 2),
                    threads);
 }
 
@@ -434,7 +437,7 @@ fn_plan fn_plan_channel_norm_backward(const fn_channel_norm_backward_args *a, fn
                                       int threads)
 {
     return plan_of(&a->layout, fn_size_of(a->dy_type) + fn_size_of(a->x_type) * (a->dx ? 2 : 1),
-                   streams(&a->layout, a->dx, a->x_type, a->dx_is_warm, dtype), threads);
+                   streams(&a->layout, a->dx, a->x_type, a->dx_is_warm, dtype, 3), threads);
 }
 
 fn_plan fn_plan_channels_last(const fn_channels_last_args *a, fn_dtype dtype, int threads)
