@@ -81,12 +81,12 @@ cdef inline bint asks_more(const fn_steps *steps) noexcept:
     )
 
 
-cdef dict plan_dict(fn_plan plan, fn_shape shape):
+cdef dict plan_dict(fn_plan plan, Py_ssize_t rows, Py_ssize_t cols):
     return {
         "threads": plan.threads,
         "stream": bool(plan.stream),
         "regime": plan.regime.decode(),
         "bytes": plan.bytes,
-        "rows": shape.rows,
-        "cols": shape.cols,
+        "rows": rows,
+        "cols": cols,
     }

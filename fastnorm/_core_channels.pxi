@@ -9,10 +9,6 @@ cdef enum:
 cdef double LEAST_F32 = 2.0**-80, LEAST_F64 = 2.0**-600
 
 
-cdef inline const void *data_of(object a) noexcept:
-    return NULL if a is None else cnp.PyArray_DATA(<ndarray>a)
-
-
 cdef inline bint moves_much(Py_ssize_t elements, fn_dtype dtype, int arrays) noexcept:
     return arrays * elements * (8 if dtype == FN_F64 else 4) >= GIL_BYTES
 
@@ -28,17 +24,6 @@ cdef fn_channels layout_of(object layout):
     cdef fn_channels l
     l.units, l.stride, l.rows, l.row_stride, l.planes, l.plane, l.kinds = layout
     return l
-
-
-cdef dict channels_plan(fn_plan plan, Py_ssize_t rows, Py_ssize_t cols):
-    return {
-        "threads": plan.threads,
-        "stream": bool(plan.stream),
-        "regime": plan.regime.decode(),
-        "bytes": plan.bytes,
-        "rows": rows,
-        "cols": cols,
-    }
 
 
 cdef inline Py_ssize_t elements_of(const fn_channels *l) noexcept:
@@ -74,21 +59,21 @@ def channel_norm(layout, compute, ndarray x, ndarray y, weight, bias, ndarray me
     cdef fn_dtype dtype = dtype_of(compute.num)
     memset(&args, 0, sizeof(args))
     args.layout = layout_of(layout)
-    args.x = data_of(x)
+    args.x = parameter_data(x)
     args.y = cnp.PyArray_DATA(y)
     args.x_type, args.y_type = storage_of(x), storage_of(y)
-    args.weight, args.bias = data_of(weight), data_of(bias)
+    args.weight, args.bias = parameter_data(weight), parameter_data(bias)
     args.mean = <double *>cnp.PyArray_DATA(mean)
     args.rstd = <double *>cnp.PyArray_DATA(rstd)
-    args.variance = <double *>data_of(variance)
-    args.refused = <unsigned char *>data_of(refused)
+    args.variance = <double *>parameter_data(variance)
+    args.refused = <unsigned char *>parameter_data(refused)
     args.given = refused is None
     args.eps = eps
     args.activation = <fn_activation>activation
     args.y_is_warm = warm
     if plan:
-        return channels_plan(fn_plan_channel_norm(&args, dtype, 0), args.layout.units,
-                             args.layout.rows * args.layout.planes * args.layout.plane)
+        return plan_dict(fn_plan_channel_norm(&args, dtype, 0), args.layout.units,
+                         args.layout.rows * args.layout.planes * args.layout.plane)
     call_channel_norm(&args, dtype)
 
 
@@ -100,9 +85,9 @@ def channel_norm_backward(layout, compute, ndarray dy, ndarray x, dx, weight, nd
     cdef fn_dtype dtype = dtype_of(compute.num)
     memset(&args, 0, sizeof(args))
     args.layout = layout_of(layout)
-    args.dy, args.x, args.dx = data_of(dy), data_of(x), <void *>data_of(dx)
+    args.dy, args.x, args.dx = parameter_data(dy), parameter_data(x), <void *>parameter_data(dx)
     args.dy_type, args.x_type = storage_of(dy), storage_of(x)
-    args.weight = data_of(weight)
+    args.weight = parameter_data(weight)
     args.mean = <const double *>cnp.PyArray_DATA(mean)
     args.rstd = <const double *>cnp.PyArray_DATA(rstd)
     args.sums = <double *>cnp.PyArray_DATA(sums)
@@ -110,20 +95,22 @@ def channel_norm_backward(layout, compute, ndarray dy, ndarray x, dx, weight, nd
     args.given = given
     args.dx_is_warm = warm
     if plan:
-        return channels_plan(fn_plan_channel_norm_backward(&args, dtype, 0), args.layout.units,
-                             args.layout.rows * args.layout.planes * args.layout.plane)
+        return plan_dict(fn_plan_channel_norm_backward(&args, dtype, 0), args.layout.units,
+                         args.layout.rows * args.layout.planes * args.layout.plane)
     call_channel_backward(&args, dtype)
 
 
 # ---- channels last -------------------------------------------------------------------------------
 
-cdef void fill_rows(fn_channels_last_args *args, ndarray x, Py_ssize_t sample,
-                    Py_ssize_t block) noexcept:
-    """x: (rows, cols), contiguous."""
+cdef void fill_rows(fn_channels_last_args *args, ndarray x, Py_ssize_t sample) noexcept:
+    """x: contiguous, not empty, its last axis the channels; sample: rows that share statistics."""
     memset(args, 0, sizeof(args[0]))
-    args.rows, args.cols = cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, 1)
-    args.sample, args.block = sample, block
-    args.blocks = args.rows // sample * ((sample + block - 1) // block) if sample else 0
+    args.cols = cnp.PyArray_DIM(x, cnp.PyArray_NDIM(x) - 1)
+    args.rows = cnp.PyArray_SIZE(x) // args.cols if args.cols else 0
+    args.sample, args.block = sample, BLOCK_ROWS
+    args.blocks = (
+        args.rows // sample * ((sample + BLOCK_ROWS - 1) // BLOCK_ROWS) if sample else 0
+    )
     args.x = cnp.PyArray_DATA(x)
 
 
@@ -141,7 +128,7 @@ def channels_last_moments(ndarray x, Py_ssize_t sample, compute):
     cdef fn_channels_last_args args
     cdef fn_dtype dtype = dtype_of(compute.num)
     cdef int status
-    fill_rows(&args, x, sample, BLOCK_ROWS)
+    fill_rows(&args, x, sample)
     args.x_type = storage_of(x)
     sums = block_sums(&args)
     with nogil:
@@ -155,7 +142,7 @@ def channels_last_dots(ndarray dy, ndarray x, ndarray pivot, Py_ssize_t sample):
     cdef fn_channels_last_args args
     cdef fn_dtype dtype = dtype_of(cnp.PyArray_TYPE(pivot))
     cdef int status
-    fill_rows(&args, x, sample, BLOCK_ROWS)
+    fill_rows(&args, x, sample)
     args.dy = cnp.PyArray_DATA(dy)
     args.x_type, args.dy_type = storage_of(x), storage_of(dy)
     args.terms[0] = cnp.PyArray_DATA(pivot)
@@ -230,8 +217,8 @@ def channels_last(dy, ndarray x, ndarray y, terms, Py_ssize_t sample, int activa
     cdef fn_channels_last_args args
     cdef fn_dtype dtype = dtype_of(cnp.PyArray_TYPE(<ndarray>terms[0]))
     cdef int status, k
-    fill_rows(&args, x, sample, BLOCK_ROWS)
-    args.dy = data_of(dy)
+    fill_rows(&args, x, sample)
+    args.dy = parameter_data(dy)
     args.y = cnp.PyArray_DATA(y)
     args.x_type, args.y_type = storage_of(x), storage_of(y)
     args.dy_type = args.x_type if dy is None else storage_of(dy)
@@ -239,8 +226,8 @@ def channels_last(dy, ndarray x, ndarray y, terms, Py_ssize_t sample, int activa
     for k in range(len(terms)):
         args.terms[k] = cnp.PyArray_DATA(<ndarray>terms[k])
     if plan:
-        return channels_plan(fn_plan_channels_last(&args, dtype, 0), args.rows // max(sample, 1),
-                             args.cols)
+        return plan_dict(fn_plan_channels_last(&args, dtype, 0), args.rows // max(sample, 1),
+                         args.cols)
     with nogil:
         status = fn_channels_last(&args, dtype, 0)
     raise_no_room(status)
@@ -355,6 +342,22 @@ cdef ndarray running_doubles(object mean, object variance, double eps, Py_ssize_
     return array
 
 
+cdef inline double number_of(object w, bint double_, Py_ssize_t i, double otherwise) noexcept:
+    if w is None:
+        return otherwise
+    if double_:
+        return (<const double *>cnp.PyArray_DATA(<ndarray>w))[i]
+    return (<const float *>cnp.PyArray_DATA(<ndarray>w))[i]
+
+
+cdef inline bint is_lost(double factor, double w, bint wide) noexcept:
+    """As channel_repairs.py has it."""
+    return (
+        fabs(factor) < (DBL_MIN if wide else FLT_MIN)
+        and fabs(w) >= (2.0**-960 if wide else 2.0**-100)
+    )
+
+
 cdef bint are_near(ndarray known, object weight, int typenum) noexcept:
     """Whether nothing leaves the range of what is computed in by these means and rstds (where the
     weight is plain, as it must be anyway). As by_far_statistics of channel_forward.py has it."""
@@ -362,31 +365,33 @@ cdef bint are_near(ndarray known, object weight, int typenum) noexcept:
     cdef const double *mean = <const double *>cnp.PyArray_DATA(known)
     cdef const double *rstd = mean + channels
     cdef bint wide = typenum == cnp.NPY_FLOAT64
-    cdef double farthest = 2.0**960 if wide else 2.0**100, most = DBL_MAX if wide else FLT_MAX
-    cdef double least = DBL_MIN if wide else FLT_MIN, w = 1
+    cdef double farthest = 2.0**960 if wide else 2.0**100, most = DBL_MAX if wide else FLT_MAX, w
     if not is_channel_vector(weight, typenum, channels):
         return False
     for i in range(channels):
-        if weight is not None:
-            w = ((<const double *>cnp.PyArray_DATA(<ndarray>weight))[i] if wide
-                 else (<const float *>cnp.PyArray_DATA(<ndarray>weight))[i])
+        w = number_of(weight, wide, i, 1)
         if not (fabs(mean[i]) <= farthest and fabs(rstd[i]) <= DBL_MAX
-                and fabs(rstd[i] * w) <= most
-                and (fabs(rstd[i] * w) >= least or fabs(w) < 1 / farthest)):
+                and fabs(rstd[i] * w) <= most and not is_lost(rstd[i] * w, w, wide)):
             return False
     return True
 
 
-cdef inline bint is_channels_first(object x) noexcept:
-    """Whether x is a plain array of planes of more than one element."""
+cdef inline bint is_rows(object x) noexcept:
+    """Whether x is a plain array of what is computed in, not empty, of two axes or more."""
     cdef int typenum
-    if not cnp.PyArray_CheckExact(x) or cnp.PyArray_NDIM(<ndarray>x) < 3:
+    if not cnp.PyArray_CheckExact(x) or cnp.PyArray_NDIM(<ndarray>x) < 2:
         return False
     typenum = cnp.PyArray_TYPE(<ndarray>x)
     return (
         (typenum == cnp.NPY_FLOAT32 or typenum == cnp.NPY_FLOAT64)
         and is_plain(x, typenum, C_ALIGNED) and cnp.PyArray_SIZE(<ndarray>x) != 0
-        and cnp.PyArray_SIZE(<ndarray>x)
+    )
+
+
+cdef inline bint is_channels_first(object x) noexcept:
+    """Whether it is one of planes of more than one element."""
+    return (
+        is_rows(x) and cnp.PyArray_SIZE(<ndarray>x)
         != cnp.PyArray_DIM(<ndarray>x, 0) * cnp.PyArray_DIM(<ndarray>x, 1)
     )
 
@@ -405,7 +410,7 @@ def straight_batch_inference(x, running_mean, running_var, weight, bias, eps, ou
             is_plain(out, cnp.PyArray_TYPE(<ndarray>x), C_ALIGNED_WRITEABLE)
             and apart(<ndarray>out, running_mean) and apart(<ndarray>out, running_var)):
         return None
-    return straight_channels(x, channels, weight, bias, eps, out, known, True, NULL)
+    return straight_channels(x, channels, weight, bias, eps, out, known, True)[0]
 
 
 def straight_channel_norm(x, groups, weight, bias, eps, out):
@@ -422,27 +427,22 @@ def straight_channel_norm(x, groups, weight, bias, eps, out):
         count = channels
     if channels % count:
         return None
-    return straight_channels(x, count, weight, bias, eps, out, None, False, NULL)
+    return straight_channels(x, count, weight, bias, eps, out, None, False)[0]
 
 
 def straight_batch_training(x, weight, bias, eps, out):
     """(y, mean, variance) where all is plain, else None; both float64."""
-    cdef void *found = NULL
     if not is_channels_first(x) or not PyFloat_CheckExact(eps) or not eps >= 0:
         return None
-    y = straight_channels(x, cnp.PyArray_DIM(<ndarray>x, 1), weight, bias, eps, out, None, True,
-                          &found)
-    if y is None:
-        return None
-    statistics = <object>found
-    Py_DECREF(statistics)
-    return y, statistics[0], statistics[1]
+    y, found = straight_channels(x, cnp.PyArray_DIM(<ndarray>x, 1), weight, bias, eps, out, None,
+                                 True)
+    return None if y is None else (y, found[0], found[1])
 
 
-cdef object straight_channels(ndarray x, Py_ssize_t groups, object weight, object bias, double eps,
-                              object out, ndarray known, bint batch, void **kept):
-    """`known`: mean and rstd of each channel. `kept`, if not NULL, gets the statistics found, (4,
-    units), which then are the caller's to let go."""
+cdef tuple straight_channels(ndarray x, Py_ssize_t groups, object weight, object bias, double eps,
+                             object out, ndarray known, bint batch):
+    """y, None where not all is plain, and the statistics that were found, (4, units). `known`: mean
+    and rstd of each channel, where they are given."""
     cdef fn_channel_norm_args args
     cdef int typenum = cnp.PyArray_TYPE(x), warm = 0
     cdef Py_ssize_t channels = cnp.PyArray_DIM(x, 1)
@@ -453,7 +453,7 @@ cdef object straight_channels(ndarray x, Py_ssize_t groups, object weight, objec
         or not is_channel_vector(bias, typenum, channels)
         or not (out is None or is_result(out, x, typenum, weight, bias))
     ):
-        return None
+        return None, None
     memset(&args, 0, sizeof(args))
     plain_layout(x, groups, batch, known is not None, &args.layout)
     if out is None:
@@ -470,7 +470,7 @@ cdef object straight_channels(ndarray x, Py_ssize_t groups, object weight, objec
         args.mean = <double *>cnp.PyArray_DATA(known)
         args.rstd = args.mean + channels
         call_channel_norm(&args, args.x_type)
-        return y
+        return y, None
     dims[0], dims[1] = 4, args.layout.units
     found = cnp.PyArray_EMPTY(2, dims, cnp.NPY_FLOAT64, 0)
     args.mean = <double *>cnp.PyArray_DATA(found)
@@ -481,10 +481,7 @@ cdef object straight_channels(ndarray x, Py_ssize_t groups, object weight, objec
     if memchr(args.refused, 1, dims[1]) is not NULL:
         refused = found[3].view(np.uint8)[: dims[1]]
         careful(as_tuple(&args.layout), x, y, weight, bias, found[:3], refused, eps)
-    if kept is not NULL:
-        Py_INCREF(found)
-        kept[0] = <void *>found
-    return y
+    return y, found
 
 
 def straight_channel_backward(dy, x, groups, mean, rstd, weight, bias, output_mask, bint batch,
@@ -590,25 +587,9 @@ cdef struct row_terms:
     double *terms[4]
 
 
-cdef inline bint is_rows(object x) noexcept:
-    """Whether x is a plain array of one axis and more before its last."""
-    cdef int typenum
-    if not cnp.PyArray_CheckExact(x) or cnp.PyArray_NDIM(<ndarray>x) < 2:
-        return False
-    typenum = cnp.PyArray_TYPE(<ndarray>x)
-    return (
-        (typenum == cnp.NPY_FLOAT32 or typenum == cnp.NPY_FLOAT64)
-        and is_plain(x, typenum, C_ALIGNED) and cnp.PyArray_SIZE(<ndarray>x) != 0
-    )
-
-
 cdef void fill_plain_rows(fn_channels_last_args *args, ndarray x) noexcept:
-    memset(args, 0, sizeof(args[0]))
-    args.cols = cnp.PyArray_DIM(x, cnp.PyArray_NDIM(x) - 1)
-    args.rows = args.sample = cnp.PyArray_SIZE(x) // args.cols
-    args.block = BLOCK_ROWS
-    args.blocks = (args.rows + BLOCK_ROWS - 1) // BLOCK_ROWS
-    args.x = cnp.PyArray_DATA(x)
+    """All rows as one sample."""
+    fill_rows(args, x, cnp.PyArray_SIZE(x) // cnp.PyArray_DIM(x, cnp.PyArray_NDIM(x) - 1))
     args.x_type = args.y_type = args.dy_type = dtype_of(cnp.PyArray_TYPE(x))
 
 
@@ -621,14 +602,6 @@ cdef ndarray new_terms(Py_ssize_t channels, row_terms *t):
     for k in range(4):
         t.terms[k] = t.mean + (2 + k) * channels
     return array
-
-
-cdef inline double number_of(object w, bint double_, Py_ssize_t i, double otherwise) noexcept:
-    if w is None:
-        return otherwise
-    if double_:
-        return (<const double *>cnp.PyArray_DATA(<ndarray>w))[i]
-    return (<const float *>cnp.PyArray_DATA(<ndarray>w))[i]
 
 
 cdef void round_terms(fn_channels_last_args *args, row_terms *t, int count) noexcept:
@@ -659,14 +632,6 @@ cdef inline int call_rows(fn_channels_last_args *args, fn_dtype dtype, int what)
     if what == 0:
         return fn_channels_last_moments(args, dtype, 0)
     return fn_channels_last_dots(args, dtype, 0) if what == 1 else fn_channels_last(args, dtype, 0)
-
-
-cdef inline bint is_lost(double factor, double w, bint wide) noexcept:
-    """As channel_repairs.py has it."""
-    return (
-        fabs(factor) < (DBL_MIN if wide else FLT_MIN)
-        and fabs(w) >= (2.0**-960 if wide else 2.0**-100)
-    )
 
 
 cdef bint find_row_moments(fn_channels_last_args *args, row_terms *t, double *variance,

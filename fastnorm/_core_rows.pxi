@@ -176,7 +176,7 @@ def norm_rows(int lead, object compute, object x, list outputs, double eps, *, b
                              dtype):
             args.steps = &steps
         if plan:
-            return plan_dict(fn_plan_layer_norm(&args, dtype, 0), args.shape)
+            return plan_dict(fn_plan_layer_norm(&args, dtype, 0), args.shape.rows, args.shape.cols)
         call_layer_norm(&args, dtype)
     finally:
         free(made)
@@ -215,7 +215,8 @@ def norm_backward_rows(int lead, object compute, object dy, object x, object dx,
     ):
         args.steps = &steps
     if plan:
-        return plan_dict(fn_plan_layer_norm_backward(&args, dtype, 0), args.shape)
+        return plan_dict(fn_plan_layer_norm_backward(&args, dtype, 0), args.shape.rows,
+                         args.shape.cols)
     if call_backward(&args, dtype) != FN_OK:
         raise_no_memory(args.shape.cols)
 
@@ -246,7 +247,7 @@ def moments_rows(int lead, object compute, ndarray x, mean, variance, bint plan=
     if not is_plain_rows(&args.x, dtype):
         args.steps = &steps
     if plan:
-        return plan_dict(fn_plan_moments(&args, dtype, 0), args.shape)
+        return plan_dict(fn_plan_moments(&args, dtype, 0), args.shape.rows, args.shape.cols)
     if is_long(&args.shape, args.steps, dtype, 1):
         with nogil:
             status = fn_moments(&args, dtype, 0)

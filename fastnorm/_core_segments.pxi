@@ -22,7 +22,7 @@ def norm_segments(object compute, ndarray x, ndarray starts, Py_ssize_t longest,
     args.rms = rms
     args.steps = &steps
     if plan:
-        return plan_dict(fn_plan_layer_norm(&args, dtype, 0), args.shape)
+        return plan_dict(fn_plan_layer_norm(&args, dtype, 0), args.shape.rows, args.shape.cols)
     call_layer_norm(&args, dtype)
 
 
@@ -64,6 +64,7 @@ def norm_segments_backward(object compute, ndarray dy, ndarray x, dx, ndarray st
     backward_results(&args, mean, rstd, dweight, dbias, rms, False)
     args.steps = &steps
     if plan:
-        return plan_dict(fn_plan_layer_norm_backward(&args, dtype, 0), args.shape)
+        return plan_dict(fn_plan_layer_norm_backward(&args, dtype, 0), args.shape.rows,
+                         args.shape.cols)
     if call_backward(&args, dtype) != FN_OK:
         raise_no_memory(args.shape.cols)

@@ -73,7 +73,44 @@ def as_output(out: Any, dtype: np.dtype) -> Any:
     return interop.as_bits(out) if takes_bits else out
 
 
-class Call:
+class Reader:
+    """A call's arrays: its main one, `source`, which errors call `name`, its like, and results.
+
+    A call that is only `explained` takes no kept memory. `copies` has a note of each copy.
+    """
+
+    explained: bool
+    copies: list[str]
+    source: np.ndarray
+    name: str
+
+    def floating(self, name: str, value: Any) -> np.ndarray:
+        array = checks.as_floating(name, value)
+        if array.dtype.kind == "V" and not interop.is_bits(array.dtype):
+            _core.set_bfloat16(array.dtype)
+        if array is not value and np.asarray(value).dtype.kind in "biu":
+            self.copies.append(f"{name} is copied: integers are converted to float64")
+        return array
+
+    def like_x(self, name: str, value: Any) -> np.ndarray:
+        """An array of x's shape and any storage type."""
+        array = self.floating(name, value)
+        if array.shape != self.source.shape:
+            raise ValueError(
+                f"{name}: got shape {array.shape}, wanted {self.source.shape}, "
+                f"the shape of {self.name}"
+            )
+        return array
+
+    def new_result(self, dtype: np.dtype) -> tuple[np.ndarray, bool]:
+        """An array for a result, and whether its pages are known to exist."""
+        nbytes = self.source.size * dtype.itemsize
+        if self.explained:
+            return stand_in(self.source.shape, dtype), _core.would_be_warm(nbytes)
+        return _core.new_result(self.source.shape, dtype)
+
+
+class Call(Reader):
     """One call of an op, checked and laid out.
 
     An op's own constructor sets `kernel`, the function of _core with its arguments, `result`, what
@@ -104,30 +141,12 @@ class Call:
         self.moved_shape = tuple([shape[d] for d in self.order])
         self.lead, self.normalized = self.moved_shape[:first], self.moved_shape[first:]
 
-    def floating(self, name: str, value: Any) -> np.ndarray:
-        array = checks.as_floating(name, value)
-        if array.dtype.kind == "V" and not interop.is_bits(array.dtype):
-            _core.set_bfloat16(array.dtype)
-        if array is not value and np.asarray(value).dtype.kind in "biu":
-            self.copies.append(f"{name} is copied: integers are converted to float64")
-        return array
-
     def rows(self, name: str, source: np.ndarray, is_output: bool = False) -> np.ndarray:
         """The array as the kernels see it; an output is written back after the call."""
         rows = Rows(name, source, self.order, self.copies, not is_output, self.explained)
         if is_output:
             self.outputs.append(rows)
         return rows.array
-
-    def like_x(self, name: str, value: Any) -> np.ndarray:
-        """An array of x's shape and any storage type."""
-        array = self.floating(name, value)
-        if array.shape != self.source.shape:
-            raise ValueError(
-                f"{name}: got shape {array.shape}, wanted {self.source.shape}, "
-                f"the shape of {self.name}"
-            )
-        return array
 
     def parameter(self, name: str, value: Any) -> np.ndarray | None:
         """weight or bias: of the normalized shape, or with leading axes that broadcast to x's.
@@ -174,13 +193,6 @@ class Call:
     def spread(self, array: np.ndarray | None) -> np.ndarray | None:
         """A parameter as if there were one for each row; no copy."""
         return None if array is None else np.broadcast_to(array, self.moved_shape)
-
-    def new_result(self, dtype: np.dtype) -> tuple[np.ndarray, bool]:
-        """An array for a result, and whether its pages are known to exist."""
-        nbytes = self.source.size * dtype.itemsize
-        if self.explained:
-            return stand_in(self.source.shape, dtype), _core.would_be_warm(nbytes)
-        return _core.new_result(self.source.shape, dtype)
 
     def a_row(self, dtype: np.dtype, value: Any) -> np.ndarray:
         """Room for a number for each row, which rows of length 0 keep as `value`."""

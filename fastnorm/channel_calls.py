@@ -17,7 +17,7 @@ import numpy as np
 from numpy.exceptions import AxisError
 
 from . import _core, checks, interop
-from .call import stand_in, why_copied
+from .call import Reader, stand_in, why_copied
 from .channel_repairs import Layout, store
 from .dialects import Dialect
 
@@ -110,7 +110,7 @@ def rstd_of(variance: np.ndarray, eps: float) -> np.ndarray:
 # ---- a call --------------------------------------------------------------------------------------
 
 
-class ChannelCall:
+class ChannelCall(Reader):
     """What the calls share: x as the kernels see it. `over_samples`: batch norm, whose units take
     in all axes but the channels'."""
 
@@ -120,7 +120,8 @@ class ChannelCall:
         self, x: Any, channel_axis: Any, over_samples: bool, explained: bool, name: str = "x"
     ) -> None:
         self.explained = explained
-        self.copies: list[str] = []
+        self.copies = []
+        self.name = name
         self.source = self.floating(name, x)
         shape = self.source.shape
         if self.source.ndim < 2:
@@ -138,22 +139,6 @@ class ChannelCall:
         self.over_samples = over_samples
         self.dtype = self.source.dtype.newbyteorder("=")
         self.compute = checks.compute_type(self.dtype)
-
-    def floating(self, name: str, value: Any) -> np.ndarray:
-        array = checks.as_floating(name, value)
-        if array.dtype.kind == "V" and not interop.is_bits(array.dtype):
-            _core.set_bfloat16(array.dtype)
-        if array is not value and np.asarray(value).dtype.kind in "biu":
-            self.copies.append(f"{name} is copied: integers are converted to float64")
-        return array
-
-    def like_x(self, name: str, value: Any) -> np.ndarray:
-        array = self.floating(name, value)
-        if array.shape != self.source.shape:
-            raise ValueError(
-                f"{name}: got shape {array.shape}, wanted {self.source.shape}, the shape of x"
-            )
-        return array
 
     def parameter(self, name: str, value: Any, per_sample: bool = False) -> np.ndarray | None:
         """weight or bias: (C,), or where allowed (N, C)."""
@@ -195,12 +180,6 @@ class ChannelCall:
     def write_back(self, made: np.ndarray, out: np.ndarray) -> None:
         if made is not out:
             np.copyto(out, np.moveaxis(made, 1, self.axis) if self.moves else made)
-
-    def new_result(self, dtype: np.dtype) -> tuple[np.ndarray, bool]:
-        if self.explained:
-            nbytes = self.source.size * dtype.itemsize
-            return stand_in(self.source.shape, dtype), _core.would_be_warm(nbytes)
-        return _core.new_result(self.source.shape, dtype)
 
     # ---- where units lie -------------------------------------------------------------------------
 

@@ -145,20 +145,9 @@ def store(into: np.ndarray, values: np.ndarray) -> None:
     """Doubles, rounded once to the type of `into`."""
     with np.errstate(all="ignore"):
         if interop.is_bits(into.dtype):
-            into[...] = interop.to_bits(_to_odd(values))
+            into[...] = interop.to_bits(interop.to_odd(values))
         else:
-            into[...] = _to_odd(values) if interop.is_bfloat16(into.dtype) else values
-
-
-def _to_odd(values: np.ndarray) -> np.ndarray:
-    """float32 on the way to a narrower type: rounded to odd, so that the next rounding is the
-    first."""
-    wide = np.ascontiguousarray(values, np.float64)
-    near = wide.astype(np.float32)
-    bits = near.view(np.uint32)
-    bits -= np.abs(near) > np.abs(wide)
-    bits |= (near != wide) & ~np.isnan(wide)
-    return near
+            into[...] = interop.to_odd(values) if interop.is_bfloat16(into.dtype) else values
 
 
 def put_right(

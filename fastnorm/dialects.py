@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 
 from . import checks, interop
-from .checks import FLOAT32, FLOAT64
+from .checks import FLOAT64
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -401,9 +401,5 @@ def _stored(values: Doubles, dtype: np.dtype) -> np.ndarray:
     with np.errstate(all="ignore"):
         if not interop.is_bfloat16(dtype):
             return values.astype(dtype.newbyteorder("="))
-        # To nearest float32 but for the last bit, which says that there was more; then to bfloat16.
-        near = values.astype(FLOAT32)
-        bits = near.view(np.uint32)
-        bits -= np.abs(near) > np.abs(values)
-        bits |= near != values
+        near = interop.to_odd(values)
         return interop.to_bits(near) if interop.is_bits(dtype) else near.astype(dtype)

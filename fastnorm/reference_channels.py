@@ -288,8 +288,21 @@ def batch_norm(
     """
     x = real("x", x)
     units = whole_channels(planes_of(x, channel_axis))
+    return _by_input_or_given(
+        units, x, running_mean, running_var, weight, bias, training, momentum, eps, dialect,
+        return_stats, activation,
+    )  # fmt: skip
+
+
+def _by_input_or_given(
+    units: Units, x: Array, running_mean: ArrayLike | None, running_var: ArrayLike | None,
+    weight: ArrayLike | None, bias: ArrayLike | None, by_input: bool, momentum: float, eps: float,
+    dialect: str, return_stats: bool, activation: str | None,
+) -> Any:  # fmt: skip
+    """What batch and instance norm return: by x's own statistics, which the running ones take up,
+    or by the running ones."""
     _known_dialect(dialect, momentum)
-    if not training:
+    if not by_input:
         mean, rstd = _given(units, running_mean, running_var, eps)
         y = _by_given(units, x, mean, rstd, weight, bias, activation)
         stats = [statistic.reshape(-1).astype(np.float64) for statistic in (mean, rstd)]
@@ -568,20 +581,10 @@ def instance_norm(
     """
     x = real("x", x)
     units = instances(planes_of(x, channel_axis))
-    _known_dialect(dialect, momentum)
-    if not use_input_stats:
-        mean, rstd = _given(units, running_mean, running_var, eps)
-        y = _by_given(units, x, mean, rstd, weight, bias, activation)
-        stats = [statistic.reshape(-1).astype(np.float64) for statistic in (mean, rstd)]
-        return (y, *stats) if return_stats else y
-    running = (
-        _written_to("running_mean", running_mean, units.channels),
-        _written_to("running_var", running_var, units.channels),
-    )
-    y, mean, rstd = _by_input(units, x, weight, bias, eps, activation)
-    with np.errstate(all="ignore"):
-        _update(units, x, running, momentum, dialect)
-    return (y, mean, rstd) if return_stats else y
+    return _by_input_or_given(
+        units, x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps, dialect,
+        return_stats, activation,
+    )  # fmt: skip
 
 
 def instance_norm_backward(

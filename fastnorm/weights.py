@@ -541,21 +541,12 @@ def _stored(values: np.ndarray, kind: np.dtype, out: np.ndarray | None = None) -
     """`values`, rounded once to `kind`, in `out` if there is one."""
     if values.dtype != kind:
         if interop.is_bfloat16(kind) and values.dtype == checks.FLOAT64:
-            values = _to_odd(values)
+            values = interop.to_odd(values)
         values = interop.to_bits(values) if kind == interop.BITS else values.astype(kind)
     if out is None or out is values:
         return values
     out[...] = values
     return out
-
-
-def _to_odd(values: np.ndarray) -> np.ndarray:
-    """float64 to float32 so that another rounding, to fewer digits, is as if it were the first."""
-    near = np.ascontiguousarray(values).astype(np.float32)
-    bits = near.view(np.uint32)
-    bits -= np.abs(near) > np.abs(values)
-    bits |= near != values
-    return near
 
 
 def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
