@@ -105,22 +105,45 @@ static void end_planes(plane_result *r)
     atomic_thread_fence(memory_order_seq_cst);
 }
 
-static void finish_plane(plane_result *r, const char *x, const char *dy, ptrdiff_t i, ptrdiff_t n,
-                         const double terms[4])
+/* Short planes that are done by one call, and share a strip; else 1. */
+static ptrdiff_t planes_together(const fn_channels *l, int stream)
+{
+    const ptrdiff_t n = FN_GROUP_COLS / l->plane;
+    if (l->plane > FN_SHORT_PLANE || stream) return 1;
+    return n < FN_PLANES ? n : FN_PLANES;
+}
+
+/* Into a strip first: `count` planes of n elements, or one of any length. */
+static void convert_planes(plane_result *r, const char *x, const char *dy, char *y, ptrdiff_t n,
+                           ptrdiff_t count, const double (*terms)[4])
 {
     const fn_channel_table *table = &fn_active_isa->channels;
     const ptrdiff_t size = fn_size_of(r->dtype), y_size = fn_size_of(r->y_type);
-    char *y = (char *)r->y + i * y_size;
-    if (r->y_type == r->dtype && !r->activation) {
-        table->plane_pass[r->dtype](x, dy, y, n, terms, r->stream ? r->held : NULL, r->ahead);
+    if (count > 1) {
+        table->planes_pass[r->dtype](x, dy, r->strip, n, (int)count, terms);
+        table->store_elements[r->dtype](y, r->y_type, r->strip, n * count, r->activation);
         return;
     }
     for (ptrdiff_t k = 0; k < n; k += FN_GROUP_COLS) {
         const ptrdiff_t m = n - k < FN_GROUP_COLS ? n - k : FN_GROUP_COLS;
-        table->plane_pass[r->dtype](x + k * size, dy ? dy + k * size : NULL, r->strip, m, terms,
+        table->plane_pass[r->dtype](x + k * size, dy ? dy + k * size : NULL, r->strip, m, *terms,
                                     NULL, 0);
         table->store_elements[r->dtype](y + k * y_size, r->y_type, r->strip, m, r->activation);
     }
+}
+
+/* `count` planes of n elements, of which element i of all is the first. */
+static void finish_planes(plane_result *r, const char *x, const char *dy, ptrdiff_t i, ptrdiff_t n,
+                          ptrdiff_t count, const double (*terms)[4])
+{
+    const fn_channel_table *table = &fn_active_isa->channels;
+    char *y = (char *)r->y + i * fn_size_of(r->y_type);
+    if (r->y_type != r->dtype || r->activation)
+        convert_planes(r, x, dy, y, n, count, terms);
+    else if (count > 1)
+        table->planes_pass[r->dtype](x, dy, y, n, (int)count, terms);
+    else
+        table->plane_pass[r->dtype](x, dy, y, n, *terms, r->stream ? r->held : NULL, r->ahead);
 }
 
 /* ---- forward ---------------------------------------------------------------------------------- */
@@ -182,12 +205,17 @@ static int weights_fit(const fn_channel_norm_args *a, ptrdiff_t first, double rs
     return 1;
 }
 
+static unit_moments given_moments(const fn_channel_norm_args *a, ptrdiff_t kind)
+{
+    const double pivot = rounded(a->mean[kind], a->dtype);
+    return (unit_moments){pivot, a->mean[kind] - pivot, 0, a->rstd[kind]};
+}
+
 static int find_moments(const fn_channel_norm_args *a, ptrdiff_t u, ptrdiff_t kind, void *room,
                         const void **x, unit_moments *m)
 {
     if (a->given) {
-        const double pivot = rounded(a->mean[kind], a->dtype);
-        *m = (unit_moments){pivot, a->mean[kind] - pivot, 0, a->rstd[kind]};
+        *m = given_moments(a, kind);
         return 1;
     }
     const int fits = moments_of_unit(a, u * a->layout.stride, room, x, m) &&
@@ -200,14 +228,49 @@ static int find_moments(const fn_channel_norm_args *a, ptrdiff_t u, ptrdiff_t ki
     return 1;
 }
 
+/* Of the plane of parameter i, as planes_pass takes them. */
+static void forward_terms(const fn_channel_norm_args *a, ptrdiff_t i, const unit_moments *m,
+                          double terms[4])
+{
+    const double factor = m->rstd * number_at(a->weight, a->dtype, i, 1);
+    terms[0] = m->pivot;
+    terms[1] = factor;
+    terms[2] = number_at(a->bias, a->dtype, i, 0) - m->shift * factor;
+    terms[3] = 0;
+}
+
+/* Short planes of known statistics, one after the other. */
+static void given_planes(const fn_channel_norm_args *a, ptrdiff_t plane0, ptrdiff_t plane1,
+                         plane_result *result)
+{
+    const ptrdiff_t n = a->layout.plane, size = fn_size_of(a->dtype);
+    const ptrdiff_t together = planes_together(&a->layout, a->stream);
+    for (ptrdiff_t p = plane0, count; p < plane1; p += count) {
+        double terms[FN_PLANES][4];
+        count = plane1 - p < together ? plane1 - p : together;
+        for (ptrdiff_t k = 0; k < count; k++) {
+            const ptrdiff_t kind = (p + k) % a->layout.kinds;
+            const unit_moments m = given_moments(a, kind);
+            forward_terms(a, kind, &m, terms[k]);
+        }
+        finish_planes(result, (const char *)a->x + p * n * size, NULL, p * n, n, count, terms);
+    }
+}
+
 static void channel_norm(const void *args, ptrdiff_t unit0, ptrdiff_t unit1, void *scratch)
 {
     const fn_channel_norm_args *a = args;
     const fn_channels *l = &a->layout;
-    const ptrdiff_t planes = l->planes, size = fn_size_of(a->dtype);
+    const ptrdiff_t planes = l->planes, together = planes_together(l, a->stream),
+                    size = fn_size_of(a->dtype);
     char *room = after_strip(scratch, a->dtype);
     plane_result result = {a->y,    a->y_type, a->dtype, a->activation,
                            scratch, a->stream, a->fetch, {{.line = NULL}}};
+    if (a->given && together > 1 && a->x_type == a->dtype && planes * l->rows == 1 &&
+        l->stride == l->plane) {
+        given_planes(a, unit0, unit1, &result);
+        return;
+    }
     ptrdiff_t kind = unit0 % l->kinds;
     for (ptrdiff_t u = unit0; u < unit1; u++, kind = kind + 1 < l->kinds ? kind + 1 : 0) {
         const ptrdiff_t first = kind * planes;
@@ -217,12 +280,12 @@ static void channel_norm(const void *args, ptrdiff_t unit0, ptrdiff_t unit1, voi
         for (ptrdiff_t row = 0; row < l->rows; row++) {
             const ptrdiff_t at = u * l->stride + row * l->row_stride;
             if (!x || l->rows > 1) x = as_computed(a->x, a->x_type, at, cols_of(l), a->dtype, room);
-            for (ptrdiff_t j = 0; j < planes; j++) {
-                const double factor = m.rstd * number_at(a->weight, a->dtype, first + j, 1);
-                const double bias = number_at(a->bias, a->dtype, first + j, 0);
-                const double terms[4] = {m.pivot, factor, bias - m.shift * factor, 0};
-                finish_plane(&result, (const char *)x + j * l->plane * size, NULL,
-                             at + j * l->plane, l->plane, terms);
+            for (ptrdiff_t j = 0, n; j < planes; j += n) {
+                double terms[FN_PLANES][4];
+                n = planes - j < together ? planes - j : together;
+                for (ptrdiff_t k = 0; k < n; k++) forward_terms(a, first + j + k, &m, terms[k]);
+                finish_planes(&result, (const char *)x + j * l->plane * size, NULL,
+                              at + j * l->plane, l->plane, n, terms);
             }
         }
     }
@@ -263,6 +326,17 @@ static void load_rows(const fn_channel_norm_backward_args *a, ptrdiff_t at, char
     *dy = as_computed(a->dy, a->dy_type, at, cols, a->dtype, rooms);
 }
 
+/* dots[k], or of planes that are done together dots[k*FN_PLANES + j]: the kth sum of plane j. */
+static void dots_of_planes(const fn_channel_norm_backward_args *a, const char *x, const char *dy,
+                           ptrdiff_t count, double pivot, double dots[3 * FN_PLANES])
+{
+    const fn_channel_table *table = &fn_active_isa->channels;
+    if (count > 1)
+        table->planes_dots[a->dtype](x, dy, a->layout.plane, (int)count, pivot, dots);
+    else
+        table->plane_dots[a->dtype](x, dy, a->layout.plane, pivot, dots);
+}
+
 /* sums[2 j] and sums[2 j + 1]: of dy (x - pivot) and dy over plane j of all rows; returns the sum of
  * x - pivot over the unit. */
 static double sums_of_unit(const fn_channel_norm_backward_args *a, ptrdiff_t at, double pivot,
@@ -270,16 +344,21 @@ static double sums_of_unit(const fn_channel_norm_backward_args *a, ptrdiff_t at,
 {
     const fn_channels *l = &a->layout;
     const ptrdiff_t planes = l->planes, step = l->plane * fn_size_of(a->dtype);
+    const ptrdiff_t together = planes_together(l, a->stream);
     double deviations = 0;
     for (ptrdiff_t row = 0; row < l->rows; row++, at += l->row_stride) {
         load_rows(a, at, rooms, x, dy);
-        for (ptrdiff_t j = 0; j < planes; j++) {
-            double dots[3];
-            fn_active_isa->channels.plane_dots[a->dtype](*x + j * step, *dy + j * step, l->plane,
-                                                         pivot, dots);
-            deviations += dots[0];
-            sums[2 * j] = (row ? sums[2 * j] : 0) + dots[2];
-            sums[2 * j + 1] = (row ? sums[2 * j + 1] : 0) + dots[1];
+        for (ptrdiff_t j = 0, n; j < planes; j += n) {
+            double dots[3 * FN_PLANES];
+            n = planes - j < together ? planes - j : together;
+            dots_of_planes(a, *x + j * step, *dy + j * step, n, pivot, dots);
+            const ptrdiff_t step_of_dots = n > 1 ? FN_PLANES : 1;
+            for (ptrdiff_t k = 0; k < n; k++) {
+                double *sum = sums + 2 * (j + k);
+                deviations += dots[k];
+                sum[0] = (row ? sum[0] : 0) + dots[2 * step_of_dots + k];
+                sum[1] = (row ? sum[1] : 0) + dots[step_of_dots + k];
+            }
         }
     }
     return deviations;
@@ -320,7 +399,8 @@ static void channel_norm_backward(const void *args, ptrdiff_t unit0, ptrdiff_t u
 {
     const fn_channel_norm_backward_args *a = args;
     const fn_channels *l = &a->layout;
-    const ptrdiff_t planes = l->planes, size = fn_size_of(a->dtype);
+    const ptrdiff_t planes = l->planes, together = planes_together(l, a->stream),
+                    size = fn_size_of(a->dtype);
     char *rooms = after_strip(scratch, a->dtype);
     plane_result result = {a->dx,   a->x_type, a->dtype, FN_NO_ACTIVATION,
                            scratch, a->stream, a->fetch, {{.line = NULL}}};
@@ -328,24 +408,33 @@ static void channel_norm_backward(const void *args, ptrdiff_t unit0, ptrdiff_t u
     for (ptrdiff_t u = unit0; u < unit1; u++, kind = kind + 1 < l->kinds ? kind + 1 : 0) {
         const ptrdiff_t first = kind * planes, own = a->given ? kind : u;
         const double mean = a->mean[own], rstd = a->rstd[own];
-        double terms[4] = {rounded(mean, a->dtype)}, *sums = a->sums + 2 * u * planes;
+        double shared[4] = {rounded(mean, a->dtype)}, *sums = a->sums + 2 * u * planes;
+        double terms[FN_PLANES][4];
         const char *x, *dy;
-        const double deviations = sums_of_unit(a, u * l->stride, terms[0], rooms, &x, &dy, sums);
+        const double deviations = sums_of_unit(a, u * l->stride, shared[0], rooms, &x, &dy, sums);
         a->refused[u] = (unsigned char)!gradients_of_unit(a, first, mean, rstd, deviations, sums,
-                                                          terms);
+                                                          shared);
         if (a->refused[u] || !a->dx) continue;
+        if (a->given) shared[0] = 0;
+        const double pivot = shared[0], shift = shared[2], slope = shared[3];
+        for (ptrdiff_t k = 0; k < together; k++) {
+            terms[k][0] = pivot;
+            terms[k][2] = shift;
+            terms[k][3] = slope;
+        }
         for (ptrdiff_t row = 0; row < l->rows; row++) {
             const ptrdiff_t at = u * l->stride + row * l->row_stride;
             if (l->rows > 1) load_rows(a, at, rooms, &x, &dy);
-            for (ptrdiff_t j = planes - 1; j >= 0; j--) { /* L1 has the last ones still */
-                const char *x_plane = x + j * l->plane * size, *dy_plane = dy + j * l->plane * size;
-                terms[1] = rstd * number_at(a->weight, a->dtype, first + j, 1);
-                if (a->given) { /* x has no part in it */
-                    terms[0] = 0;
-                    x_plane = dy_plane;
-                    dy_plane = NULL;
-                }
-                finish_plane(&result, x_plane, dy_plane, at + j * l->plane, l->plane, terms);
+            for (ptrdiff_t end = planes, n; end > 0; end -= n) { /* L1 has the last ones still */
+                n = end < together ? end : together;
+                for (ptrdiff_t k = 0; k < n; k++)
+                    terms[k][1] = rstd * number_at(a->weight, a->dtype, first + end - n + k, 1);
+                const ptrdiff_t from = (end - n) * l->plane;
+                const char *x_planes = x + from * size, *dy_planes = dy + from * size;
+                if (a->given) /* x has no part in it */
+                    finish_planes(&result, dy_planes, NULL, at + from, l->plane, n, terms);
+                else
+                    finish_planes(&result, x_planes, dy_planes, at + from, l->plane, n, terms);
             }
         }
     }

@@ -30,6 +30,10 @@ void fn_let_go(fn_held_line *held);
 fn_held_line *fn_held_line_at(fn_held_line held[FN_HELD_LINES], char *line, ptrdiff_t from,
                               ptrdiff_t to);
 
+/* Planes of at most FN_SHORT_PLANE elements are summed, and written, up to FN_PLANES by one call: what a
+ * call costs, and the last steps of a sum, are a third of a plane of 49. */
+enum { FN_PLANES = 8, FN_SHORT_PLANE = 256 };
+
 /* What channels.c is made of (op_channels.h): no ranges of rows, but one strip, row or block each. */
 typedef struct {
     void (*load_elements[FN_DTYPE_COUNT])(void *into, const void *from, fn_dtype, ptrdiff_t n);
@@ -38,8 +42,12 @@ typedef struct {
     int (*row_moments[FN_DTYPE_COUNT])(const void *x, ptrdiff_t n, double eps, fn_row_moments *);
     void (*plane_dots[FN_DTYPE_COUNT])(const void *x, const void *dy, ptrdiff_t n, double pivot,
                                        double sums[3]);
+    void (*planes_dots[FN_DTYPE_COUNT])(const void *x, const void *dy, ptrdiff_t n, int planes,
+                                        double pivot, double sums[3 * FN_PLANES]);
     void (*plane_pass[FN_DTYPE_COUNT])(const void *x, const void *dy, void *y, ptrdiff_t n,
                                        const double terms[4], fn_held_line *, ptrdiff_t ahead);
+    void (*planes_pass[FN_DTYPE_COUNT])(const void *x, const void *dy, void *y, ptrdiff_t n,
+                                        int planes, const double (*terms)[4]);
     void (*columns_pass[FN_DTYPE_COUNT])(const void *x, const void *dy, void *y, ptrdiff_t n,
                                          const void *const terms[4]);
     void (*column_moments[FN_DTYPE_COUNT])(const void *x, ptrdiff_t step, ptrdiff_t rows,

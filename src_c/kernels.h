@@ -42,7 +42,9 @@ enum {
 #undef store_elements
 #undef row_moments
 #undef plane_dots
+#undef planes_dots
 #undef plane_pass
+#undef planes_pass
 #undef columns_pass
 #undef column_moments
 #undef column_dots
@@ -58,7 +60,9 @@ const fn_isa FN_PASTE(fn_isa,
                                               .store_elements = OF_EACH_TYPE(store_elements),
                                               .row_moments = OF_EACH_TYPE(row_moments),
                                               .plane_dots = OF_EACH_TYPE(plane_dots),
+                                              .planes_dots = OF_EACH_TYPE(planes_dots),
                                               .plane_pass = OF_EACH_TYPE(plane_pass),
+                                              .planes_pass = OF_EACH_TYPE(planes_pass),
                                               .columns_pass = OF_EACH_TYPE(columns_pass),
                                               .column_moments = OF_EACH_TYPE(column_moments),
                                               .column_dots = OF_EACH_TYPE(column_dots)},

@@ -39,12 +39,37 @@ static void plane_dots(const void *x, const void *dy, ptrdiff_t n, double pivot,
     row_dots(x, dy, NULL, n, (element)pivot, NULL, NULL, NULL, sums);
 }
 
+/* The same of up to eight short planes of n elements, first all of the first kind. */
+#define planes_dots FN_OF_T(planes_dots)
+static void planes_dots(const void *x, const void *dy, ptrdiff_t n, int planes, double pivot,
+                        double sums[3 * FN_PLANES])
+{
+    const element *xs = x, *dys = dy;
+    quarter part[3][FN_PLANES], q[3];
+    for (int j = 0; j < planes; j++) {
+        block_dots(xs + j * n, dys + j * n, NULL, n, v_set1((element)pivot), q);
+        for (int k = 0; k < 3; k++) part[k][j] = q[k];
+    }
+    for (int k = 0; k < 3; k++) {
+        for (int j = planes; j < FN_PLANES; j++) part[k][j] = part[k][0]; /* any numbers */
+        vd8_store_f64(sums + k * FN_PLANES, quarter_hsum8(part[k]));
+    }
+}
+
 /* ---- a plane ---------------------------------------------------------------------------------- */
 
 #define plane_terms FN_OF_T(plane_terms)
 typedef struct {
     vec pivot, factor, shift, slope;
 } plane_terms;
+
+/* From the four numbers, as the caller forms them. */
+#define plane_terms_of FN_OF_T(plane_terms_of)
+INLINE plane_terms plane_terms_of(const double *t)
+{
+    return (plane_terms){v_set1((element)t[0]), v_set1((element)t[1]), v_set1((element)t[2]),
+                         v_set1((element)t[3])};
+}
 
 #define plane_vector FN_OF_T(plane_vector)
 INLINE vec plane_vector(const element *x, const element *dy, ptrdiff_t left, const plane_terms *t)
@@ -136,19 +161,36 @@ OUTLINE void plane_held(const element *x, const element *dy, element *y, ptrdiff
 static void plane_pass(const void *x, const void *dy, void *y, ptrdiff_t n, const double *t,
                        fn_held_line *held, ptrdiff_t ahead)
 {
-    const plane_terms terms = {v_set1((element)t[0]), v_set1((element)t[1]), v_set1((element)t[2]),
-                               v_set1((element)t[3])};
+    const plane_terms terms = plane_terms_of(t);
     const element *xs = x, *dys = dy;
     element *ys = y;
     ptrdiff_t i = 0;
-    if (held && (uintptr_t)y % 64) {
-        const ptrdiff_t before = (ptrdiff_t)((64 - (uintptr_t)y % 64) / sizeof(element));
+    if (held && (uintptr_t)ys % 64) {
+        const ptrdiff_t before = (ptrdiff_t)((64 - (uintptr_t)ys % 64) / sizeof(element));
         i = before < n ? before : n;
         plane_held(xs, dys, ys, i, &terms, held);
     }
     i = dy ? plane_body(xs, dys, ys, i, n, &terms, held != NULL, ahead)
            : plane_body(xs, NULL, ys, i, n, &terms, held != NULL, ahead);
     if (i < n) plane_held(xs + i, dy ? dys + i : NULL, ys + i, n - i, &terms, held);
+}
+
+/* Short planes of n elements, one after the other. */
+#define planes_pass FN_OF_T(planes_pass)
+static void planes_pass(const void *x, const void *dy, void *y, ptrdiff_t n, int planes,
+                        const double (*t)[4])
+{
+    const element *xs = x, *dys = dy;
+    element *ys = y;
+    for (int j = 0; j < planes; j++, xs += n, ys += n) {
+        const plane_terms terms = plane_terms_of(t[j]);
+        if (dy)
+            NO_UNROLL for (ptrdiff_t i = 0; i < n; i += VW)
+                store_some(ys + i, plane_vector(xs + i, dys + j * n + i, n - i, &terms), n - i);
+        else
+            NO_UNROLL for (ptrdiff_t i = 0; i < n; i += VW)
+                store_some(ys + i, plane_vector(xs + i, NULL, n - i, &terms), n - i);
+    }
 }
 
 /* ---- channels last: rows of channels, `step` elements apart ----------------------------------- */
