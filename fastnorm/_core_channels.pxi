@@ -551,21 +551,23 @@ cdef ndarray sample_totals(ndarray sums, Py_ssize_t lots, npy_intp channels, int
     in double, in order."""
     cdef npy_intp[2] dims
     cdef const double *at = <const double *>cnp.PyArray_DATA(sums)
-    cdef double total
-    cdef Py_ssize_t lot, j, k
+    cdef double dweight, dbias
+    cdef Py_ssize_t lot, j
     cdef void *into
     dims[0], dims[1] = 2, channels
     result = cnp.PyArray_EMPTY(2, dims, typenum, 0)
     into = cnp.PyArray_DATA(result)
     for j in range(channels):
-        for k in range(2):
-            total = 0
-            for lot in range(lots):
-                total += at[2 * (lot * channels + j) + 1 - k]
-            if typenum == cnp.NPY_FLOAT64:
-                (<double *>into)[k * channels + j] = total
-            else:
-                (<float *>into)[k * channels + j] = <float>total
+        dweight = dbias = 0
+        for lot in range(lots):
+            dweight += at[2 * (lot * channels + j)]
+            dbias += at[2 * (lot * channels + j) + 1]
+        if typenum == cnp.NPY_FLOAT64:
+            (<double *>into)[j] = dbias
+            (<double *>into)[channels + j] = dweight
+        else:
+            (<float *>into)[j] = <float>dbias
+            (<float *>into)[channels + j] = <float>dweight
     return result
 
 
