@@ -2,10 +2,12 @@
 #
 #   PYTHON=python3.13 make test        another Python (3.10 or newer)
 #   make test ARGS='-k fork -x'        arguments to pytest, or to `fastnorm demo`
+#   make test JOBS=0                   in one process, as --pdb wants it; else in so many
 #   FASTNORM_BUILD_...=1 make test     switches of the build: see setup.py
 
 PYTHON ?= python3
 ARGS ?=
+JOBS ?= 2
 # Libraries to compare with. `make bench` goes on without those that cannot be installed.
 PEERS = torch==2.13.0 onnx onnxruntime numba
 
@@ -41,7 +43,7 @@ demo: .venv-demo/.installed-$(BUILD)
 	.venv-demo/bin/python -I -m fastnorm demo $(ARGS)
 
 test: .venv-test/.installed-$(BUILD)
-	$(TEST_ENVIRONMENT) .venv-test/bin/pytest $(ARGS)
+	$(TEST_ENVIRONMENT) .venv-test/bin/pytest --numprocesses=$(JOBS) --dist=loadfile $(ARGS)
 
 # Beside the packages of the machine: torch, CuPy and Numba's CUDA parts go with its driver.
 test-gpu: .venv-gpu/.installed-$(BUILD)
