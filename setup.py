@@ -62,7 +62,8 @@ def machine():
 def kernel_sources():
     """The C files of this machine's build, each with the flags that it alone gets."""
     isas = ISA_FLAGS.get(machine(), {"scalar": SCALAR})
-    common = {f"src_c/{name}.c": [] for name in ("channels", "dispatch", "parallel", "pool")}
+    names = ("channels", "channels_last", "dispatch", "parallel", "pool")
+    common = {f"src_c/{name}.c": [] for name in names}
     return common | {f"src_c/isa_{isa}.c": flags for isa, flags in isas.items()}
 
 

@@ -2,60 +2,7 @@
  *
  * Statistics are layer_norm's own, a row at a time; what a unit has of rows or planes is merged here, in
  * double and in the order of the rows. No arithmetic on elements is done in this file. */
-#include <float.h>
-#include <math.h>
-#include <stdatomic.h>
-#include <stdint.h>
-
-#include "split.h"
-
-/* Reads and writes of elements, by the types of the arrays. */
-static const char *at_element(const void *data, fn_dtype type, ptrdiff_t i)
-{
-    return (const char *)data + i * fn_size_of(type);
-}
-
-/* n elements as `dtype`: where they lie, or in `room`. */
-static const void *as_computed(const void *data, fn_dtype type, ptrdiff_t i, ptrdiff_t n,
-                               fn_dtype dtype, void *room)
-{
-    const char *from = at_element(data, type, i);
-    if (type == dtype) return from;
-    fn_active_isa->channels.load_elements[dtype](room, from, type, n);
-    return room;
-}
-
-/* What follows the strip that scratch begins with. */
-static char *after_strip(void *scratch, fn_dtype dtype)
-{
-    return scratch ? (char *)scratch + FN_GROUP_COLS * fn_size_of(dtype) : NULL;
-}
-
-static double number_at(const void *data, fn_dtype dtype, ptrdiff_t i, double otherwise)
-{
-    if (!data) return otherwise;
-    return dtype == FN_F64 ? ((const double *)data)[i] : (double)((const float *)data)[i];
-}
-
-static double largest_of(fn_dtype dtype) { return dtype == FN_F64 ? DBL_MAX : (double)FLT_MAX; }
-
-/* Rounded to what is computed in. */
-static double rounded(double a, fn_dtype dtype) { return dtype == FN_F64 ? a : (double)(float)a; }
-
-static double least_of(fn_dtype dtype) { return dtype == FN_F64 ? DBL_MIN : (double)FLT_MIN; }
-
-/* What was written past the cache is there for all threads that wait for this one. */
-static void fence(int stream)
-{
-    if (stream) atomic_thread_fence(memory_order_seq_cst);
-}
-
-/* Elements of a row. */
-static ptrdiff_t cols_of(const fn_channels *l) { return l->planes * l->plane; }
-
-/* Inlined, as fmax is not: its care for NaN is not needed where these are used. */
-static double larger(double a, double b) { return a > b ? a : b; }
-static double smaller(double a, double b) { return a < b ? a : b; }
+#include "channels.h"
 
 /* ---- planes ----------------------------------------------------------------------------------- */
 
@@ -316,74 +263,6 @@ static void channel_norm_backward(const void *args, ptrdiff_t unit0, ptrdiff_t u
     fence(a->stream);
 }
 
-/* ---- channels last ---------------------------------------------------------------------------- */
-
-/* Columns of a block that are converted at a time. */
-enum { TILE_COLS = 64 };
-
-/* Rows row0 .. of `cols` columns from column j on: where they lie, or in `room`; *step: from row to row. */
-static const void *tile_at(const fn_channels_last_args *a, const void *data, fn_dtype type,
-                           ptrdiff_t row0, ptrdiff_t rows, ptrdiff_t j, ptrdiff_t cols, char *room,
-                           ptrdiff_t *step)
-{
-    *step = a->cols;
-    if (type == a->dtype) return at_element(data, type, row0 * a->cols + j);
-    *step = TILE_COLS;
-    for (ptrdiff_t r = 0; r < rows; r++)
-        as_computed(data, type, (row0 + r) * a->cols + j, cols, a->dtype,
-                    room + r * TILE_COLS * fn_size_of(a->dtype));
-    return room;
-}
-
-/* Both kinds of sums; blocks are numbered sample by sample. */
-static void channels_last_sums(const void *args, ptrdiff_t block0, ptrdiff_t block1, void *scratch)
-{
-    const fn_channels_last_args *a = args;
-    const fn_channel_table *table = &fn_active_isa->channels;
-    const ptrdiff_t each = (a->sample + a->block - 1) / a->block, size = fn_size_of(a->dtype);
-    char *rooms[2] = {scratch, scratch ? (char *)scratch + TILE_COLS * a->block * size : NULL};
-    for (ptrdiff_t b = block0; b < block1; b++) {
-        const ptrdiff_t skipped = b % each * a->block, row0 = b / each * a->sample + skipped;
-        const ptrdiff_t rows = a->sample - skipped < a->block ? a->sample - skipped : a->block;
-        for (ptrdiff_t j = 0, n; j < a->cols; j += n) {
-            n = a->cols - j < TILE_COLS ? a->cols - j : TILE_COLS;
-            ptrdiff_t step, dy_step;
-            double *into[3];
-            for (int k = 0; k < 3; k++) into[k] = a->sums + (k * a->blocks + b) * a->cols + j;
-            const void *x = tile_at(a, a->x, a->x_type, row0, rows, j, n, rooms[0], &step);
-            if (!a->dy) {
-                table->column_moments[a->dtype](x, step, rows, n, into);
-                continue;
-            }
-            const void *dy = tile_at(a, a->dy, a->dy_type, row0, rows, j, n, rooms[1], &dy_step);
-            const void *pivots = at_element(a->terms[0], a->dtype, b / each * a->cols + j);
-            table->column_dots[a->dtype](x, dy, step, dy_step, rows, n, pivots, into);
-        }
-    }
-}
-
-static void channels_last(const void *args, ptrdiff_t row0, ptrdiff_t row1, void *scratch)
-{
-    const fn_channels_last_args *a = args;
-    const fn_channel_table *table = &fn_active_isa->channels;
-    char *strip = scratch, *room = after_strip(scratch, a->dtype),
-         *dy_room = after_strip(room, a->dtype);
-    const int direct = a->y_type == a->dtype && !a->activation;
-    for (ptrdiff_t row = row0; row < row1; row++)
-        for (ptrdiff_t j = 0, n; j < a->cols; j += n) {
-            n = a->cols - j < FN_GROUP_COLS ? a->cols - j : FN_GROUP_COLS;
-            const ptrdiff_t at = row * a->cols + j, own = row / a->sample * a->cols + j;
-            const void *x = as_computed(a->x, a->x_type, at, n, a->dtype, room);
-            const void *dy = NULL, *terms[4] = {0};
-            if (a->dy) dy = as_computed(a->dy, a->dy_type, at, n, a->dtype, dy_room);
-            for (int k = 0; k < (dy ? 4 : 3); k++)
-                terms[k] = at_element(a->terms[k], a->dtype, own);
-            char *y = (char *)a->y + at * fn_size_of(a->y_type);
-            table->columns_pass[a->dtype](x, dy, direct ? y : strip, n, terms);
-            if (!direct) table->store_elements[a->dtype](y, a->y_type, strip, n, a->activation);
-        }
-}
-
 /* ---- moments of planes ------------------------------------------------------------------------ */
 
 static void plane_moments(const void *args, ptrdiff_t row0, ptrdiff_t row1, void *scratch)
@@ -400,11 +279,6 @@ static void plane_moments(const void *args, ptrdiff_t row0, ptrdiff_t row1, void
 }
 
 /* ---- calls ------------------------------------------------------------------------------------ */
-
-static size_t bytes_of(ptrdiff_t elements, fn_dtype dtype)
-{
-    return ((size_t)elements * (size_t)fn_size_of(dtype) + 63) / 64 * 64;
-}
 
 /* Whether the result goes past the cache: where the call moves as much as a forward call of rows that
  * does, of which the result is a half. */
@@ -438,17 +312,6 @@ fn_plan fn_plan_channel_norm_backward(const fn_channel_norm_backward_args *a, fn
 {
     return plan_of(&a->layout, fn_size_of(a->dy_type) + fn_size_of(a->x_type) * (a->dx ? 2 : 1),
                    streams(&a->layout, a->dx, a->x_type, a->dx_is_warm, dtype, 3), threads);
-}
-
-fn_plan fn_plan_channels_last(const fn_channels_last_args *a, fn_dtype dtype, int threads)
-{
-    (void)dtype;
-    const ptrdiff_t bytes = a->rows * a->cols *
-                            (fn_size_of(a->x_type) + (a->dy ? fn_size_of(a->dy_type) : 0) +
-                             (a->y ? fn_size_of(a->y_type) : 0));
-    return (fn_plan){.threads = fn_planned_threads(bytes, a->y ? a->rows : a->blocks, threads),
-                     .regime = "channels last",
-                     .bytes = bytes};
 }
 
 /* How far ahead to fetch, in elements. Where rows of a unit lie apart, each pass is a new stream that the
@@ -486,37 +349,6 @@ int fn_channel_norm_backward(fn_channel_norm_backward_args *a, fn_dtype dtype, i
     a->dtype = dtype;
     return fn_run_rowwise(channel_norm_backward, a, a->layout.units, plan.threads,
                           scratch_for(&a->layout, plain, 2, dtype));
-}
-
-static int sums_of_blocks(fn_channels_last_args *a, fn_dtype dtype, int threads)
-{
-    const fn_plan plan = fn_plan_channels_last(a, dtype, threads);
-    const int plain = a->x_type == dtype && (!a->dy || a->dy_type == dtype);
-    a->dtype = dtype;
-    return fn_run_rowwise(channels_last_sums, a, a->blocks, plan.threads,
-                          plain ? 0 : bytes_of(2 * TILE_COLS * a->block, dtype));
-}
-
-int fn_channels_last_moments(fn_channels_last_args *a, fn_dtype dtype, int threads)
-{
-    a->dy = a->y = NULL;
-    return sums_of_blocks(a, dtype, threads);
-}
-
-int fn_channels_last_dots(fn_channels_last_args *a, fn_dtype dtype, int threads)
-{
-    a->y = NULL;
-    return sums_of_blocks(a, dtype, threads);
-}
-
-int fn_channels_last(fn_channels_last_args *a, fn_dtype dtype, int threads)
-{
-    const fn_plan plan = fn_plan_channels_last(a, dtype, threads);
-    const int plain = a->x_type == dtype && a->y_type == dtype && !a->activation &&
-                      (!a->dy || a->dy_type == dtype);
-    a->dtype = dtype;
-    return fn_run_rowwise(channels_last, a, a->rows, plan.threads,
-                          plain ? 0 : bytes_of(3 * FN_GROUP_COLS, dtype));
 }
 
 int fn_plane_moments(fn_plane_moments_args *a, fn_dtype dtype, int threads)
