@@ -1,4 +1,4 @@
-/* channels.c: group, instance and batch norm, over the strips, rows and blocks of op_channels.h.
+/* channels.c: group, instance and batch norm, over the strips and rows of op_channels.h.
  *
  * Statistics are layer_norm's own, a row at a time; what a unit has of rows or planes is merged here, in
  * double and in the order of the rows. No arithmetic on elements is done in this file. */
@@ -36,17 +36,8 @@ static void finish_plane(const plane_result *r, const char *x, const char *dy, p
 
 /* ---- forward ---------------------------------------------------------------------------------- */
 
-/* The mean is pivot + shift, where pivot is a number of the type that is computed in. */
-typedef struct {
-    double pivot, shift, variance, rstd;
-} unit_moments;
-
 /* Variances below this may have lost digits to underflow of the squares. */
 static double least_variance(fn_dtype dtype) { return dtype == FN_F64 ? 0x1p-600 : 0x1p-80; }
-
-/* Sums of squares up to this leave all deviations in the range of what is computed in: no row's own
- * are larger, but what lies between rows may be. */
-static double largest_squares(fn_dtype dtype) { return dtype == FN_F64 ? DBL_MAX : 0x1p252; }
 
 /* Rows are merged one by one (Chan, Golub, LeVeque 1979), by their distance from the first one's pivot.
  * *x: the last row as it was computed with. False where the unit is out of range. */
@@ -71,9 +62,8 @@ static int moments_of_unit(const fn_channel_norm_args *a, ptrdiff_t at, void *ro
         row.pivot = rounded(first + mean, a->dtype);
         row.shift = (first - row.pivot) + mean;
     }
-    const double padded = row.variance + a->eps;
-    *m = (unit_moments){row.pivot, row.shift, row.variance, 1.0 / sqrt(padded)};
-    return !(padded < least_variance(a->dtype) || row.variance > DBL_MAX);
+    *m = (unit_moments){.pivot = row.pivot, .shift = row.shift, .variance = row.variance};
+    return 1;
 }
 
 /* Whether w*rstd has lost digits to the least numbers, though the weight is nowhere near them. */
@@ -93,22 +83,40 @@ static int weights_fit(const fn_channel_norm_args *a, ptrdiff_t first, double rs
     return 1;
 }
 
+int fn_moments_fit(const fn_channel_norm_args *a, ptrdiff_t kind, unit_moments *m)
+{
+    const double padded = m->variance + a->eps;
+    m->rstd = 1.0 / sqrt(padded);
+    return !(padded < least_variance(a->dtype) || m->variance > DBL_MAX) &&
+           weights_fit(a, kind * a->layout.planes, m->rstd);
+}
+
+void fn_keep_moments(const fn_channel_norm_args *a, ptrdiff_t u, int fits, const unit_moments *m)
+{
+    a->refused[u] = !fits;
+    if (!fits) return;
+    a->mean[u] = m->pivot + m->shift;
+    a->variance[u] = m->variance;
+    a->rstd[u] = m->rstd;
+}
+
+unit_moments fn_given_moments(const fn_channel_norm_args *a, ptrdiff_t kind)
+{
+    const double pivot = rounded(a->mean[kind], a->dtype);
+    return (unit_moments){pivot, a->mean[kind] - pivot, 0, a->rstd[kind]};
+}
+
 static int find_moments(const fn_channel_norm_args *a, ptrdiff_t u, ptrdiff_t kind, void *room,
                         const void **x, unit_moments *m)
 {
     if (a->given) {
-        const double pivot = rounded(a->mean[kind], a->dtype);
-        *m = (unit_moments){pivot, a->mean[kind] - pivot, 0, a->rstd[kind]};
+        *m = fn_given_moments(a, kind);
         return 1;
     }
     const int fits = moments_of_unit(a, u * a->layout.stride, room, x, m) &&
-                     weights_fit(a, kind * a->layout.planes, m->rstd);
-    a->refused[u] = !fits;
-    if (!fits) return 0;
-    a->mean[u] = m->pivot + m->shift;
-    a->variance[u] = m->variance;
-    a->rstd[u] = m->rstd;
-    return 1;
+                     fn_moments_fit(a, kind, m);
+    fn_keep_moments(a, u, fits, m);
+    return fits;
 }
 
 static void channel_norm(const void *args, ptrdiff_t unit0, ptrdiff_t unit1, void *scratch)
@@ -196,10 +204,8 @@ static double sums_of_unit(const fn_channel_norm_backward_args *a, ptrdiff_t at,
     return deviations;
 }
 
-/* dweight of each plane in the place of its first sum, and what dx takes besides dy*factor; false where
- * the unit is out of range. */
-static int gradients_of_unit(const fn_channel_norm_backward_args *a, ptrdiff_t first, double mean,
-                             double rstd, double deviations, double *sums, double terms[4])
+int fn_gradients_of_unit(const fn_channel_norm_backward_args *a, ptrdiff_t first, double mean,
+                         double rstd, double deviations, double *sums, double terms[4])
 {
     const fn_channels *l = &a->layout;
     const double n = (double)l->rows * (double)cols_of(l), per_n = 1.0 / n;
@@ -242,8 +248,8 @@ static void channel_norm_backward(const void *args, ptrdiff_t unit0, ptrdiff_t u
         double terms[4] = {rounded(mean, a->dtype)}, *sums = a->sums + 2 * u * planes;
         const char *x, *dy;
         const double deviations = sums_of_unit(a, u * l->stride, terms[0], rooms, &x, &dy, sums);
-        a->refused[u] = (unsigned char)!gradients_of_unit(a, first, mean, rstd, deviations, sums,
-                                                          terms);
+        a->refused[u] = (unsigned char)!fn_gradients_of_unit(a, first, mean, rstd, deviations, sums,
+                                                             terms);
         if (a->refused[u] || !a->dx) continue;
         for (ptrdiff_t row = 0; row < l->rows; row++) {
             const ptrdiff_t at = u * l->stride + row * l->row_stride;
@@ -287,16 +293,17 @@ static int streams(const fn_channels *l, const void *y, fn_dtype y_type, int war
 {
     const ptrdiff_t bytes = l->units * l->rows * cols_of(l) * fn_size_of(dtype);
     return y && warm && y_type == dtype && bytes * arrays >= 2 * STREAM_BYTES &&
-           l->plane * fn_size_of(dtype) >= STREAM_ROW_BYTES(bytes) &&
+           (is_last(l) || l->plane * fn_size_of(dtype) >= STREAM_ROW_BYTES(bytes)) &&
            (uintptr_t)y % (uintptr_t)fn_size_of(dtype) == 0;
 }
 
 static fn_plan plan_of(const fn_channels *l, ptrdiff_t bytes_each, int stream, int threads)
 {
     const ptrdiff_t bytes = l->units * l->rows * cols_of(l) * bytes_each;
-    return (fn_plan){.threads = fn_planned_threads(bytes, l->units, threads),
+    const char *regime = stream ? "stream" : "planes";
+    return (fn_plan){.threads = fn_planned_threads(bytes, independent_of(l), threads),
                      .stream = stream,
-                     .regime = stream ? "stream" : "planes",
+                     .regime = is_last(l) ? "channels last" : regime,
                      .bytes = bytes};
 }
 
@@ -333,9 +340,10 @@ int fn_channel_norm(fn_channel_norm_args *a, fn_dtype dtype, int threads)
 {
     const fn_plan plan = fn_plan_channel_norm(a, dtype, threads);
     const int plain = a->x_type == dtype && a->y_type == dtype && !a->activation;
+    a->dtype = dtype;
+    if (is_last(&a->layout)) return fn_channels_last_norm(a, plan);
     a->stream = plan.stream;
     a->fetch = fetched(&a->layout, &plan);
-    a->dtype = dtype;
     return fn_run_rowwise(channel_norm, a, a->layout.units, plan.threads,
                           scratch_for(&a->layout, plain, a->x_type != dtype, dtype));
 }
@@ -344,9 +352,10 @@ int fn_channel_norm_backward(fn_channel_norm_backward_args *a, fn_dtype dtype, i
 {
     const fn_plan plan = fn_plan_channel_norm_backward(a, dtype, threads);
     const int plain = a->x_type == dtype && a->dy_type == dtype;
+    a->dtype = dtype;
+    if (is_last(&a->layout)) return fn_channels_last_norm_backward(a, plan);
     a->stream = plan.stream;
     a->fetch = fetched(&a->layout, &plan);
-    a->dtype = dtype;
     return fn_run_rowwise(channel_norm_backward, a, a->layout.units, plan.threads,
                           scratch_for(&a->layout, plain, 2, dtype));
 }

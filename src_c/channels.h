@@ -71,4 +71,40 @@ static inline size_t bytes_of(ptrdiff_t elements, fn_dtype dtype)
     return ((size_t)elements * (size_t)fn_size_of(dtype) + 63) / 64 * 64;
 }
 
+/* ---- where units lie, and what is known of them ------------------------------------------------ */
+
+/* Whether channels lie side by side. */
+static inline int is_last(const fn_channels *l) { return l->step > 1; }
+
+/* How many parts of a call can be summed by themselves. */
+static inline ptrdiff_t independent_of(const fn_channels *l)
+{
+    if (!is_last(l)) return l->units;
+    return l->units * l->planes / l->step * ((l->plane + FN_CHANNEL_ROWS - 1) / FN_CHANNEL_ROWS);
+}
+
+/* The mean is pivot + shift, where pivot is a number of the type that is computed in. */
+typedef struct {
+    double pivot, shift, variance, rstd;
+} unit_moments;
+
+/* Sums of squares up to this leave all deviations in the range of what is computed in: no row's own
+ * are larger, but what lies between rows may be. */
+static inline double largest_squares(fn_dtype dtype) { return dtype == FN_F64 ? DBL_MAX : 0x1p252; }
+
+/* rstd from the variance; false where it, or a weight times it, is out of range. */
+int fn_moments_fit(const fn_channel_norm_args *a, ptrdiff_t kind, unit_moments *m);
+/* The statistics of unit u, where they fit, and whether it is refused, to the caller. */
+void fn_keep_moments(const fn_channel_norm_args *a, ptrdiff_t u, int fits, const unit_moments *m);
+unit_moments fn_given_moments(const fn_channel_norm_args *a, ptrdiff_t kind);
+
+/* sums: of each plane, of dy (x - pivot) and of dy; deviations: of x - pivot over the unit; terms[0]: the
+ * pivot. Makes dweight of each plane of its first sum, and what dx takes besides dy*factor in terms; false
+ * where the unit is out of range. first: the unit's first weight. */
+int fn_gradients_of_unit(const fn_channel_norm_backward_args *a, ptrdiff_t first, double mean,
+                         double rstd, double deviations, double *sums, double terms[4]);
+
+int fn_channels_last_norm(const fn_channel_norm_args *a, fn_plan plan);
+int fn_channels_last_norm_backward(const fn_channel_norm_backward_args *a, fn_plan plan);
+
 #endif

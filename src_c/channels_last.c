@@ -1,113 +1,550 @@
-/* channels_last.c: group, instance and batch norm where the channels lie side by side, over the rows and
- * blocks of op_channels.h. No arithmetic on elements is done in this file. */
+/* channels_last.c: group, instance and batch norm where channels lie side by side, over the rows and
+ * blocks of op_channels.h. No arithmetic on elements is done in this file.
+ *
+ * A sample is so many rows of channels. Blocks of its rows are summed in T, a number a channel, by their
+ * distance from a pivot of each channel, and added in order in double; then channels of a group are
+ * merged in double, and what a row takes is formed: pivot, factor, shift and slope of each channel. The
+ * pass over the rows comes straight after, while the sample is still in a cache. Where samples do not
+ * share well among the threads, blocks do, and then rows: the same additions in the same order. */
+#include <stdlib.h>
+#include <string.h>
+
 #include "channels.h"
 
-/* Columns of a block that are converted at a time. */
-enum { TILE_COLS = 64 };
+/* Elements of a strip, and columns of a block that are converted at a time. */
+enum { STRIP = 512, TILE_COLS = 64 };
 
-/* Rows row0 .. of `cols` columns from column j on: where they lie, or in `room`; *step: from row to row. */
-static const void *tile_at(const fn_channels_last_args *a, const void *data, fn_dtype type,
-                           ptrdiff_t row0, ptrdiff_t rows, ptrdiff_t j, ptrdiff_t cols, char *room,
-                           ptrdiff_t *step)
+/* Sums of blocks are formed again, about pivots that lie nearer, up to so often. */
+enum { MOST_SUMS = 3 };
+
+/* A call: a norm, its gradients, or moments alone. */
+typedef struct {
+    fn_channels layout;
+    ptrdiff_t samples, rows, cols, groups, blocks; /* rows, groups and blocks are of a sample */
+    const void *x, *dy;
+    void *y; /* y or dx; NULL: not wanted */
+    fn_dtype x_type, dy_type, y_type, dtype;
+    fn_activation activation;
+    int stream;
+    const unsigned char *refused; /* of each unit, or NULL */
+    const fn_channel_norm_args *forward;
+    const fn_channel_norm_backward_args *backward;
+    const fn_channels_last_moments_args *moments;
+    char *rooms, *sums; /* of all samples and blocks, where blocks are cut over threads */
+} last_call;
+
+/* What is known of a sample: `cols` numbers of each kind, sums at first and then what a row takes; these
+ * as T, laid out again and again as far as a strip may reach. */
+typedef struct {
+    double *numbers[4];
+    char *terms[4];
+} sample_room;
+
+/* ---- room ------------------------------------------------------------------------------------- */
+
+static ptrdiff_t term_count(const last_call *c)
 {
-    *step = a->cols;
-    if (type == a->dtype) return at_element(data, type, row0 * a->cols + j);
-    *step = TILE_COLS;
-    for (ptrdiff_t r = 0; r < rows; r++)
-        as_computed(data, type, (row0 + r) * a->cols + j, cols, a->dtype,
-                    room + r * TILE_COLS * fn_size_of(a->dtype));
+    const ptrdiff_t all = c->rows * c->cols;
+    return all - c->cols < STRIP ? all : c->cols + STRIP;
+}
+
+static size_t room_bytes(const last_call *c)
+{
+    return 4 * (bytes_of(c->cols, FN_F64) + bytes_of(term_count(c), c->dtype));
+}
+
+static sample_room room_at(const last_call *c, char *at)
+{
+    sample_room room;
+    for (int k = 0; k < 4; k++) {
+        room.numbers[k] = (double *)at;
+        at += bytes_of(c->cols, FN_F64);
+    }
+    for (int k = 0; k < 4; k++) {
+        room.terms[k] = at;
+        at += bytes_of(term_count(c), c->dtype);
+    }
     return room;
 }
 
-/* Both kinds of sums; blocks are numbered sample by sample. */
-static void channels_last_sums(const void *args, ptrdiff_t block0, ptrdiff_t block1, void *scratch)
+static sample_room room_of(const last_call *c, ptrdiff_t sample)
 {
-    const fn_channels_last_args *a = args;
-    const fn_channel_table *table = &fn_active_isa->channels;
-    const ptrdiff_t each = (a->sample + a->block - 1) / a->block, size = fn_size_of(a->dtype);
-    char *rooms[2] = {scratch, scratch ? (char *)scratch + TILE_COLS * a->block * size : NULL};
-    for (ptrdiff_t b = block0; b < block1; b++) {
-        const ptrdiff_t skipped = b % each * a->block, row0 = b / each * a->sample + skipped;
-        const ptrdiff_t rows = a->sample - skipped < a->block ? a->sample - skipped : a->block;
-        for (ptrdiff_t j = 0, n; j < a->cols; j += n) {
-            n = a->cols - j < TILE_COLS ? a->cols - j : TILE_COLS;
-            ptrdiff_t step, dy_step;
-            double *into[3];
-            for (int k = 0; k < 3; k++) into[k] = a->sums + (k * a->blocks + b) * a->cols + j;
-            const void *x = tile_at(a, a->x, a->x_type, row0, rows, j, n, rooms[0], &step);
-            if (!a->dy) {
-                table->column_moments[a->dtype](x, step, rows, n, into);
-                continue;
-            }
-            const void *dy = tile_at(a, a->dy, a->dy_type, row0, rows, j, n, rooms[1], &dy_step);
-            const void *pivots = at_element(a->terms[0], a->dtype, b / each * a->cols + j);
-            table->column_dots[a->dtype](x, dy, step, dy_step, rows, n, pivots, into);
+    return room_at(c, c->rooms + (size_t)sample * room_bytes(c));
+}
+
+/* Of a block: three sums, each with room for a whole vector at its end. */
+static ptrdiff_t sums_apart(const last_call *c) { return (c->cols + 15) / 16 * 16; }
+
+static size_t sum_bytes(const last_call *c) { return bytes_of(3 * sums_apart(c), c->dtype); }
+
+static int reads_plain(const last_call *c)
+{
+    return c->x_type == c->dtype && (!c->dy || c->dy_type == c->dtype);
+}
+
+static int writes_plain(const last_call *c) { return c->y_type == c->dtype && !c->activation; }
+
+/* Blocks of x and dy that are converted. */
+static size_t tile_bytes(const last_call *c)
+{
+    return reads_plain(c) ? 0 : bytes_of(2 * TILE_COLS * FN_CHANNEL_ROWS, c->dtype);
+}
+
+/* Strips of x, dy and the result. */
+static size_t strip_bytes(const last_call *c)
+{
+    return reads_plain(c) && writes_plain(c) ? 0 : bytes_of(3 * STRIP, c->dtype);
+}
+
+/* ---- sums ------------------------------------------------------------------------------------- */
+
+/* Of an array: rows `apart` rows apart, n columns of each, from an element on: where they lie, or in
+ * `room`; *step: elements from row to row. */
+static const void *tile_at(const last_call *c, const void *data, fn_dtype type, ptrdiff_t at,
+                           ptrdiff_t apart, ptrdiff_t rows, ptrdiff_t n, char *room,
+                           ptrdiff_t *step)
+{
+    const ptrdiff_t from = apart * c->cols;
+    *step = type == c->dtype ? from : n;
+    if (type == c->dtype || n == from) return as_computed(data, type, at, rows * n, c->dtype, room);
+    for (ptrdiff_t r = 0; r < rows; r++)
+        as_computed(data, type, at + r * from, n, c->dtype, room + r * n * fn_size_of(c->dtype));
+    return room;
+}
+
+/* The sums of rows row0, row0 + apart, ...; without dy, those of x. */
+static void sum_rows(const last_call *c, const void *dy, ptrdiff_t row0, ptrdiff_t apart,
+                     ptrdiff_t rows, const char *pivots, char *into, char *tiles)
+{
+    const ptrdiff_t size = fn_size_of(c->dtype), most = tiles ? TILE_COLS : c->cols;
+    char *dy_tiles = tiles ? tiles + TILE_COLS * FN_CHANNEL_ROWS * size : NULL;
+    for (ptrdiff_t j = 0, n; j < c->cols; j += n) {
+        n = c->cols - j < most ? c->cols - j : most;
+        ptrdiff_t step, dy_step, at = row0 * c->cols + j;
+        const void *x = tile_at(c, c->x, c->x_type, at, apart, rows, n, tiles, &step);
+        const void *g = NULL;
+        dy_step = step;
+        if (dy) g = tile_at(c, dy, c->dy_type, at, apart, rows, n, dy_tiles, &dy_step);
+        fn_active_isa->channels.channel_sums[c->dtype](x, g, step, dy_step, rows, n,
+                                                       pivots + j * size, into + j * size,
+                                                       sums_apart(c));
+    }
+}
+
+static void sum_block(const last_call *c, const sample_room *room, ptrdiff_t sample,
+                      ptrdiff_t block, char *into, char *tiles)
+{
+    const ptrdiff_t skipped = block * FN_CHANNEL_ROWS, left = c->rows - skipped;
+    sum_rows(c, c->dy, sample * c->rows + skipped, 1,
+             left < FN_CHANNEL_ROWS ? left : FN_CHANNEL_ROWS, room->terms[0], into, tiles);
+}
+
+/* A block's sums, of n columns from column j on, to those of the blocks before it. */
+static void add_block(const last_call *c, const sample_room *room, const char *sums, ptrdiff_t j,
+                      ptrdiff_t n, int is_first)
+{
+    for (int k = 0; k < (c->dy ? 3 : 2); k++)
+        fn_active_isa->widen_add[c->dtype](room->numbers[k] + j,
+                                           sums + (k * sums_apart(c) + j) * fn_size_of(c->dtype), n,
+                                           !is_first);
+}
+
+static void set_number(void *data, fn_dtype dtype, ptrdiff_t i, double value)
+{
+    if (dtype == FN_F64)
+        ((double *)data)[i] = value;
+    else
+        ((float *)data)[i] = (float)value;
+}
+
+/* Forward, the means of a block's worth of rows that lie all over the sample (an odd number of rows
+ * apart: in step with no power of two); backward, the unit's, rounded. */
+static void find_pivots(const last_call *c, const sample_room *room, ptrdiff_t sample,
+                        char *scratch)
+{
+    char *pivots = room->terms[0];
+    const ptrdiff_t planes = c->layout.planes, kinds = c->backward ? c->layout.kinds : 1;
+    if (c->backward) {
+        for (ptrdiff_t g = 0, u = sample * c->groups; g < c->groups; g++, u++)
+            for (ptrdiff_t j = 0; j < planes; j++)
+                set_number(pivots, c->dtype, g * planes + j,
+                           c->backward->mean[c->backward->given ? u % kinds : u]);
+        return;
+    }
+    const ptrdiff_t rows = c->rows < FN_CHANNEL_ROWS ? c->rows : FN_CHANNEL_ROWS;
+    const ptrdiff_t apart = c->rows < 2 * FN_CHANNEL_ROWS ? 1 : (c->rows / FN_CHANNEL_ROWS - 1) | 1;
+    const double per_n = 1.0 / (double)rows;
+    memset(pivots, 0, (size_t)(c->cols * fn_size_of(c->dtype)));
+    sum_rows(c, NULL, sample * c->rows, apart, rows, pivots, scratch,
+             tile_bytes(c) ? scratch + sum_bytes(c) : NULL);
+    for (ptrdiff_t j = 0; j < c->cols; j++)
+        set_number(pivots, c->dtype, j, number_at(scratch, c->dtype, j, 0) * per_n);
+}
+
+/* The mean of a channel of n rows beyond its pivot, and squared deviations from the mean. */
+typedef struct {
+    double shift, squares;
+} column_moments;
+
+static column_moments moments_of_column(const sample_room *room, ptrdiff_t j, double per_n)
+{
+    const double sum = room->numbers[0][j], shift = sum * per_n;
+    const double squares = room->numbers[1][j] - shift * sum;
+    return (column_moments){shift, squares < 0 ? 0 : squares};
+}
+
+/* Whether a pivot was farther off than its rounding may cost, and is moved. */
+static int recentre(const last_call *c, const sample_room *room)
+{
+    const double per_n = 1.0 / (double)c->rows;
+    int moves = 0;
+    for (ptrdiff_t j = 0; j < c->cols; j++) {
+        const column_moments m = moments_of_column(room, j, per_n);
+        if (!(m.shift * room->numbers[0][j] > m.squares * 0.25)) continue;
+        const double pivot = number_at(room->terms[0], c->dtype, j, 0);
+        const double moved = rounded(pivot + m.shift, c->dtype);
+        moves |= moved != pivot;
+        set_number(room->terms[0], c->dtype, j, moved);
+    }
+    return moves;
+}
+
+static void sum_sample(const last_call *c, const sample_room *room, ptrdiff_t sample, char *scratch)
+{
+    char *tiles = tile_bytes(c) ? scratch + sum_bytes(c) : NULL;
+    find_pivots(c, room, sample, scratch);
+    for (int times = 1;; times++) {
+        for (ptrdiff_t b = 0; b < c->blocks; b++) {
+            sum_block(c, room, sample, b, scratch, tiles);
+            add_block(c, room, scratch, 0, c->cols, b == 0);
+        }
+        if (c->backward || times == MOST_SUMS || !recentre(c, room)) return;
+    }
+}
+
+/* ---- what a row takes ------------------------------------------------------------------------- */
+
+/* The channels of a unit are merged by their distance from the first one's pivot. */
+static int moments_of_unit(const last_call *c, const sample_room *room, ptrdiff_t j0,
+                           unit_moments *m)
+{
+    const double n = (double)c->rows, per_n = 1.0 / n, planes = (double)c->layout.planes;
+    const double first = number_at(room->terms[0], c->dtype, j0, 0);
+    double *own = room->numbers[2] + j0, mean = 0, squares = 0;
+    for (ptrdiff_t j = 0; j < c->layout.planes; j++) {
+        const column_moments column = moments_of_column(room, j0 + j, per_n);
+        own[j] = (number_at(room->terms[0], c->dtype, j0 + j, 0) - first) + column.shift;
+        mean += own[j];
+        squares += column.squares;
+    }
+    mean /= planes;
+    for (ptrdiff_t j = 0; j < c->layout.planes; j++)
+        squares += n * ((own[j] - mean) * (own[j] - mean));
+    m->pivot = rounded(first + mean, c->dtype);
+    m->shift = (first - m->pivot) + mean;
+    m->variance = squares / (n * planes);
+    return squares <= largest_squares(c->dtype);
+}
+
+static void forward_numbers(const last_call *c, const sample_room *room, ptrdiff_t sample)
+{
+    const fn_channel_norm_args *a = c->forward;
+    const ptrdiff_t planes = c->layout.planes;
+    double *const *to = room->numbers;
+    ptrdiff_t u = sample * c->groups, kind = u % c->layout.kinds;
+    for (ptrdiff_t j = 0; j < c->cols; j += planes, u++) {
+        unit_moments m;
+        int fits = 1;
+        if (a->given)
+            m = fn_given_moments(a, kind);
+        else
+            fits = moments_of_unit(c, room, j, &m) && fn_moments_fit(a, kind, &m);
+        if (!a->given) fn_keep_moments(a, u, fits, &m);
+        for (ptrdiff_t k = 0; k < planes; k++) {
+            const ptrdiff_t p = kind * planes + k;
+            to[0][j + k] = m.pivot;
+            to[1][j + k] = m.rstd * number_at(a->weight, c->dtype, p, 1);
+            to[2][j + k] = number_at(a->bias, c->dtype, p, 0) - m.shift * to[1][j + k];
+        }
+        kind = kind + 1 < c->layout.kinds ? kind + 1 : 0;
+    }
+}
+
+static void backward_numbers(const last_call *c, const sample_room *room, ptrdiff_t sample)
+{
+    const fn_channel_norm_backward_args *a = c->backward;
+    const ptrdiff_t planes = c->layout.planes;
+    double *const *to = room->numbers;
+    ptrdiff_t u = sample * c->groups, kind = u % c->layout.kinds;
+    for (ptrdiff_t j = 0; j < c->cols; j += planes, u++) {
+        const ptrdiff_t own = a->given ? kind : u;
+        const double mean = a->mean[own], rstd = a->rstd[own];
+        double terms[4] = {rounded(mean, c->dtype)}, *sums = a->sums + 2 * u * planes, total = 0;
+        for (ptrdiff_t k = 0; k < planes; k++) {
+            total += to[0][j + k];
+            sums[2 * k] = to[1][j + k];
+            sums[2 * k + 1] = to[2][j + k];
+        }
+        a->refused[u] = (unsigned char)!fn_gradients_of_unit(a, kind * planes, mean, rstd, total,
+                                                             sums, terms);
+        for (ptrdiff_t k = 0; k < planes; k++) {
+            to[0][j + k] = a->given ? 0 : terms[0]; /* given: x has no part in it */
+            to[1][j + k] = rstd * number_at(a->weight, c->dtype, kind * planes + k, 1);
+            to[2][j + k] = terms[2];
+            to[3][j + k] = terms[3];
+        }
+        kind = kind + 1 < c->layout.kinds ? kind + 1 : 0;
+    }
+}
+
+static void hand_out_moments(const last_call *c, const sample_room *room, ptrdiff_t sample)
+{
+    double *into = c->moments->sums + sample * c->cols;
+    const ptrdiff_t each = c->samples * c->cols;
+    for (ptrdiff_t j = 0; j < c->cols; j++) {
+        const column_moments m = moments_of_column(room, j, 1.0 / (double)c->rows);
+        into[j] = number_at(room->terms[0], c->dtype, j, 0);
+        into[each + j] = m.shift;
+        into[2 * each + j] = m.squares;
+    }
+}
+
+/* Numbers as terms, repeated until they are long enough for a strip from any column on. */
+static void lay_out_terms(const last_call *c, const sample_room *room)
+{
+    const ptrdiff_t size = fn_size_of(c->dtype), all = term_count(c);
+    for (int k = 0; k < (c->dy ? 4 : 3); k++) {
+        char *t = room->terms[k];
+        fn_active_isa->narrow[c->dtype](t, room->numbers[k], c->cols);
+        for (ptrdiff_t i = c->cols, n; i < all; i += n) {
+            n = all - i < i ? all - i : i;
+            memcpy(t + i * size, t, (size_t)(n * size));
         }
     }
 }
 
-static void channels_last(const void *args, ptrdiff_t row0, ptrdiff_t row1, void *scratch)
+/* From the sums to the terms. */
+static void finish_sums(const last_call *c, const sample_room *room, ptrdiff_t sample)
 {
-    const fn_channels_last_args *a = args;
+    if (c->moments) {
+        hand_out_moments(c, room, sample);
+        return;
+    }
+    if (c->forward)
+        forward_numbers(c, room, sample);
+    else
+        backward_numbers(c, room, sample);
+    if (c->y) lay_out_terms(c, room);
+}
+
+/* ---- the pass --------------------------------------------------------------------------------- */
+
+/* n elements from element `at`, the first of which lies in column j. */
+static void pass_strip(const last_call *c, const sample_room *room, ptrdiff_t at, ptrdiff_t n,
+                       ptrdiff_t j, int stream, char *strips)
+{
     const fn_channel_table *table = &fn_active_isa->channels;
-    char *strip = scratch, *room = after_strip(scratch, a->dtype),
-         *dy_room = after_strip(room, a->dtype);
-    const int direct = a->y_type == a->dtype && !a->activation;
-    for (ptrdiff_t row = row0; row < row1; row++)
-        for (ptrdiff_t j = 0, n; j < a->cols; j += n) {
-            n = a->cols - j < FN_GROUP_COLS ? a->cols - j : FN_GROUP_COLS;
-            const ptrdiff_t at = row * a->cols + j, own = row / a->sample * a->cols + j;
-            const void *x = as_computed(a->x, a->x_type, at, n, a->dtype, room);
-            const void *dy = NULL, *terms[4] = {0};
-            if (a->dy) dy = as_computed(a->dy, a->dy_type, at, n, a->dtype, dy_room);
-            for (int k = 0; k < (dy ? 4 : 3); k++)
-                terms[k] = at_element(a->terms[k], a->dtype, own);
-            char *y = (char *)a->y + at * fn_size_of(a->y_type);
-            table->columns_pass[a->dtype](x, dy, direct ? y : strip, n, terms);
-            if (!direct) table->store_elements[a->dtype](y, a->y_type, strip, n, a->activation);
+    const ptrdiff_t strip = STRIP * fn_size_of(c->dtype);
+    const int bare = c->backward && c->backward->given, direct = writes_plain(c);
+    const void *dy = NULL, *terms[4];
+    if (c->dy) dy = as_computed(c->dy, c->dy_type, at, n, c->dtype, strips ? strips + strip : NULL);
+    const void *x = bare ? dy : as_computed(c->x, c->x_type, at, n, c->dtype, strips);
+    for (int k = 0; k < 4; k++) terms[k] = at_element(room->terms[k], c->dtype, j);
+    char *y = (char *)c->y + at * fn_size_of(c->y_type), *to = direct ? y : strips + 2 * strip;
+    table->columns_pass[c->dtype](x, bare ? NULL : dy, to, n, terms, stream);
+    if (!direct) table->store_elements[c->dtype](y, c->y_type, to, n, c->activation);
+}
+
+/* Strips begin with a line of y where they go past the cache, but for the first. */
+static void pass_elements(const last_call *c, const sample_room *room, ptrdiff_t at, ptrdiff_t n,
+                          ptrdiff_t j, char *strips)
+{
+    const ptrdiff_t size = fn_size_of(c->y_type);
+    ptrdiff_t head = 0;
+    if (c->stream) head = (ptrdiff_t)(-((uintptr_t)c->y + (uintptr_t)(at * size)) % 64) / size;
+    for (ptrdiff_t m; n > 0; n -= m, at += m, j = (j + m) % c->cols, head = 0) {
+        m = head ? head : STRIP;
+        if (m > n) m = n;
+        pass_strip(c, room, at, m, j, c->stream && !head, strips);
+    }
+}
+
+/* Rows of a sample of which some units are refused: the others' columns. */
+static void pass_others(const last_call *c, const sample_room *room, ptrdiff_t row,
+                        const unsigned char *refused, char *strips)
+{
+    const ptrdiff_t planes = c->layout.planes;
+    for (ptrdiff_t g = 0; g < c->groups; g++)
+        if (!refused[g])
+            pass_elements(c, room, row * c->cols + g * planes, planes, g * planes, strips);
+}
+
+static void pass_sample(const last_call *c, const sample_room *room, ptrdiff_t sample,
+                        ptrdiff_t row0, ptrdiff_t row1, char *strips)
+{
+    const unsigned char *refused = c->refused ? c->refused + sample * c->groups : NULL;
+    if (!refused || !memchr(refused, 1, (size_t)c->groups)) {
+        pass_elements(c, room, row0 * c->cols, (row1 - row0) * c->cols, 0, strips);
+        return;
+    }
+    for (ptrdiff_t row = row0; row < row1; row++) pass_others(c, room, row, refused, strips);
+}
+
+/* ---- how samples are shared -------------------------------------------------------------------- */
+
+static int needs_sums(const last_call *c) { return !c->forward || !c->forward->given; }
+
+static void whole_samples(const void *args, ptrdiff_t sample0, ptrdiff_t sample1, void *scratch)
+{
+    const last_call *c = args;
+    const sample_room room = room_at(c, scratch);
+    char *work = (char *)scratch + room_bytes(c);
+    for (ptrdiff_t s = sample0; s < sample1; s++) {
+        if (needs_sums(c)) sum_sample(c, &room, s, work);
+        finish_sums(c, &room, s);
+        if (c->y) pass_sample(c, &room, s, s * c->rows, (s + 1) * c->rows, work);
+    }
+    fence(c->stream);
+}
+
+static void sum_blocks(const void *args, ptrdiff_t block0, ptrdiff_t block1, void *scratch)
+{
+    const last_call *c = args;
+    for (ptrdiff_t b = block0; b < block1; b++) {
+        const sample_room room = room_of(c, b / c->blocks);
+        sum_block(c, &room, b / c->blocks, b % c->blocks, c->sums + (size_t)b * sum_bytes(c),
+                  scratch);
+    }
+}
+
+static void add_columns(const void *args, ptrdiff_t col0, ptrdiff_t col1, void *scratch)
+{
+    const last_call *c = args;
+    (void)scratch;
+    for (ptrdiff_t b = 0; b < c->samples * c->blocks; b++) {
+        const sample_room room = room_of(c, b / c->blocks);
+        add_block(c, &room, c->sums + (size_t)b * sum_bytes(c), col0, col1 - col0,
+                  b % c->blocks == 0);
+    }
+}
+
+static void pass_rows(const void *args, ptrdiff_t row0, ptrdiff_t row1, void *scratch)
+{
+    const last_call *c = args;
+    for (ptrdiff_t row = row0, end; row < row1; row = end) {
+        const ptrdiff_t sample = row / c->rows;
+        const sample_room room = room_of(c, sample);
+        end = (sample + 1) * c->rows;
+        if (end > row1) end = row1;
+        pass_sample(c, &room, sample, row, end, scratch);
+    }
+    fence(c->stream);
+}
+
+static int sum_by_blocks(const last_call *c, int threads)
+{
+    for (int times = 1;; times++) {
+        const int status = fn_run_rowwise(sum_blocks, c, c->samples * c->blocks, threads,
+                                          tile_bytes(c));
+        if (status != FN_OK) return status;
+        fn_run_rowwise(add_columns, c, c->cols, threads, 0);
+        int moves = 0;
+        for (ptrdiff_t s = 0; s < c->samples && !c->backward && times < MOST_SUMS; s++) {
+            const sample_room room = room_of(c, s);
+            moves |= recentre(c, &room);
         }
+        if (!moves) return FN_OK;
+    }
 }
 
-/* ---- calls ------------------------------------------------------------------------------------ */
-
-fn_plan fn_plan_channels_last(const fn_channels_last_args *a, fn_dtype dtype, int threads)
+static int finish_by_rows(const last_call *c, int threads)
 {
-    (void)dtype;
-    const ptrdiff_t bytes = a->rows * a->cols *
-                            (fn_size_of(a->x_type) + (a->dy ? fn_size_of(a->dy_type) : 0) +
-                             (a->y ? fn_size_of(a->y_type) : 0));
-    return (fn_plan){.threads = fn_planned_threads(bytes, a->y ? a->rows : a->blocks, threads),
-                     .regime = "channels last",
-                     .bytes = bytes};
+    for (ptrdiff_t s = 0; s < c->samples; s++) {
+        const sample_room room = room_of(c, s);
+        finish_sums(c, &room, s);
+    }
+    if (!c->y) return FN_OK;
+    return fn_run_rowwise(pass_rows, c, c->samples * c->rows, threads, strip_bytes(c));
 }
 
-static int sums_of_blocks(fn_channels_last_args *a, fn_dtype dtype, int threads)
+static int run_by_blocks(last_call *c, int threads)
 {
-    const fn_plan plan = fn_plan_channels_last(a, dtype, threads);
-    const int plain = a->x_type == dtype && (!a->dy || a->dy_type == dtype);
-    a->dtype = dtype;
-    return fn_run_rowwise(channels_last_sums, a, a->blocks, plan.threads,
-                          plain ? 0 : bytes_of(2 * TILE_COLS * a->block, dtype));
+    const size_t of_rooms = (size_t)c->samples * room_bytes(c);
+    const size_t of_sums = (size_t)(c->samples * c->blocks) * sum_bytes(c);
+    c->rooms = malloc(of_rooms + of_sums + sum_bytes(c) + tile_bytes(c));
+    if (!c->rooms) return FN_NO_MEMORY;
+    c->sums = c->rooms + of_rooms;
+    int status = FN_OK;
+    if (needs_sums(c)) {
+        for (ptrdiff_t s = 0; s < c->samples; s++) {
+            const sample_room room = room_of(c, s);
+            find_pivots(c, &room, s, c->sums + of_sums);
+        }
+        status = sum_by_blocks(c, threads);
+    }
+    if (status == FN_OK) status = finish_by_rows(c, threads);
+    free(c->rooms);
+    return status;
 }
 
-int fn_channels_last_moments(fn_channels_last_args *a, fn_dtype dtype, int threads)
+static int run(last_call *c, fn_plan plan)
 {
-    a->dy = a->y = NULL;
-    return sums_of_blocks(a, dtype, threads);
+    const fn_channels *l = &c->layout;
+    c->groups = l->step / l->planes;
+    c->samples = l->units / c->groups;
+    c->rows = l->plane;
+    c->cols = l->step;
+    c->blocks = (c->rows + FN_CHANNEL_ROWS - 1) / FN_CHANNEL_ROWS;
+    c->stream = plan.stream;
+    if (plan.threads > 1 && c->samples < 4 * plan.threads && c->samples % plan.threads)
+        return run_by_blocks(c, plan.threads);
+    const size_t tiles = tile_bytes(c), strips = strip_bytes(c);
+    const size_t of_sums = sum_bytes(c) + tiles;
+    return fn_run_rowwise(whole_samples, c, c->samples, plan.threads,
+                          room_bytes(c) + (of_sums > strips ? of_sums : strips));
 }
 
-int fn_channels_last_dots(fn_channels_last_args *a, fn_dtype dtype, int threads)
+int fn_channels_last_norm(const fn_channel_norm_args *a, fn_plan plan)
 {
-    a->y = NULL;
-    return sums_of_blocks(a, dtype, threads);
+    last_call c = {.layout = a->layout,
+                   .x = a->x,
+                   .y = a->y,
+                   .x_type = a->x_type,
+                   .y_type = a->y_type,
+                   .dtype = a->dtype,
+                   .activation = a->activation,
+                   .refused = a->given ? NULL : a->refused,
+                   .forward = a};
+    return run(&c, plan);
 }
 
-int fn_channels_last(fn_channels_last_args *a, fn_dtype dtype, int threads)
+int fn_channels_last_norm_backward(const fn_channel_norm_backward_args *a, fn_plan plan)
 {
-    const fn_plan plan = fn_plan_channels_last(a, dtype, threads);
-    const int plain = a->x_type == dtype && a->y_type == dtype && !a->activation &&
-                      (!a->dy || a->dy_type == dtype);
-    a->dtype = dtype;
-    return fn_run_rowwise(channels_last, a, a->rows, plan.threads,
-                          plain ? 0 : bytes_of(3 * FN_GROUP_COLS, dtype));
+    last_call c = {.layout = a->layout,
+                   .x = a->x,
+                   .dy = a->dy,
+                   .y = a->dx,
+                   .x_type = a->x_type,
+                   .dy_type = a->dy_type,
+                   .y_type = a->x_type,
+                   .dtype = a->dtype,
+                   .refused = a->refused,
+                   .backward = a};
+    return run(&c, plan);
+}
+
+int fn_channels_last_moments(const fn_channels_last_moments_args *a, fn_dtype dtype, int threads)
+{
+    const fn_channels l = {.units = a->samples,
+                           .planes = a->cols,
+                           .plane = a->rows,
+                           .step = a->cols};
+    const ptrdiff_t bytes = a->samples * a->rows * a->cols * fn_size_of(a->x_type);
+    last_call c = {.layout = l,
+                   .x = a->x,
+                   .x_type = a->x_type,
+                   .y_type = dtype,
+                   .dtype = dtype,
+                   .moments = a};
+    return run(&c, (fn_plan){.threads = fn_planned_threads(bytes, independent_of(&l), threads)});
 }

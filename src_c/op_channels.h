@@ -128,111 +128,114 @@ static void plane_pass(const void *x, const void *dy, void *y, ptrdiff_t n, cons
     }
 }
 
-/* ---- channels last: rows of channels, `step` elements apart ----------------------------------- */
+/* ---- channels last: rows of channels, numbers of each column ------------------------------------- */
 
+#define columns_vector FN_OF_T(columns_vector)
+INLINE vec columns_vector(const element *x, const element *dy, const element *const t[4],
+                          ptrdiff_t i, ptrdiff_t left)
+{
+    const vec d = v_sub(load_some(x + i, left), load_some(t[0] + i, left));
+    const vec factor = load_some(t[1] + i, left), shift = load_some(t[2] + i, left);
+    if (!dy) return v_fma(d, factor, shift);
+    return v_fma(load_some(dy + i, left), factor, v_fma(d, load_some(t[3] + i, left), shift));
+}
+
+/* The vectors that are whole. */
+#define columns_part FN_OF_T(columns_part)
+INLINE ptrdiff_t columns_part(const element *x, const element *dy, element *y, ptrdiff_t n,
+                              const element *const t[4], int stream)
+{
+    ptrdiff_t i = 0;
+    NO_UNROLL for (; i + VW <= n; i += VW)
+    {
+        const vec v = columns_vector(x, dy, t, i, VW);
+        if (stream)
+            v_stream(y + i, v);
+        else
+            v_store(y + i, v);
+    }
+    return i;
+}
+
+/* stream: past the cache; y begins with a line then. */
 #define columns_pass FN_OF_T(columns_pass)
 static void columns_pass(const void *x, const void *dy, void *y, ptrdiff_t n,
-                         const void *const terms[4])
+                         const void *const terms[4], int stream)
 {
-    const element *xs = x, *dys = dy;
     const element *const t[4] = {terms[0], terms[1], terms[2], terms[3]};
-    NO_UNROLL for (ptrdiff_t i = 0; i < n; i += VW)
-    {
-        const ptrdiff_t left = n - i;
-        const vec d = v_sub(load_some(xs + i, left), load_some(t[0] + i, left));
-        const vec factor = load_some(t[1] + i, left);
-        vec shift = load_some(t[2] + i, left), of = d;
-        if (dy) {
-            shift = v_fma(d, load_some(t[3] + i, left), shift);
-            of = load_some(dys + i, left);
-        }
-        store_some((element *)y + i, v_fma(of, factor, shift), left);
-    }
+    const ptrdiff_t i =
+        dy ? columns_part(x, dy, y, n, t, stream) : columns_part(x, NULL, y, n, t, stream);
+    if (i < n) v_storen((element *)y + i, columns_vector(x, dy, t, i, (n - i) % VW), n - i);
 }
 
-/* A block's sums of a channel have four lanes, rows 0 4 8 ..., 1 5 9 ..., in T, added as (0 + 2) +
- * (1 + 3): of 64 rows no more than sixteen numbers are added in a row. */
-#define four_lanes FN_OF_T(four_lanes)
-INLINE vec four_lanes(const vec *a) { return v_add(v_add(a[0], a[2]), v_add(a[1], a[3])); }
+/* A block's sums of a channel have four lanes, rows 0 4 8 ..., 1 5 9 ..., in T, of which the first takes
+ * the last rows as well, where they are no four; added as (0 + 2) + (1 + 3). So of 64 rows no more than
+ * sixteen numbers are added in a row. */
+#define lane_sums FN_OF_T(lane_sums)
+typedef struct {
+    vec d[4], g[4], dg[4];
+} lane_sums;
 
-#define widen_some FN_OF_T(widen_some)
-INLINE void widen_some(double *into, vec v, ptrdiff_t left)
+#define add_row FN_OF_T(add_row)
+INLINE void add_row(lane_sums *s, int k, const element *x, const element *dy, vec pivot,
+                    vec dy_pivot)
 {
-    ALIGNED element room[VW];
-    v_store(room, v);
-    NO_UNROLL for (ptrdiff_t k = 0; k < left && k < VW; k++) into[k] = (double)room[k];
+    const vec d = v_sub(v_load(x), pivot), g = v_sub(v_load(dy), dy_pivot);
+    s->d[k] = v_add(s->d[k], d);
+    s->g[k] = v_add(s->g[k], g);
+    s->dg[k] = v_fma(g, d, s->dg[k]);
 }
 
-/* Of up to a vector of channels: sums of x - pivot and its square; where there is a dy, of x - pivot, dy
- * and their product. */
+#define put_lanes FN_OF_T(put_lanes)
+INLINE void put_lanes(element *into, const vec *a)
+{
+    v_store(into, v_add(v_add(a[0], a[2]), v_add(a[1], a[3])));
+}
+
+/* Of a vector of channels. */
 #define tile_sums FN_OF_T(tile_sums)
-OUTLINE void tile_sums(const element *x, const element *dy, ptrdiff_t step, ptrdiff_t dy_step,
-                       ptrdiff_t rows, ptrdiff_t left, const element *pivots, double *const into[3])
+INLINE void tile_sums(const element *x, const element *dy, ptrdiff_t step, ptrdiff_t dy_step,
+                      ptrdiff_t rows, vec pivot, vec dy_pivot, element *into, ptrdiff_t apart)
 {
-    const vec pivot = load_some(pivots, left);
-    vec a[4], b[4], c[4];
-    UNROLL for (int k = 0; k < 4; k++) a[k] = b[k] = c[k] = v_zero();
-    NO_UNROLL for (ptrdiff_t r = 0; r < rows; r += 4)
-        UNROLL for (int k = 0; k < 4; k++) {
-            if (r + k >= rows) break;
-            const vec d = v_sub(load_some(x + (r + k) * step, left), pivot);
-            const vec g = dy ? load_some(dy + (r + k) * dy_step, left) : d;
-            a[k] = v_add(a[k], d);
-            b[k] = v_add(b[k], g);
-            c[k] = v_fma(g, d, c[k]);
+    lane_sums s;
+    UNROLL_FULLY for (int k = 0; k < 4; k++) s.d[k] = s.g[k] = s.dg[k] = v_zero();
+    NO_UNROLL for (; rows >= 4; rows -= 4, x += 4 * step, dy += 4 * dy_step)
+        UNROLL_FULLY for (int k = 0; k < 4; k++)
+            add_row(&s, k, x + k * step, dy + k * dy_step, pivot, dy_pivot);
+    NO_UNROLL for (; rows > 0; rows--, x += step, dy += dy_step)
+        add_row(&s, 0, x, dy, pivot, dy_pivot);
+    put_lanes(into, s.d);
+    put_lanes(into + apart, s.dg);
+    put_lanes(into + 2 * apart, s.g);
+}
+
+/* The last channels, fewer than a vector, as whole ones. */
+#define widened_rows FN_OF_T(widened_rows)
+OUTLINE const element *widened_rows(element *room, const element *x, ptrdiff_t step, ptrdiff_t rows,
+                                    ptrdiff_t left)
+{
+    for (ptrdiff_t r = 0; r < rows; r++) v_store(room + r * VW, v_loadn(x + r * step, left));
+    return room;
+}
+
+/* Of a block of rows `step` elements apart, for each column: sums of d = x - pivot, of g*d and of g, where
+ * g is dy, or without a dy d; `apart` elements from one sum to the next. After the pivots and in `into`
+ * there is room for a whole vector. */
+#define channel_sums FN_OF_T(channel_sums)
+static void channel_sums(const void *x, const void *dy, ptrdiff_t step, ptrdiff_t dy_step,
+                         ptrdiff_t rows, ptrdiff_t cols, const void *pivots, void *into,
+                         ptrdiff_t apart)
+{
+    ALIGNED element rooms[2][FN_CHANNEL_ROWS * VW];
+    for (ptrdiff_t j = 0; j < cols; j += VW) {
+        const element *xs = (const element *)x + j, *dys = (const element *)(dy ? dy : x) + j;
+        const vec pivot = v_load((const element *)pivots + j);
+        if (cols - j < VW) {
+            xs = widened_rows(rooms[0], xs, step, rows, cols - j);
+            dys = widened_rows(rooms[1], dys, dy_step, rows, cols - j);
+            step = dy_step = VW;
         }
-    widen_some(into[0], four_lanes(a), left);
-    widen_some(into[1], four_lanes(b), left);
-    widen_some(into[2], four_lanes(c), left);
-}
-
-#define column_dots FN_OF_T(column_dots)
-static void column_dots(const void *x, const void *dy, ptrdiff_t step, ptrdiff_t dy_step,
-                        ptrdiff_t rows, ptrdiff_t cols, const void *pivots, double *const into[3])
-{
-    NO_UNROLL for (ptrdiff_t j = 0; j < cols; j += VW)
-    {
-        double *const at[3] = {into[0] + j, into[1] + j, into[2] + j};
-        tile_sums((const element *)x + j, (const element *)dy + j, step, dy_step, rows, cols - j,
-                  (const element *)pivots + j, at);
-    }
-}
-
-/* Of up to a vector of channels: pivot, shift and squared deviations, as row_moments has them. A pivot
- * that is farther off than its rounding may cost is moved. */
-#define tile_moments FN_OF_T(tile_moments)
-OUTLINE void tile_moments(const element *x, ptrdiff_t step, ptrdiff_t rows, ptrdiff_t left,
-                          double *const into[3])
-{
-    ALIGNED element pivots[VW] = {0};
-    double room[VW], *const sums[3] = {into[1], room, into[2]};
-    const double per_n = 1.0 / (double)rows;
-    const ptrdiff_t n = left < VW ? left : VW;
-    for (int pass = 0, far = 1; far && pass < 4; pass++) {
-        tile_sums(x, NULL, step, 0, rows, left, pivots, sums);
-        far = pass == 0;
-        NO_UNROLL for (ptrdiff_t k = 0; k < n; k++)
-        {
-            const double sum = into[1][k], c = sum * per_n, rest = into[2][k] - c * sum;
-            const element moved = (element)((double)pivots[k] + c);
-            into[0][k] = (double)pivots[k];
-            into[1][k] = c;
-            into[2][k] = rest < 0 ? 0 : rest;
-            if (pass == 0 || (c * sum > rest * 0.25 && moved != pivots[k])) {
-                far |= moved != pivots[k];
-                pivots[k] = moved;
-            }
-        }
-    }
-}
-
-#define column_moments FN_OF_T(column_moments)
-static void column_moments(const void *x, ptrdiff_t step, ptrdiff_t rows, ptrdiff_t cols,
-                           double *const into[3])
-{
-    NO_UNROLL for (ptrdiff_t j = 0; j < cols; j += VW)
-    {
-        double *const at[3] = {into[0] + j, into[1] + j, into[2] + j};
-        tile_moments((const element *)x + j, step, rows, cols - j, at);
+        tile_sums(xs, dys, step, dy_step, rows, pivot, dy ? v_zero() : pivot, (element *)into + j,
+                  apart);
     }
 }
