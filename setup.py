@@ -33,6 +33,9 @@ ISA_FLAGS = {
     "aarch64": {"neon": [], "scalar": SCALAR},
 }
 
+# What runs once a call or a sample, and leaves all arithmetic on elements to the kernels.
+FILE_FLAGS = {"channels_last": ["-Os"]}
+
 # The results are defined to the bit: a fused multiply-add stands where it is written and nowhere
 # else.
 ARITHMETIC = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
@@ -63,7 +66,7 @@ def kernel_sources():
     """The C files of this machine's build, each with the flags that it alone gets."""
     isas = ISA_FLAGS.get(machine(), {"scalar": SCALAR})
     names = ("channels", "channels_last", "dispatch", "parallel", "pool")
-    common = {f"src_c/{name}.c": [] for name in names}
+    common = {f"src_c/{name}.c": FILE_FLAGS.get(name, []) for name in names}
     return common | {f"src_c/isa_{isa}.c": flags for isa, flags in isas.items()}
 
 

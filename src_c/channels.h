@@ -93,18 +93,32 @@ typedef struct {
 static inline double largest_squares(fn_dtype dtype) { return dtype == FN_F64 ? DBL_MAX : 0x1p252; }
 
 /* rstd from the variance; false where it, or a weight times it, is out of range. */
-int fn_moments_fit(const fn_channel_norm_args *a, ptrdiff_t kind, unit_moments *m);
+__attribute__((noinline)) int fn_moments_fit(const fn_channel_norm_args *a, ptrdiff_t kind,
+                                             unit_moments *m);
 /* The statistics of unit u, where they fit, and whether it is refused, to the caller. */
-void fn_keep_moments(const fn_channel_norm_args *a, ptrdiff_t u, int fits, const unit_moments *m);
-unit_moments fn_given_moments(const fn_channel_norm_args *a, ptrdiff_t kind);
+__attribute__((noinline)) void fn_keep_moments(const fn_channel_norm_args *a, ptrdiff_t u, int fits,
+                                               const unit_moments *m);
+__attribute__((noinline)) unit_moments fn_given_moments(const fn_channel_norm_args *a,
+                                                        ptrdiff_t kind);
 
 /* sums: of each plane, of dy (x - pivot) and of dy; deviations: of x - pivot over the unit; terms[0]: the
  * pivot. Makes dweight of each plane of its first sum, and what dx takes besides dy*factor in terms; false
  * where the unit is out of range. first: the unit's first weight. */
-int fn_gradients_of_unit(const fn_channel_norm_backward_args *a, ptrdiff_t first, double mean,
-                         double rstd, double deviations, double *sums, double terms[4]);
+__attribute__((noinline)) int fn_gradients_of_unit(const fn_channel_norm_backward_args *a,
+                                                   ptrdiff_t first, double mean, double rstd,
+                                                   double deviations, double *sums,
+                                                   double terms[4]);
 
 int fn_channels_last_norm(const fn_channel_norm_args *a, fn_plan plan);
 int fn_channels_last_norm_backward(const fn_channel_norm_backward_args *a, fn_plan plan);
+
+/* Once a call: small counts for more than fast. */
+#define ONCE __attribute__((cold))
+ONCE int fn_channel_norm(fn_channel_norm_args *a, fn_dtype dtype, int threads);
+ONCE int fn_channel_norm_backward(fn_channel_norm_backward_args *a, fn_dtype dtype, int threads);
+ONCE int fn_plane_moments(fn_plane_moments_args *a, fn_dtype dtype, int threads);
+ONCE fn_plan fn_plan_channel_norm(const fn_channel_norm_args *a, fn_dtype dtype, int threads);
+ONCE fn_plan fn_plan_channel_norm_backward(const fn_channel_norm_backward_args *a, fn_dtype dtype,
+                                           int threads);
 
 #endif

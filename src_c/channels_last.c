@@ -14,6 +14,9 @@
 /* Elements of a strip, and columns of a block that are converted at a time. */
 enum { STRIP = 512, TILE_COLS = 64 };
 
+/* Bytes to what is fetched while blocks are summed. */
+enum { FETCH_AHEAD = 1 << 16 };
+
 /* Sums of blocks are formed again, about pivots that lie nearer, up to so often. */
 enum { MOST_SUMS = 3 };
 
@@ -26,6 +29,7 @@ typedef struct {
     fn_dtype x_type, dy_type, y_type, dtype;
     fn_activation activation;
     int stream;
+    ptrdiff_t ahead;              /* elements to what is fetched meanwhile */
     const unsigned char *refused; /* of each unit, or NULL */
     const fn_channel_norm_args *forward;
     const fn_channel_norm_backward_args *backward;
@@ -98,17 +102,18 @@ static size_t strip_bytes(const last_call *c)
 
 /* ---- sums ------------------------------------------------------------------------------------- */
 
-/* Of an array: rows `apart` rows apart, n columns of each, from an element on: where they lie, or in
- * `room`; *step: elements from row to row. */
+/* Of an array: rows `apart` rows apart, n columns of each, from an element on: where they lie, or, as soon
+ * as an array is converted, one after the other in `room`. */
 static const void *tile_at(const last_call *c, const void *data, fn_dtype type, ptrdiff_t at,
-                           ptrdiff_t apart, ptrdiff_t rows, ptrdiff_t n, char *room,
-                           ptrdiff_t *step)
+                           ptrdiff_t apart, ptrdiff_t rows, ptrdiff_t n, char *room)
 {
-    const ptrdiff_t from = apart * c->cols;
-    *step = type == c->dtype ? from : n;
-    if (type == c->dtype || n == from) return as_computed(data, type, at, rows * n, c->dtype, room);
-    for (ptrdiff_t r = 0; r < rows; r++)
-        as_computed(data, type, at + r * from, n, c->dtype, room + r * n * fn_size_of(c->dtype));
+    const fn_channel_table *table = &fn_active_isa->channels;
+    const ptrdiff_t from = apart * c->cols, size = fn_size_of(c->dtype);
+    if (!room) return at_element(data, type, at);
+    const ptrdiff_t rows_each = n == from ? rows : 1;
+    for (ptrdiff_t r = 0; r < rows; r += rows_each)
+        table->load_elements[c->dtype](room + r * n * size, at_element(data, type, at + r * from),
+                                       type, rows_each * n);
     return room;
 }
 
@@ -120,13 +125,11 @@ static void sum_rows(const last_call *c, const void *dy, ptrdiff_t row0, ptrdiff
     char *dy_tiles = tiles ? tiles + TILE_COLS * FN_CHANNEL_ROWS * size : NULL;
     for (ptrdiff_t j = 0, n; j < c->cols; j += n) {
         n = c->cols - j < most ? c->cols - j : most;
-        ptrdiff_t step, dy_step, at = row0 * c->cols + j;
-        const void *x = tile_at(c, c->x, c->x_type, at, apart, rows, n, tiles, &step);
-        const void *g = NULL;
-        dy_step = step;
-        if (dy) g = tile_at(c, dy, c->dy_type, at, apart, rows, n, dy_tiles, &dy_step);
-        fn_active_isa->channels.channel_sums[c->dtype](x, g, step, dy_step, rows, n,
-                                                       pivots + j * size, into + j * size,
+        const ptrdiff_t at = row0 * c->cols + j;
+        const void *x = tile_at(c, c->x, c->x_type, at, apart, rows, n, tiles), *g = NULL;
+        if (dy) g = tile_at(c, dy, c->dy_type, at, apart, rows, n, dy_tiles);
+        fn_active_isa->channels.channel_sums[c->dtype](x, g, tiles ? n : apart * c->cols, rows, n,
+                                                       c->ahead, pivots + j * size, into + j * size,
                                                        sums_apart(c));
     }
 }
@@ -149,36 +152,48 @@ static void add_block(const last_call *c, const sample_room *room, const char *s
                                            !is_first);
 }
 
-static void set_number(void *data, fn_dtype dtype, ptrdiff_t i, double value)
+/* Pivots, in double and as terms; each is a number of the type that is computed in. */
+static double *pivots_of(const sample_room *room) { return room->numbers[3]; }
+
+static void lay_out_pivots(const last_call *c, const sample_room *room)
 {
-    if (dtype == FN_F64)
-        ((double *)data)[i] = value;
-    else
-        ((float *)data)[i] = (float)value;
+    fn_active_isa->narrow[c->dtype](room->terms[0], pivots_of(room), c->cols);
+}
+
+/* Backward, the unit's mean, rounded. */
+static void take_pivots(const last_call *c, const sample_room *room, ptrdiff_t sample)
+{
+    const fn_channel_norm_backward_args *a = c->backward;
+    double *pivots = pivots_of(room);
+    for (ptrdiff_t j = 0, u = sample * c->groups; j < c->cols; j += c->layout.planes, u++)
+        for (ptrdiff_t k = 0; k < c->layout.planes; k++)
+            pivots[j + k] = rounded(a->mean[a->given ? u % c->layout.kinds : u], c->dtype);
+    lay_out_pivots(c, room);
 }
 
 /* Forward, the means of a block's worth of rows that lie all over the sample (an odd number of rows
- * apart: in step with no power of two); backward, the unit's, rounded. */
+ * apart: in step with no power of two). */
 static void find_pivots(const last_call *c, const sample_room *room, ptrdiff_t sample,
                         char *scratch)
 {
-    char *pivots = room->terms[0];
-    const ptrdiff_t planes = c->layout.planes, kinds = c->backward ? c->layout.kinds : 1;
-    if (c->backward) {
-        for (ptrdiff_t g = 0, u = sample * c->groups; g < c->groups; g++, u++)
-            for (ptrdiff_t j = 0; j < planes; j++)
-                set_number(pivots, c->dtype, g * planes + j,
-                           c->backward->mean[c->backward->given ? u % kinds : u]);
-        return;
-    }
+    double *pivots = pivots_of(room);
     const ptrdiff_t rows = c->rows < FN_CHANNEL_ROWS ? c->rows : FN_CHANNEL_ROWS;
     const ptrdiff_t apart = c->rows < 2 * FN_CHANNEL_ROWS ? 1 : (c->rows / FN_CHANNEL_ROWS - 1) | 1;
-    const double per_n = 1.0 / (double)rows;
-    memset(pivots, 0, (size_t)(c->cols * fn_size_of(c->dtype)));
-    sum_rows(c, NULL, sample * c->rows, apart, rows, pivots, scratch,
+    memset(room->terms[0], 0, (size_t)(c->cols * fn_size_of(c->dtype)));
+    sum_rows(c, NULL, sample * c->rows, apart, rows, room->terms[0], scratch,
              tile_bytes(c) ? scratch + sum_bytes(c) : NULL);
-    for (ptrdiff_t j = 0; j < c->cols; j++)
-        set_number(pivots, c->dtype, j, number_at(scratch, c->dtype, j, 0) * per_n);
+    fn_active_isa->widen_add[c->dtype](pivots, scratch, c->cols, 0);
+    for (ptrdiff_t j = 0; j < c->cols; j++) pivots[j] = rounded(pivots[j] / (double)rows, c->dtype);
+    lay_out_pivots(c, room);
+}
+
+static void begin_sample(const last_call *c, const sample_room *room, ptrdiff_t sample,
+                         char *scratch)
+{
+    if (c->backward)
+        take_pivots(c, room, sample);
+    else
+        find_pivots(c, room, sample, scratch);
 }
 
 /* The mean of a channel of n rows beyond its pivot, and squared deviations from the mean. */
@@ -186,9 +201,9 @@ typedef struct {
     double shift, squares;
 } column_moments;
 
-static column_moments moments_of_column(const sample_room *room, ptrdiff_t j, double per_n)
+static column_moments moments_of_column(const last_call *c, const sample_room *room, ptrdiff_t j)
 {
-    const double sum = room->numbers[0][j], shift = sum * per_n;
+    const double sum = room->numbers[0][j], shift = sum / (double)c->rows;
     const double squares = room->numbers[1][j] - shift * sum;
     return (column_moments){shift, squares < 0 ? 0 : squares};
 }
@@ -196,23 +211,23 @@ static column_moments moments_of_column(const sample_room *room, ptrdiff_t j, do
 /* Whether a pivot was farther off than its rounding may cost, and is moved. */
 static int recentre(const last_call *c, const sample_room *room)
 {
-    const double per_n = 1.0 / (double)c->rows;
+    double *pivots = pivots_of(room);
     int moves = 0;
     for (ptrdiff_t j = 0; j < c->cols; j++) {
-        const column_moments m = moments_of_column(room, j, per_n);
+        const column_moments m = moments_of_column(c, room, j);
         if (!(m.shift * room->numbers[0][j] > m.squares * 0.25)) continue;
-        const double pivot = number_at(room->terms[0], c->dtype, j, 0);
-        const double moved = rounded(pivot + m.shift, c->dtype);
-        moves |= moved != pivot;
-        set_number(room->terms[0], c->dtype, j, moved);
+        const double moved = rounded(pivots[j] + m.shift, c->dtype);
+        moves |= moved != pivots[j];
+        pivots[j] = moved;
     }
+    if (moves) lay_out_pivots(c, room);
     return moves;
 }
 
 static void sum_sample(const last_call *c, const sample_room *room, ptrdiff_t sample, char *scratch)
 {
     char *tiles = tile_bytes(c) ? scratch + sum_bytes(c) : NULL;
-    find_pivots(c, room, sample, scratch);
+    begin_sample(c, room, sample, scratch);
     for (int times = 1;; times++) {
         for (ptrdiff_t b = 0; b < c->blocks; b++) {
             sum_block(c, room, sample, b, scratch, tiles);
@@ -228,12 +243,12 @@ static void sum_sample(const last_call *c, const sample_room *room, ptrdiff_t sa
 static int moments_of_unit(const last_call *c, const sample_room *room, ptrdiff_t j0,
                            unit_moments *m)
 {
-    const double n = (double)c->rows, per_n = 1.0 / n, planes = (double)c->layout.planes;
-    const double first = number_at(room->terms[0], c->dtype, j0, 0);
+    const double n = (double)c->rows, planes = (double)c->layout.planes;
+    const double *pivots = pivots_of(room) + j0, first = pivots[0];
     double *own = room->numbers[2] + j0, mean = 0, squares = 0;
     for (ptrdiff_t j = 0; j < c->layout.planes; j++) {
-        const column_moments column = moments_of_column(room, j0 + j, per_n);
-        own[j] = (number_at(room->terms[0], c->dtype, j0 + j, 0) - first) + column.shift;
+        const column_moments column = moments_of_column(c, room, j0 + j);
+        own[j] = (pivots[j] - first) + column.shift;
         mean += own[j];
         squares += column.squares;
     }
@@ -302,8 +317,8 @@ static void hand_out_moments(const last_call *c, const sample_room *room, ptrdif
     double *into = c->moments->sums + sample * c->cols;
     const ptrdiff_t each = c->samples * c->cols;
     for (ptrdiff_t j = 0; j < c->cols; j++) {
-        const column_moments m = moments_of_column(room, j, 1.0 / (double)c->rows);
-        into[j] = number_at(room->terms[0], c->dtype, j, 0);
+        const column_moments m = moments_of_column(c, room, j);
+        into[j] = pivots_of(room)[j];
         into[each + j] = m.shift;
         into[2 * each + j] = m.squares;
     }
@@ -478,13 +493,20 @@ static int run_by_blocks(last_call *c, int threads)
     if (needs_sums(c)) {
         for (ptrdiff_t s = 0; s < c->samples; s++) {
             const sample_room room = room_of(c, s);
-            find_pivots(c, &room, s, c->sums + of_sums);
+            begin_sample(c, &room, s, c->sums + of_sums);
         }
         status = sum_by_blocks(c, threads);
     }
     if (status == FN_OK) status = finish_by_rows(c, threads);
     free(c->rooms);
     return status;
+}
+
+/* A block, or where rows are short as much as takes some time to sum. */
+static ptrdiff_t fetched_ahead(const last_call *c)
+{
+    const ptrdiff_t least = FETCH_AHEAD / fn_size_of(c->dtype), block = FN_CHANNEL_ROWS * c->cols;
+    return block > least ? block : least;
 }
 
 static int run(last_call *c, fn_plan plan)
@@ -496,6 +518,7 @@ static int run(last_call *c, fn_plan plan)
     c->cols = l->step;
     c->blocks = (c->rows + FN_CHANNEL_ROWS - 1) / FN_CHANNEL_ROWS;
     c->stream = plan.stream;
+    if (plan.bytes >= FETCH_BYTES && reads_plain(c)) c->ahead = fetched_ahead(c);
     if (plan.threads > 1 && c->samples < 4 * plan.threads && c->samples % plan.threads)
         return run_by_blocks(c, plan.threads);
     const size_t tiles = tile_bytes(c), strips = strip_bytes(c);
@@ -546,5 +569,6 @@ int fn_channels_last_moments(const fn_channels_last_moments_args *a, fn_dtype dt
                    .y_type = dtype,
                    .dtype = dtype,
                    .moments = a};
-    return run(&c, (fn_plan){.threads = fn_planned_threads(bytes, independent_of(&l), threads)});
+    return run(&c, (fn_plan){.threads = fn_planned_threads(bytes, independent_of(&l), threads),
+                             .bytes = bytes});
 }

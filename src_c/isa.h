@@ -30,7 +30,7 @@ typedef struct {
     void (*columns_pass[FN_DTYPE_COUNT])(const void *x, const void *dy, void *y, ptrdiff_t n,
                                          const void *const terms[4], int stream);
     void (*channel_sums[FN_DTYPE_COUNT])(const void *x, const void *dy, ptrdiff_t step,
-                                         ptrdiff_t dy_step, ptrdiff_t rows, ptrdiff_t cols,
+                                         ptrdiff_t rows, ptrdiff_t cols, ptrdiff_t ahead,
                                          const void *pivots, void *into, ptrdiff_t apart);
 } fn_channel_table;
 

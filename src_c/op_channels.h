@@ -176,11 +176,26 @@ typedef struct {
     vec d[4], g[4], dg[4];
 } lane_sums;
 
-#define add_row FN_OF_T(add_row)
-INLINE void add_row(lane_sums *s, int k, const element *x, const element *dy, vec pivot,
-                    vec dy_pivot)
+#define beyond FN_OF_T(beyond)
+INLINE const element *beyond(const element *x, ptrdiff_t bytes)
 {
-    const vec d = v_sub(v_load(x), pivot), g = v_sub(v_load(dy), dy_pivot);
+    return (const element *)((const char *)x + bytes);
+}
+
+/* left: how many channels there are, up to VW: the others count as 0. */
+#define load_channels FN_OF_T(load_channels)
+INLINE vec load_channels(const element *x, ptrdiff_t left)
+{
+    return sizeof(vec) > 16 ? v_loadn(x, left) : load_some(x, left);
+}
+
+/* to_dy: bytes from an element of x to dy's. */
+#define add_row FN_OF_T(add_row)
+INLINE void add_row(lane_sums *s, int k, const element *x, ptrdiff_t to_dy, ptrdiff_t left,
+                    vec pivot, vec dy_pivot)
+{
+    const vec d = v_sub(load_channels(x, left), pivot);
+    const vec g = v_sub(load_channels(beyond(x, to_dy), left), dy_pivot);
     s->d[k] = v_add(s->d[k], d);
     s->g[k] = v_add(s->g[k], g);
     s->dg[k] = v_fma(g, d, s->dg[k]);
@@ -192,50 +207,39 @@ INLINE void put_lanes(element *into, const vec *a)
     v_store(into, v_add(v_add(a[0], a[2]), v_add(a[1], a[3])));
 }
 
-/* Of a vector of channels. */
+/* Of a vector of channels. next: what is fetched meanwhile, a vector a row: of rows so far apart the CPU
+ * sees no stream. centred: dy is x. */
 #define tile_sums FN_OF_T(tile_sums)
-INLINE void tile_sums(const element *x, const element *dy, ptrdiff_t step, ptrdiff_t dy_step,
-                      ptrdiff_t rows, vec pivot, vec dy_pivot, element *into, ptrdiff_t apart)
+OUTLINE void tile_sums(const element *x, ptrdiff_t to_dy, ptrdiff_t step, ptrdiff_t rows,
+                       ptrdiff_t left, const element *next, const element *pivots, int centred,
+                       element *into, ptrdiff_t apart)
 {
+    const vec pivot = load_channels(pivots, left), dy_pivot = centred ? pivot : v_zero();
     lane_sums s;
-    UNROLL_FULLY for (int k = 0; k < 4; k++) s.d[k] = s.g[k] = s.dg[k] = v_zero();
-    NO_UNROLL for (; rows >= 4; rows -= 4, x += 4 * step, dy += 4 * dy_step)
-        UNROLL_FULLY for (int k = 0; k < 4; k++)
-            add_row(&s, k, x + k * step, dy + k * dy_step, pivot, dy_pivot);
-    NO_UNROLL for (; rows > 0; rows--, x += step, dy += dy_step)
-        add_row(&s, 0, x, dy, pivot, dy_pivot);
+    UNROLL for (int k = 0; k < 4; k++) s.d[k] = s.g[k] = s.dg[k] = v_zero();
+    NO_UNROLL for (; rows >= 4; rows -= 4, x += 4 * step, next += 4 * VW)
+        UNROLL for (int k = 0; k < 4; k++) {
+            __builtin_prefetch(next + k * VW, 0, 2);
+            __builtin_prefetch(beyond(next + k * VW, to_dy), 0, 2);
+            add_row(&s, k, x + k * step, to_dy, left, pivot, dy_pivot);
+        }
+    NO_UNROLL for (; rows > 0; rows--, x += step) add_row(&s, 0, x, to_dy, left, pivot, dy_pivot);
     put_lanes(into, s.d);
     put_lanes(into + apart, s.dg);
     put_lanes(into + 2 * apart, s.g);
 }
 
-/* The last channels, fewer than a vector, as whole ones. */
-#define widened_rows FN_OF_T(widened_rows)
-OUTLINE const element *widened_rows(element *room, const element *x, ptrdiff_t step, ptrdiff_t rows,
-                                    ptrdiff_t left)
-{
-    for (ptrdiff_t r = 0; r < rows; r++) v_store(room + r * VW, v_loadn(x + r * step, left));
-    return room;
-}
-
 /* Of a block of rows `step` elements apart, for each column: sums of d = x - pivot, of g*d and of g, where
- * g is dy, or without a dy d; `apart` elements from one sum to the next. After the pivots and in `into`
- * there is room for a whole vector. */
+ * g is dy, or without a dy d; `apart` elements from one sum to the next; in `into` there is room for a whole
+ * vector. ahead: elements to a block that is to come. */
 #define channel_sums FN_OF_T(channel_sums)
-static void channel_sums(const void *x, const void *dy, ptrdiff_t step, ptrdiff_t dy_step,
-                         ptrdiff_t rows, ptrdiff_t cols, const void *pivots, void *into,
+static void channel_sums(const void *x, const void *dy, ptrdiff_t step, ptrdiff_t rows,
+                         ptrdiff_t cols, ptrdiff_t ahead, const void *pivots, void *into,
                          ptrdiff_t apart)
 {
-    ALIGNED element rooms[2][FN_CHANNEL_ROWS * VW];
-    for (ptrdiff_t j = 0; j < cols; j += VW) {
-        const element *xs = (const element *)x + j, *dys = (const element *)(dy ? dy : x) + j;
-        const vec pivot = v_load((const element *)pivots + j);
-        if (cols - j < VW) {
-            xs = widened_rows(rooms[0], xs, step, rows, cols - j);
-            dys = widened_rows(rooms[1], dys, dy_step, rows, cols - j);
-            step = dy_step = VW;
-        }
-        tile_sums(xs, dys, step, dy_step, rows, pivot, dy ? v_zero() : pivot, (element *)into + j,
-                  apart);
-    }
+    const element *xs = x, *p = pivots;
+    const ptrdiff_t to_dy = dy ? (const char *)dy - (const char *)x : 0;
+    for (ptrdiff_t j = 0; j < cols; j += VW)
+        tile_sums(xs + j, to_dy, step, rows, cols - j < VW ? cols - j : VW, xs + ahead + j * rows,
+                  p + j, !dy, (element *)into + j, apart);
 }
