@@ -40,8 +40,12 @@ FILE_FLAGS = {"channels_last": ["-Os"]}
 # else.
 ARITHMETIC = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 
-# Nothing in C throws: tables for unwinding would be a tenth of the kernels' size.
-NO_TABLES = ["-fno-asynchronous-unwind-tables", "-fno-unwind-tables"]
+# Nothing in C throws: tables for unwinding would be a tenth of the kernels' size. Where a jump leads
+# that is no loop, padding gains nothing. (clang, which pads nothing there, would warn of the flag.)
+COMPACT = [
+    *["-fno-asynchronous-unwind-tables", "-fno-unwind-tables"],
+    *["-fno-align-jumps", "-Wno-ignored-optimization-argument"],
+]
 
 # Python's own flags may name the CPU that Python was built for. What is outside the kernels must
 # run on every CPU; which kernels run is decided at run time.
@@ -133,7 +137,7 @@ class BuildKernels(build_ext):
             self.compiler.compile(
                 [source],
                 output_dir=self.build_temp,
-                extra_postargs=[*COMPILE_FLAGS, *NO_TABLES, *flags, *WARNINGS, *WERROR],
+                extra_postargs=[*COMPILE_FLAGS, *COMPACT, *flags, *WARNINGS, *WERROR],
             )
         return path
 

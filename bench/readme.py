@@ -28,6 +28,25 @@ from fastnorm import bench, contenders, timing
 FORWARD = [*bench.SHAPES, (16384, 4096)]
 BACKWARD = [(1, 768), (32, 768), (4096, 768), (32768, 768)]
 QUICK = [(1, 768), (32, 768)]
+ROWS, IMAGES = (4096, 768), (8, 256, 28, 28)
+OPS = {
+    ROWS: [
+        "rms_norm",
+        "rms_norm_backward",
+        "add_layer_norm",
+        "adaptive_layer_norm",
+    ],
+    IMAGES: [
+        "group_norm",
+        "group_norm_backward",
+        "instance_norm",
+        "instance_norm_backward",
+        "batch_norm",
+        "batch_norm_training",
+        "batch_norm_training_backward",
+    ],
+}
+QUICK_OPS = {(32, 768): OPS[ROWS], (1, 8, 4, 4): OPS[IMAGES]}
 
 Times = dict[str, float]  # seconds a call, by contender
 NEW = {
@@ -49,13 +68,15 @@ OUT = {
 }
 COPIES = ("copy new", "copy out", nt_copy.NAME)
 BACKWARD_NEW = {name: NEW[name] for name in ("fastnorm", "torch", "NumPy")}
+OPS_NEW = {**BACKWARD_NEW, "`x.copy()`": NEW["`x.copy()`"]}
 
 
-def measure(op: str, shape: tuple[int, int], least: float, clock: Callable[[], float]) -> Times:
+def measure(op: str, shape: tuple[int, ...], least: float, clock: Callable[[], float]) -> Times:
     """Medians of every contender, oneDNN and the non-temporal copy where they can be had."""
     case = contenders.Case(op, shape, "float32")
     found = contenders.contenders(case)
-    nt_copy.add_to(found, case)
+    if op == "layer_norm":
+        nt_copy.add_to(found, case)
     times = timing.interleave(found, seconds=0, least=least, clock=clock)
     medians = {name: statistics.median(rounds) for name, rounds in times.items()}
     program = os.environ.get("FASTNORM_ONEDNN")
@@ -65,18 +86,25 @@ def measure(op: str, shape: tuple[int, int], least: float, clock: Callable[[], f
 
 
 def time_table(
-    columns: dict[str, str], found: dict[tuple[int, int], Times], more: Sequence[list[str]] = ()
+    columns: dict[str, str],
+    found: dict[str, Times],
+    more: Sequence[list[str]] = (),
+    first: str = "rows, columns",
 ) -> str:
-    """Markdown: shapes down, contenders across, microseconds; the fastest of a row is bold."""
+    """Markdown: calls down, contenders across, microseconds; the fastest of a row is bold."""
     present = {
         head: name for head, name in columns.items() if any(name in t for t in found.values())
     }
-    rows = [["rows, columns", *present]]
-    for shape, times in found.items():
+    rows = [[first, *present]]
+    for what, times in found.items():
         racing = [times[name] for name in present.values() if name in times and name not in COPIES]
         cells = [_cell(times.get(name), min(racing), name) for name in present.values()]
-        rows.append([f"{shape[0]}, {shape[1]}", *cells])
+        rows.append([what, *cells])
     return _markdown([*rows, *more])
+
+
+def numbers(shape: tuple[int, ...]) -> str:
+    return ", ".join(map(str, shape))
 
 
 def _cell(seconds: float | None, fastest: float, name: str) -> str:
@@ -163,20 +191,27 @@ def main() -> None:
     clock = time.process_time if options.cpu_time else time.perf_counter
     least = 0.002 if options.quick else 0.02
 
-    def all_times(op: str, shapes: list[tuple[int, int]]) -> dict[tuple[int, int], Times]:
+    def all_times(op: str, shapes: list[tuple[int, int]]) -> dict[str, Times]:
         console = Console(stderr=True)
         return {
-            shape: measure(op, shape, least, clock) for shape in track(shapes, op, console=console)
+            numbers(shape): measure(op, shape, least, clock)
+            for shape in track(shapes, op, console=console)
         }
 
     forward = all_times("layer_norm", QUICK if options.quick else FORWARD)
     backward = all_times("layer_norm_backward", QUICK if options.quick else BACKWARD)
+    ops = {
+        f"{op}, {numbers(shape)}": measure(op, shape, least, clock)
+        for shape, names in (QUICK_OPS if options.quick else OPS).items()
+        for op in track(names, "other ops", console=Console(stderr=True))
+    }
     found = errors.errors_by_mean("layer_norm", errors.QUICK_COLS if options.quick else errors.COLS)
     blocks = {
-        "headline": headline(forward[1, 768], found),
+        "headline": headline(forward[numbers((1, 768))], found),
         "new": time_table(NEW, forward, error_rows(found)),
         "out": time_table(OUT, forward),
         "backward": time_table(BACKWARD_NEW, backward),
+        "ops": time_table(OPS_NEW, ops, first="op, shape"),
         "conditions": conditions(options),
     }
     write(options.readme, blocks)

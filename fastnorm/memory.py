@@ -54,9 +54,9 @@ def set_pool_limit(limit: int) -> None:
 
     A new array of 100 MB costs more in page faults than in arithmetic. So the memory of results of
     1 MB and more, once they are freed, is kept for the next result of about their size: 256 MB of
-    it at most unless this function says otherwise. What is kept is marked so that the operating
-    system may take it back whenever memory is short. ``fastnorm.show_config()`` tells how much it
-    is.
+    it at most unless this function says otherwise. All of it but 16 MB is marked so that the
+    operating system may take it back whenever memory is short. ``fastnorm.show_config()`` tells
+    how much is kept.
 
     Parameters
     ----------

@@ -2,7 +2,41 @@
  *
  * Statistics are layer_norm's own, a row at a time; what a unit has of rows or planes is merged here, in
  * double and in the order of the rows. No arithmetic on elements is done in this file. */
+#include <stdatomic.h>
+
 #include "channels.h"
+
+/* ---- lines held back ---------------------------------------------------------------------------- */
+
+/* As it is: another line is wanted in its place, or no more comes. */
+void fn_let_go(fn_held_line *held)
+{
+    if (held->line)
+        memcpy(held->line + held->from, held->bytes + held->from, (size_t)(held->to - held->from));
+    held->line = NULL;
+}
+
+/* The place for bytes from .. to - 1 of `line`, beside what is known of it already. */
+fn_held_line *fn_held_line_at(fn_held_line held[FN_HELD_LINES], char *line, ptrdiff_t from,
+                              ptrdiff_t to)
+{
+    for (int k = 0; k < FN_HELD_LINES; k++) {
+        if (held[k].line != line) continue;
+        if (held[k].to == from)
+            held[k].to = to;
+        else if (held[k].from == to)
+            held[k].from = from;
+        else
+            break;
+        return &held[k];
+    }
+    fn_held_line *h = held[0].line && !held[1].line ? &held[1] : &held[0];
+    fn_let_go(h);
+    h->line = line;
+    h->from = from;
+    h->to = to;
+    return h;
+}
 
 /* ---- planes ----------------------------------------------------------------------------------- */
 
@@ -14,22 +48,31 @@ typedef struct {
     char *strip;
     int stream;
     ptrdiff_t ahead; /* elements to what is to be fetched meanwhile; 0: nothing */
+    fn_held_line held[FN_HELD_LINES];
 } plane_result;
 
-static void finish_plane(const plane_result *r, const char *x, const char *dy, ptrdiff_t i,
-                         ptrdiff_t n, const double terms[4])
+/* What was written past the cache is there for all threads that wait for this one. */
+static void end_planes(plane_result *r)
+{
+    if (!r->stream) return;
+    for (int k = 0; k < FN_HELD_LINES; k++) fn_let_go(&r->held[k]);
+    atomic_thread_fence(memory_order_seq_cst);
+}
+
+static void finish_plane(plane_result *r, const char *x, const char *dy, ptrdiff_t i, ptrdiff_t n,
+                         const double terms[4])
 {
     const fn_channel_table *table = &fn_active_isa->channels;
     const ptrdiff_t size = fn_size_of(r->dtype), y_size = fn_size_of(r->y_type);
     char *y = (char *)r->y + i * y_size;
     if (r->y_type == r->dtype && !r->activation) {
-        table->plane_pass[r->dtype](x, dy, y, n, terms, r->stream, r->ahead);
+        table->plane_pass[r->dtype](x, dy, y, n, terms, r->stream ? r->held : NULL, r->ahead);
         return;
     }
     for (ptrdiff_t k = 0; k < n; k += FN_GROUP_COLS) {
         const ptrdiff_t m = n - k < FN_GROUP_COLS ? n - k : FN_GROUP_COLS;
-        table->plane_pass[r->dtype](x + k * size, dy ? dy + k * size : NULL, r->strip, m, terms, 0,
-                                    0);
+        table->plane_pass[r->dtype](x + k * size, dy ? dy + k * size : NULL, r->strip, m, terms,
+                                    NULL, 0);
         table->store_elements[r->dtype](y + k * y_size, r->y_type, r->strip, m, r->activation);
     }
 }
@@ -125,8 +168,8 @@ static void channel_norm(const void *args, ptrdiff_t unit0, ptrdiff_t unit1, voi
     const fn_channels *l = &a->layout;
     const ptrdiff_t planes = l->planes, size = fn_size_of(a->dtype);
     char *room = after_strip(scratch, a->dtype);
-    const plane_result result = {a->y,    a->y_type, a->dtype, a->activation,
-                                 scratch, a->stream, a->fetch};
+    plane_result result = {a->y,    a->y_type, a->dtype, a->activation,
+                           scratch, a->stream, a->fetch, {{.line = NULL}}};
     ptrdiff_t kind = unit0 % l->kinds;
     for (ptrdiff_t u = unit0; u < unit1; u++, kind = kind + 1 < l->kinds ? kind + 1 : 0) {
         const ptrdiff_t first = kind * planes;
@@ -145,7 +188,7 @@ static void channel_norm(const void *args, ptrdiff_t unit0, ptrdiff_t unit1, voi
             }
         }
     }
-    fence(a->stream);
+    end_planes(&result);
 }
 
 /* ---- backward --------------------------------------------------------------------------------- */
@@ -239,8 +282,8 @@ static void channel_norm_backward(const void *args, ptrdiff_t unit0, ptrdiff_t u
     const fn_channels *l = &a->layout;
     const ptrdiff_t planes = l->planes, size = fn_size_of(a->dtype);
     char *rooms = after_strip(scratch, a->dtype);
-    const plane_result result = {a->dx,   a->x_type, a->dtype, FN_NO_ACTIVATION,
-                                 scratch, a->stream, a->fetch};
+    plane_result result = {a->dx,   a->x_type, a->dtype, FN_NO_ACTIVATION,
+                           scratch, a->stream, a->fetch, {{.line = NULL}}};
     ptrdiff_t kind = unit0 % l->kinds;
     for (ptrdiff_t u = unit0; u < unit1; u++, kind = kind + 1 < l->kinds ? kind + 1 : 0) {
         const ptrdiff_t first = kind * planes, own = a->given ? kind : u;
@@ -254,7 +297,7 @@ static void channel_norm_backward(const void *args, ptrdiff_t unit0, ptrdiff_t u
         for (ptrdiff_t row = 0; row < l->rows; row++) {
             const ptrdiff_t at = u * l->stride + row * l->row_stride;
             if (l->rows > 1) load_rows(a, at, rooms, &x, &dy);
-            for (ptrdiff_t j = 0; j < planes; j++) {
+            for (ptrdiff_t j = planes - 1; j >= 0; j--) { /* L1 has the last ones still */
                 const char *x_plane = x + j * l->plane * size, *dy_plane = dy + j * l->plane * size;
                 terms[1] = rstd * number_at(a->weight, a->dtype, first + j, 1);
                 if (a->given) { /* x has no part in it */
@@ -266,7 +309,7 @@ static void channel_norm_backward(const void *args, ptrdiff_t unit0, ptrdiff_t u
             }
         }
     }
-    fence(a->stream);
+    end_planes(&result);
 }
 
 /* ---- moments of planes ------------------------------------------------------------------------ */
@@ -322,12 +365,10 @@ fn_plan fn_plan_channel_norm_backward(const fn_channel_norm_backward_args *a, fn
 }
 
 /* How far ahead to fetch, in elements. Where rows of a unit lie apart, each pass is a new stream that the
- * CPU does not see coming: the next unit's row. Where all is one stream the CPU fetches better by itself,
- * but for what is written past the cache. */
+ * CPU does not see coming: the next unit's row. Where all is one stream the CPU fetches better. */
 static ptrdiff_t fetched(const fn_channels *l, const fn_plan *plan)
 {
-    if (l->rows > 1 && plan->bytes >= FETCH_BYTES) return l->stride;
-    return plan->stream ? 256 : 0;
+    return l->rows > 1 && plan->bytes >= FETCH_BYTES ? l->stride : 0;
 }
 
 /* A strip of results, and a row of each array that is converted. */

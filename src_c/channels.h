@@ -4,8 +4,8 @@
 
 #include <float.h>
 #include <math.h>
-#include <stdatomic.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "split.h"
 
@@ -51,12 +51,6 @@ static inline double rounded(double a, fn_dtype dtype)
 static inline double least_of(fn_dtype dtype)
 {
     return dtype == FN_F64 ? DBL_MIN : (double)FLT_MIN;
-}
-
-/* What was written past the cache is there for all threads that wait for this one. */
-static inline void fence(int stream)
-{
-    if (stream) atomic_thread_fence(memory_order_seq_cst);
 }
 
 /* Elements of a row. */
@@ -111,14 +105,5 @@ __attribute__((noinline)) int fn_gradients_of_unit(const fn_channel_norm_backwar
 
 int fn_channels_last_norm(const fn_channel_norm_args *a, fn_plan plan);
 int fn_channels_last_norm_backward(const fn_channel_norm_backward_args *a, fn_plan plan);
-
-/* Once a call: small counts for more than fast. */
-#define ONCE __attribute__((cold))
-ONCE int fn_channel_norm(fn_channel_norm_args *a, fn_dtype dtype, int threads);
-ONCE int fn_channel_norm_backward(fn_channel_norm_backward_args *a, fn_dtype dtype, int threads);
-ONCE int fn_plane_moments(fn_plane_moments_args *a, fn_dtype dtype, int threads);
-ONCE fn_plan fn_plan_channel_norm(const fn_channel_norm_args *a, fn_dtype dtype, int threads);
-ONCE fn_plan fn_plan_channel_norm_backward(const fn_channel_norm_backward_args *a, fn_dtype dtype,
-                                           int threads);
 
 #endif

@@ -6,8 +6,8 @@
  * merged in double, and what a row takes is formed: pivot, factor, shift and slope of each channel. The
  * pass over the rows comes straight after, while the sample is still in a cache. Where samples do not
  * share well among the threads, blocks do, and then rows: the same additions in the same order. */
+#include <stdatomic.h>
 #include <stdlib.h>
-#include <string.h>
 
 #include "channels.h"
 
@@ -406,6 +406,12 @@ static void pass_sample(const last_call *c, const sample_room *room, ptrdiff_t s
 }
 
 /* ---- how samples are shared -------------------------------------------------------------------- */
+
+/* What was written past the cache is there for all threads that wait for this one. */
+static void fence(int stream)
+{
+    if (stream) atomic_thread_fence(memory_order_seq_cst);
+}
 
 static int needs_sums(const last_call *c) { return !c->forward || !c->forward->given; }
 

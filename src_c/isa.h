@@ -17,6 +17,22 @@ typedef struct {
     double pivot, shift, variance;
 } fn_row_moments;
 
+/* A cache line of which bytes from .. to - 1 are known, held back until it is whole: a part of a line
+ * cannot go past the cache. */
+typedef struct {
+    _Alignas(64) char bytes[64];
+    char *line; /* NULL: nothing is held */
+    ptrdiff_t from, to;
+} fn_held_line;
+
+/* Two are held at a time: what a plane begins with and what it ends with, so that planes may come in
+ * ascending or in descending order. */
+enum { FN_HELD_LINES = 2 };
+
+void fn_let_go(fn_held_line *held);
+fn_held_line *fn_held_line_at(fn_held_line held[FN_HELD_LINES], char *line, ptrdiff_t from,
+                              ptrdiff_t to);
+
 /* What channels.c is made of (op_channels.h): no ranges of rows, but one strip, row or block each. */
 typedef struct {
     void (*load_elements[FN_DTYPE_COUNT])(void *into, const void *from, fn_dtype, ptrdiff_t n);
@@ -26,7 +42,7 @@ typedef struct {
     void (*plane_dots[FN_DTYPE_COUNT])(const void *x, const void *dy, ptrdiff_t n, double pivot,
                                        double sums[3]);
     void (*plane_pass[FN_DTYPE_COUNT])(const void *x, const void *dy, void *y, ptrdiff_t n,
-                                       const double terms[4], int stream, ptrdiff_t ahead);
+                                       const double terms[4], fn_held_line *, ptrdiff_t ahead);
     void (*columns_pass[FN_DTYPE_COUNT])(const void *x, const void *dy, void *y, ptrdiff_t n,
                                          const void *const terms[4], int stream);
     void (*channel_sums[FN_DTYPE_COUNT])(const void *x, const void *dy, ptrdiff_t step,

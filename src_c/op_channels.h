@@ -54,26 +54,15 @@ INLINE vec plane_vector(const element *x, const element *dy, ptrdiff_t left, con
     return v_fma(load_some(dy, left), t->factor, v_fma(d, t->slope, t->shift));
 }
 
-/* From element i on while there are whole lines, the first of which begins with one: past the cache. */
-#define plane_stream FN_OF_T(plane_stream)
-INLINE ptrdiff_t plane_stream(const element *x, const element *dy, element *y, ptrdiff_t i,
-                              ptrdiff_t n, const plane_terms *t, ptrdiff_t ahead)
-{
-    NO_UNROLL for (; i + LINE <= n; i += LINE)
-    {
-        __builtin_prefetch(x + i + ahead, 0, 2);
-        if (dy) __builtin_prefetch(dy + i + ahead, 0, 2);
-        UNROLL for (int k = 0; k < LINE; k += VW)
-            v_stream(y + i + k, plane_vector(x + i + k, dy ? dy + i + k : NULL, VW, t));
-    }
-    return i;
-}
+/* Vectors whose loads come before their stores: a load whose address equals that of a store under way
+ * but for a multiple of 4,096 would wait for it. */
+#define PLANE_VECTORS (LINE > 4 * VW ? LINE / VW : 4)
 
 /* What lies `ahead` elements on is asked for meanwhile: the next unit, which a first pass will read. */
 #define fetch_plane FN_OF_T(fetch_plane)
 INLINE void fetch_plane(const element *x, const element *dy, ptrdiff_t ahead)
 {
-    UNROLL for (int k = 0; k < 4 * VW; k += LINE) {
+    UNROLL for (int k = 0; k < PLANE_VECTORS * VW; k += LINE) {
         __builtin_prefetch(x + ahead + k, 0, 2);
         if (dy) __builtin_prefetch(dy + ahead + k, 0, 2);
     }
@@ -83,49 +72,83 @@ INLINE void fetch_plane(const element *x, const element *dy, ptrdiff_t ahead)
 #define own_plane FN_OF_T(own_plane)
 INLINE void own_plane(element *y)
 {
-    UNROLL for (int k = 0; k < 4 * VW; k += LINE) __builtin_prefetch(y + 48 * LINE + k, 1, 2);
+    UNROLL for (int k = 0; k < PLANE_VECTORS * VW; k += LINE)
+        __builtin_prefetch(y + 48 * LINE + k, 1, 2);
 }
 
-#define plane_part FN_OF_T(plane_part)
-INLINE void plane_part(const element *x, const element *dy, element *y, ptrdiff_t n,
-                       const plane_terms *t, ptrdiff_t ahead)
+#define store_plane FN_OF_T(store_plane)
+INLINE void store_plane(element *y, const vec *v, const int count, int stream)
 {
-    ptrdiff_t i = 0;
-    NO_UNROLL for (; i + 4 * VW <= n; i += 4 * VW)
+    if (stream)
+        UNROLL for (int k = 0; k < count; k++) v_stream(y + k * VW, v[k]);
+    else
+        UNROLL for (int k = 0; k < count; k++) v_store(y + k * VW, v[k]);
+}
+
+/* From element i to where it returns: n, or, past the cache, where the last whole line ends. */
+#define plane_body FN_OF_T(plane_body)
+INLINE ptrdiff_t plane_body(const element *x, const element *dy, element *y, ptrdiff_t i,
+                            ptrdiff_t n, const plane_terms *t, int stream, ptrdiff_t ahead)
+{
+    vec v[PLANE_VECTORS];
+    NO_UNROLL for (; i + PLANE_VECTORS * VW <= n; i += PLANE_VECTORS * VW)
     {
-        if (dy) own_plane(y + i);
+        if (dy && !stream) own_plane(y + i);
         if (ahead) fetch_plane(x + i, dy ? dy + i : NULL, ahead);
-        UNROLL for (int k = 0; k < 4 * VW; k += VW)
-            v_store(y + i + k, plane_vector(x + i + k, dy ? dy + i + k : NULL, VW, t));
+        UNROLL for (int k = 0; k < PLANE_VECTORS; k++)
+            v[k] = plane_vector(x + i + k * VW, dy ? dy + i + k * VW : NULL, VW, t);
+        store_plane(y + i, v, PLANE_VECTORS, stream);
     }
+    NO_UNROLL for (; i + LINE <= n; i += LINE)
+    {
+        UNROLL for (int k = 0; k < LINE / VW; k++)
+            v[k] = plane_vector(x + i + k * VW, dy ? dy + i + k * VW : NULL, VW, t);
+        store_plane(y + i, v, LINE / VW, stream);
+    }
+    if (stream) return i;
     NO_UNROLL for (; i < n; i += VW)
         store_some(y + i, plane_vector(x + i, dy ? dy + i : NULL, n - i, t), n - i);
+    return n;
 }
 
-/* stream: past the cache. ahead: elements to what is to be fetched, or 0. t: pivot, factor, shift,
- * slope. */
+/* n elements that do not fill the line they are in: held back until what else it takes has come. */
+#define plane_held FN_OF_T(plane_held)
+OUTLINE void plane_held(const element *x, const element *dy, element *y, ptrdiff_t n,
+                        const plane_terms *t, fn_held_line *held)
+{
+    const ptrdiff_t size = (ptrdiff_t)sizeof(element), from = (ptrdiff_t)((uintptr_t)y % 64);
+    fn_held_line *h = fn_held_line_at(held, (char *)y - from, from, from + n * size);
+    element *line = (element *)(void *)h->bytes, *into = line + from / size;
+    NO_UNROLL for (ptrdiff_t i = 0; i < n; i += VW)
+    {
+        const plane_terms terms = *t;
+        store_some(into + i, plane_vector(x + i, dy ? dy + i : NULL, n - i, &terms), n - i);
+    }
+    if (h->to - h->from < 64) return;
+    UNROLL for (int k = 0; k < LINE; k += VW)
+        v_stream((element *)(void *)h->line + k, v_load(line + k));
+    h->line = NULL;
+}
+
+/* t: pivot, factor, shift, slope. held: past the cache, with these lines held back; else NULL. ahead:
+ * elements to what is to be fetched, or 0. */
 #define plane_pass FN_OF_T(plane_pass)
 static void plane_pass(const void *x, const void *dy, void *y, ptrdiff_t n, const double *t,
-                       int stream, ptrdiff_t ahead)
+                       fn_held_line *held, ptrdiff_t ahead)
 {
     const plane_terms terms = {v_set1((element)t[0]), v_set1((element)t[1]), v_set1((element)t[2]),
                                v_set1((element)t[3])};
     const element *xs = x, *dys = dy;
     element *ys = y;
-    ptrdiff_t i = 0, end = n;
-    if (stream) { /* the elements before a line, the lines, the rest */
-        const ptrdiff_t head = (ptrdiff_t)(-(uintptr_t)y % 64 / sizeof(element));
-        end = head < n ? head : n;
+    ptrdiff_t i = 0;
+    if (held && (uintptr_t)y % 64) {
+        const ptrdiff_t before = (ptrdiff_t)((64 - (uintptr_t)y % 64) / sizeof(element));
+        i = before < n ? before : n;
+        plane_held(xs, dys, ys, i, &terms, held);
     }
-    for (;;) {
-        if (dy)
-            plane_part(xs + i, dys + i, ys + i, end - i, &terms, ahead);
-        else
-            plane_part(xs + i, NULL, ys + i, end - i, &terms, ahead);
-        if (end == n) return;
-        i = dy ? plane_stream(xs, dys, ys, end, n, &terms, ahead) : plane_stream(xs, NULL, ys, end, n, &terms, ahead);
-        end = n;
-    }
+    i = dy ? plane_body(xs, dys, ys, i, n, &terms, held != NULL, ahead)
+           : plane_body(xs, NULL, ys, i, n, &terms, held != NULL, ahead);
+    if (i < n) plane_held(xs + i, dy ? dys + i : NULL, ys + i, n - i, &terms, held);
 }
 
 /* ---- channels last: rows of channels, numbers of each column ------------------------------------- */

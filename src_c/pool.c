@@ -2,8 +2,8 @@
  *
  * A new array of 100 MB costs more in page faults than in arithmetic: the kernel maps and zeroes
  * every page, each time. Here the memory of a freed result is kept, up to a limit, and handed to the
- * next of about its size; what is kept is marked MADV_FREE, so that the kernel takes it back before
- * it runs short. Smaller arrays are malloc's business.
+ * next of about its size; what is kept, but for a little, is marked MADV_FREE, so that the kernel takes
+ * it back before it runs short. Smaller arrays are malloc's business.
  *
  * Only results are made here, by fastnorm/_core.pyx, which hangs these functions behind NumPy's
  * data-memory handler: such an array owns its memory like any other. */
@@ -22,15 +22,18 @@
 
 #define HUGE_PAGE ((size_t)2 << 20)
 enum { MAX_BLOCKS = 64 };
+/* Kept without a mark at most: marking a block costs 3 us and more, which short calls would feel. */
+#define MOST_UNMARKED ((size_t)16 << 20)
 
 typedef struct {
     char *data; /* NULL: the place is free */
     size_t capacity;
     unsigned long freed_at; /* 0: in use */
+    int unmarked;           /* kept, and not marked as the kernel's to take */
 } block;
 
 static block blocks[MAX_BLOCKS];
-static size_t limit = (size_t)256 << 20, kept;
+static size_t limit = (size_t)256 << 20, kept, unmarked;
 static unsigned long clock_ticks;
 static atomic_flag busy = ATOMIC_FLAG_INIT;
 static _Thread_local int last_was_warm;
@@ -48,11 +51,31 @@ __attribute__((constructor)) static void register_fork_handlers(void)
     pthread_atfork(lock, unlock, unlock);
 }
 
+/* Its place among what is kept. */
+static void take(block *b)
+{
+    kept -= b->capacity;
+    if (b->unmarked) unmarked -= b->capacity;
+    b->unmarked = 0;
+    b->freed_at = 0;
+}
+
 static void drop(block *b)
 {
+    take(b);
     munmap(b->data, b->capacity);
-    kept -= b->capacity;
     *b = (block){0};
+}
+
+static void keep(block *b)
+{
+    kept += b->capacity;
+    b->freed_at = ++clock_ticks;
+    b->unmarked = unmarked + b->capacity <= MOST_UNMARKED;
+    if (b->unmarked)
+        unmarked += b->capacity;
+    else
+        madvise(b->data, b->capacity, MADV_FREE);
 }
 
 /* The kept block that fits `size` best without wasting more than a quarter. */
@@ -124,10 +147,7 @@ void *fn_pool_alloc(size_t size)
     lock();
     block *b = kept_block(size);
     last_was_warm = b != NULL;
-    if (b) {
-        kept -= b->capacity;
-        b->freed_at = 0;
-    }
+    if (b) take(b);
     void *data = b ? b->data : some_block(size);
     unlock();
     return data;
@@ -145,12 +165,8 @@ void fn_pool_free(void *data)
     lock();
     block *b = block_at(data);
     if (b) {
-        kept += b->capacity;
-        b->freed_at = ++clock_ticks;
-        if (b->capacity <= limit)
-            madvise(b->data, b->capacity, MADV_FREE);
-        else
-            drop(b);
+        keep(b);
+        if (b->capacity > limit) drop(b); /* itself, not all others */
         keep_within(limit);
     }
     unlock();

@@ -77,6 +77,26 @@ def test_results_are_the_same_in_new_and_in_kept_memory(dtype, rng):
         assert kept() >= 2 * x.nbytes
 
 
+def not_lazily_free():
+    """Bytes of this process's memory that the system may not take."""
+    with open("/proc/self/smaps_rollup") as file:
+        sizes = {line.split(":")[0]: line.split()[1] for line in file if line.endswith(" kB\n")}
+    if "LazyFree" not in sizes:
+        pytest.skip("this kernel does not say what is marked MADV_FREE")
+    return 1024 * (int(sizes["Anonymous"]) - int(sizes["LazyFree"]))
+
+
+def test_all_that_is_kept_but_16_MB_is_the_systems_to_take(x):
+    out = np.empty_like(x)
+    fastnorm.layer_norm(x, out=out)  # the code's own pages are there
+    before = not_lazily_free()
+    results = [fastnorm.layer_norm(x[:13]) for _ in range(8)]  # 13 MiB each, in blocks of 14
+    assert not_lazily_free() >= before + 8 * 13 * MIB
+    del results
+    assert kept() >= 8 * 13 * MIB
+    assert 14 * MIB <= not_lazily_free() - before + MIB <= 18 * MIB
+
+
 def test_what_is_kept_is_bounded(x):
     limit = 40 * MIB
     fastnorm.set_pool_limit(limit)

@@ -26,14 +26,12 @@ static const char *const channel_kinds[] = {"group",      "batch",      "given",
 typedef struct {
     const char *name;
     size_t offset;
-    int parts, in_place;
+    int parts, in_place, cold;
 } channel_way;
 
 static const channel_way channel_ways[] = {
-    {"as it is", 0, 0, 0},
-    {"misaligned", 24, 0, 0},
-    {"in 3 parts", 0, 3, 0},
-    {"in place", 8, 2, 1},
+    {"as it is", 0, 0, 0, 0}, {"misaligned", 24, 0, 0, 0},        {"in 3 parts", 0, 3, 0, 0},
+    {"in place", 8, 2, 1, 0}, {"not past the cache", 0, 0, 0, 1},
 };
 
 enum { CHANNEL_WAYS = sizeof channel_ways / sizeof *channel_ways };
@@ -135,6 +133,8 @@ static void free_numbers(const channel_numbers *k)
     free(k->refused);
 }
 
+static int channels_streamed; /* calls so far that wrote past the cache */
+
 static uint64_t run_units(const channel_case *c, const channel_way *w)
 {
     const ptrdiff_t n = elements_of(c), units = layout_of(c).units;
@@ -158,7 +158,8 @@ static uint64_t run_units(const channel_case *c, const channel_way *w)
                               .eps = 1e-5,
                               .given = is_given(c),
                               .activation = c->parameters & 4 ? FN_SILU : FN_NO_ACTIVATION,
-                              .y_is_warm = 1};
+                              .y_is_warm = !w->cold};
+    channels_streamed += fn_plan_channel_norm(&a, c->compute, 0).stream;
     if (fn_channel_norm(&a, c->compute, 0)) abort();
     uint64_t h = hash(hash(ANY, k.mean, units, FN_F64), k.rstd, units, FN_F64);
     for (ptrdiff_t u = 0; u < units; u++) h = (h ^ k.refused[u]) * 31;
@@ -179,7 +180,8 @@ static uint64_t run_units(const channel_case *c, const channel_way *w)
                                        .sums = k.sums,
                                        .refused = k.refused,
                                        .given = a.given,
-                                       .dx_is_warm = 1};
+                                       .dx_is_warm = !w->cold};
+    channels_streamed += fn_plan_channel_norm_backward(&b, c->compute, 0).stream;
     if (fn_channel_norm_backward(&b, c->compute, 0)) abort();
     h = hash(h, dx.data, n, c->dtype);
     const ptrdiff_t planes = b.layout.planes;
@@ -219,9 +221,29 @@ static uint64_t run_both_moments(const channel_case *c, const channel_way *w)
     return h;
 }
 
-static int run_channels(const char *isa, int brief)
+static int run_channel_case(const char *isa, const channel_case *c, int way_count)
 {
     static const char *const names[] = {"f32", "f64", "f16", "bf16"};
+    int failures = 0;
+    uint64_t first = 0;
+    for (int k = 0; k < way_count; k++) {
+        fn_force_partition(channel_ways[k].parts);
+        const uint64_t h = c->kind == MOMENTS ? run_both_moments(c, &channel_ways[k])
+                                              : run_units(c, &channel_ways[k]);
+        fn_force_partition(0);
+        if (k == 0) first = h;
+        if (h == first) continue;
+        fprintf(stderr, "%s channels-%s: other bits %s\n", isa, channel_kinds[c->kind],
+                channel_ways[k].name);
+        failures++;
+    }
+    printf("%s channels_%s-%s-%tdx%tdx%td %016llx\n", isa, channel_kinds[c->kind], names[c->dtype],
+           c->samples, c->channels, c->size, (unsigned long long)first);
+    return failures;
+}
+
+static int run_channels(const char *isa, int brief)
+{
     int failures = 0;
     for (int kind = 0; kind < CHANNEL_KINDS; kind++)
         for (size_t s = 0; s < sizeof channel_shapes / sizeof *channel_shapes; s++)
@@ -235,20 +257,29 @@ static int run_channels(const char *isa, int brief)
                                         .dtype = (fn_dtype)dtype,
                                         .compute = dtype == FN_F64 ? FN_F64 : FN_F32,
                                         .parameters = (int)s + kind + dtype};
-                uint64_t first = 0;
-                for (int k = 0; k < (brief ? 1 : CHANNEL_WAYS); k++) {
-                    fn_force_partition(channel_ways[k].parts);
-                    const uint64_t h = kind == MOMENTS ? run_both_moments(&c, &channel_ways[k])
-                                                       : run_units(&c, &channel_ways[k]);
-                    fn_force_partition(0);
-                    if (k == 0) first = h;
-                    if (h == first) continue;
-                    fprintf(stderr, "%s channels-%s: other bits %s\n", isa, channel_kinds[kind],
-                            channel_ways[k].name);
-                    failures++;
-                }
-                printf("%s channels_%s-%s-%tdx%tdx%td %016llx\n", isa, channel_kinds[kind],
-                       names[dtype], c.samples, c.channels, c.size, (unsigned long long)first);
+                failures += run_channel_case(isa, &c, brief ? 1 : CHANNEL_WAYS);
             }
+    return failures;
+}
+
+/* 9 MB, of planes that begin and end within cache lines, and of units that do. */
+static int run_channel_streams(const char *isa)
+{
+    static const channel_case cases[] = {
+        {GROUP, 14, 300, 537, 4, FN_F32, FN_F32, 3},
+        {GROUP, 14, 150, 537, 3, FN_F64, FN_F64, 1},
+        {BATCH, 14, 300, 537, 1, FN_F32, FN_F32, 2},
+        {LAST, 14, 300, 537, 4, FN_F32, FN_F32, 3},
+        {LAST_BATCH, 14, 150, 537, 3, FN_F64, FN_F64, 1},
+    };
+    int failures = 0;
+    for (size_t k = 0; k < sizeof cases / sizeof *cases; k++) {
+        channels_streamed = 0;
+        failures += run_channel_case(isa, &cases[k], CHANNEL_WAYS);
+        if (channels_streamed == 2 * (CHANNEL_WAYS - 1)) continue;
+        fprintf(stderr, "%s: channels of 9 MB went past the cache %d times\n", isa,
+                channels_streamed);
+        failures++;
+    }
     return failures;
 }

@@ -331,7 +331,9 @@ static void run_isa(const char *isa, int brief)
         for (int op = 0; op < OPS; op++) run_shapes(isa, op, dtype, brief ? 1 : WAYS);
     failures += run_steps(isa, brief);
     failures += run_channels(isa, brief);
-    if (!brief) run_streams(isa);
+    if (brief) return;
+    run_streams(isa);
+    failures += run_channel_streams(isa);
 }
 
 int main(int argc, char **argv)

@@ -19,7 +19,7 @@ NATIVE = platform.machine()
 @functools.cache
 def flags_of_setup():
     """The constants of setup.py that hold compiler flags, without running a build."""
-    wanted = ("SCALAR", "ISA_FLAGS", "FILE_FLAGS", "ARITHMETIC", "NO_TABLES", "BASELINE")
+    wanted = ("SCALAR", "ISA_FLAGS", "FILE_FLAGS", "ARITHMETIC", "COMPACT", "BASELINE")
     constants = [
         node
         for node in ast.parse((ROOT / "setup.py").read_text()).body
@@ -60,7 +60,7 @@ class Core:
         self.folder, self.compiler = folder, compiler
         self.flags = [
             *["-O2", "-std=gnu11", "-fvisibility=hidden", f"-I{SOURCES}"],
-            *[*known["ARITHMETIC"], *known["NO_TABLES"]],
+            *[*known["ARITHMETIC"], *known["COMPACT"]],
             *known["BASELINE"].get(machine, []),
             *extra,
         ]
