@@ -11,8 +11,9 @@
 
 #include "channels.h"
 
-/* Elements of a strip, and columns of a block that are converted at a time. */
-enum { STRIP = 512, TILE_COLS = 64 };
+/* Elements of a strip, and of the rows that are written in ascending order; columns of a block that are
+ * converted at a time. */
+enum { STRIP = 512, PASS_ELEMENTS = 1 << 13, TILE_COLS = 64 };
 
 /* Bytes to what is fetched while blocks are summed. */
 enum { FETCH_AHEAD = 1 << 16 };
@@ -394,12 +395,17 @@ static void pass_others(const last_call *c, const sample_room *room, ptrdiff_t r
             pass_elements(c, room, row * c->cols + g * planes, planes, g * planes, strips);
 }
 
+/* From the last rows on, which a cache has still. */
 static void pass_sample(const last_call *c, const sample_room *room, ptrdiff_t sample,
                         ptrdiff_t row0, ptrdiff_t row1, char *strips)
 {
     const unsigned char *refused = c->refused ? c->refused + sample * c->groups : NULL;
     if (!refused || !memchr(refused, 1, (size_t)c->groups)) {
-        pass_elements(c, room, row0 * c->cols, (row1 - row0) * c->cols, 0, strips);
+        const ptrdiff_t some = c->cols < PASS_ELEMENTS ? PASS_ELEMENTS / c->cols : 1;
+        for (ptrdiff_t n; row1 > row0; row1 -= n) {
+            n = row1 - row0 < some ? row1 - row0 : some;
+            pass_elements(c, room, (row1 - n) * c->cols, n * c->cols, 0, strips);
+        }
         return;
     }
     for (ptrdiff_t row = row0; row < row1; row++) pass_others(c, room, row, refused, strips);
