@@ -40,8 +40,9 @@ FILE_FLAGS = {"channels_last": ["-Os"]}
 # else.
 ARITHMETIC = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 
-# Nothing in C throws: tables for unwinding would be a tenth of the kernels' size. Where a jump leads
-# that is no loop, padding gains nothing. (clang, which pads nothing there, would warn of the flag.)
+# Nothing in C throws: tables for unwinding would be a tenth of the kernels' size. Where a jump
+# leads that is no loop, padding gains nothing. (clang, which pads nothing there, would warn of the
+# flag.)
 COMPACT = [
     *["-fno-asynchronous-unwind-tables", "-fno-unwind-tables"],
     *["-fno-align-jumps", "-Wno-ignored-optimization-argument"],
