@@ -180,7 +180,7 @@ INLINE ptrdiff_t columns_part(const element *x, const element *dy, element *y, p
     return i;
 }
 
-/* stream: past the cache; y begins with a line then. */
+/* stream: past the cache; y begins with a line then. (By % the compiler sees that no vector is whole.) */
 #define columns_pass FN_OF_T(columns_pass)
 static void columns_pass(const void *x, const void *dy, void *y, ptrdiff_t n,
                          const void *const terms[4], int stream)
@@ -193,7 +193,7 @@ static void columns_pass(const void *x, const void *dy, void *y, ptrdiff_t n,
 
 /* A block's sums of a channel have four lanes, rows 0 4 8 ..., 1 5 9 ..., in T, of which the first takes
  * the last rows as well, where they are no four; added as (0 + 2) + (1 + 3). So of 64 rows no more than
- * sixteen numbers are added in a row. */
+ * eighteen numbers are added in a row. */
 #define lane_sums FN_OF_T(lane_sums)
 typedef struct {
     vec d[4], g[4], dg[4];
@@ -231,7 +231,7 @@ INLINE void put_lanes(element *into, const vec *a)
 }
 
 /* Of a vector of channels. next: what is fetched meanwhile, a vector a row: of rows so far apart the CPU
- * sees no stream. centred: dy is x. */
+ * sees no stream. centred: there is no dy but x. */
 #define tile_sums FN_OF_T(tile_sums)
 OUTLINE void tile_sums(const element *x, ptrdiff_t to_dy, ptrdiff_t step, ptrdiff_t rows,
                        ptrdiff_t left, const element *next, const element *pivots, int centred,
