@@ -33,12 +33,16 @@ ISA_FLAGS = {
     "aarch64": {"neon": [], "scalar": SCALAR},
 }
 
+# What runs once a call or a sample, and leaves all arithmetic on elements to the kernels.
+FILE_FLAGS = {"channels_last": ["-Os"]}
+
 # The results are defined to the bit: a fused multiply-add stands where it is written and nowhere
 # else.
 ARITHMETIC = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 
-# Nothing in C throws: tables for unwinding would be a tenth of the kernels' size. Where a jump leads
-# that is no loop, padding gains nothing. (clang, which pads nothing there, would warn of the flag.)
+# Nothing in C throws: tables for unwinding would be a tenth of the kernels' size. Where a jump
+# leads that is no loop, padding gains nothing. (clang, which pads nothing there, would warn of the
+# flag.)
 COMPACT = [
     *["-fno-asynchronous-unwind-tables", "-fno-unwind-tables"],
     *["-fno-align-jumps", "-Wno-ignored-optimization-argument"],
@@ -66,7 +70,8 @@ def machine():
 def kernel_sources():
     """The C files of this machine's build, each with the flags that it alone gets."""
     isas = ISA_FLAGS.get(machine(), {"scalar": SCALAR})
-    common = {f"src_c/{name}.c": [] for name in ("channels", "dispatch", "parallel", "pool")}
+    names = ("channels", "channels_last", "dispatch", "parallel", "pool")
+    common = {f"src_c/{name}.c": FILE_FLAGS.get(name, []) for name in names}
     return common | {f"src_c/isa_{isa}.c": flags for isa, flags in isas.items()}
 
 

@@ -76,7 +76,7 @@ cdef extern from "fastnorm.h" nogil:
         const fn_steps *steps
 
     ctypedef struct fn_channels:
-        Py_ssize_t units, stride, rows, row_stride, planes, plane, kinds
+        Py_ssize_t units, stride, rows, row_stride, planes, plane, kinds, step
 
     ctypedef struct fn_channel_norm_args:
         fn_channels layout
@@ -107,15 +107,11 @@ cdef extern from "fastnorm.h" nogil:
         unsigned char *refused
         int given, dx_is_warm
 
-    ctypedef struct fn_channels_last_args:
-        Py_ssize_t rows, cols, sample, block, blocks
+    ctypedef struct fn_channels_last_moments_args:
+        Py_ssize_t samples, rows, cols
         const void *x
-        const void *dy
-        void *y
-        fn_dtype x_type, dy_type, y_type
-        const void *terms[4]
+        fn_dtype x_type
         double *sums
-        fn_activation activation
 
     ctypedef struct fn_plane_moments_args:
         Py_ssize_t rows, cols
@@ -133,16 +129,13 @@ cdef extern from "fastnorm.h" nogil:
     int fn_moments(fn_moments_args *, fn_dtype, int)
     int fn_channel_norm(fn_channel_norm_args *, fn_dtype, int)
     int fn_channel_norm_backward(fn_channel_norm_backward_args *, fn_dtype, int)
-    int fn_channels_last_moments(fn_channels_last_args *, fn_dtype, int)
-    int fn_channels_last_dots(fn_channels_last_args *, fn_dtype, int)
-    int fn_channels_last(fn_channels_last_args *, fn_dtype, int)
+    int fn_channels_last_moments(const fn_channels_last_moments_args *, fn_dtype, int)
     int fn_plane_moments(fn_plane_moments_args *, fn_dtype, int)
     fn_plan fn_plan_layer_norm(const fn_layer_norm_args *, fn_dtype, int)
     fn_plan fn_plan_layer_norm_backward(const fn_layer_norm_backward_args *, fn_dtype, int)
     fn_plan fn_plan_moments(const fn_moments_args *, fn_dtype, int)
     fn_plan fn_plan_channel_norm(const fn_channel_norm_args *, fn_dtype, int)
     fn_plan fn_plan_channel_norm_backward(const fn_channel_norm_backward_args *, fn_dtype, int)
-    fn_plan fn_plan_channels_last(const fn_channels_last_args *, fn_dtype, int)
 
     const size_t FN_POOL_LEAST
     void *fn_pool_alloc(size_t)

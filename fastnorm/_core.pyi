@@ -268,18 +268,7 @@ def channel_norm_backward(
     *,
     plan: bool = False,
 ) -> Any: ...
-def channels_last_moments(x: _Array, sample: int, compute: np.dtype[Any]) -> _Array: ...
-def channels_last_dots(dy: _Array, x: _Array, pivot: _Array, sample: int) -> _Array: ...
-def channels_last(
-    dy: _Array | None,
-    x: _Array,
-    y: _Array,
-    terms: Sequence[_Array],
-    sample: int,
-    activation: int = 0,
-    *,
-    plan: bool = False,
-) -> Any: ...
+def channels_last_moments(x: _Array, rows: int, compute: np.dtype[Any]) -> _Array: ...
 def plane_moments(x: _Array) -> _Array: ...
 def total_over_samples(sums: _Array, compute: np.dtype[Any]) -> _Array: ...
 def update_running(running: _Array, batch: _Array, kept: float, taken: float) -> None: ...
@@ -291,6 +280,7 @@ def straight_channel_norm(
     bias: _Input | None,
     eps: float,
     out: _Input | None,
+    last: bool,
 ) -> _Array | None: ...
 def straight_batch_inference(
     x: _Input,
@@ -300,6 +290,7 @@ def straight_batch_inference(
     bias: _Input | None,
     eps: float,
     out: _Input | None,
+    last: bool,
 ) -> _Array | None: ...
 def straight_batch_training(
     x: _Input,
@@ -307,28 +298,8 @@ def straight_batch_training(
     bias: _Input | None,
     eps: float,
     out: _Input | None,
+    last: bool,
 ) -> tuple[_Array, _Array, _Array] | None: ...
-def straight_rows(
-    x: _Input,
-    weight: _Input | None,
-    bias: _Input | None,
-    eps: float,
-    out: _Input | None,
-    running_mean: _Input | None,
-    running_var: _Input | None,
-    training: bool,
-) -> Any: ...
-def straight_rows_backward(
-    dy: _Input,
-    x: _Input,
-    mean: _Input,
-    rstd: _Input,
-    weight: _Input | None,
-    bias: _Input | None,
-    output_mask: Sequence[bool],
-    running_var: _Input | None = None,
-    eps: float = 0.0,
-) -> tuple[_Array | None, _Array | None, _Array | None] | None: ...
 def straight_channel_backward(
     dy: _Input,
     x: _Input,
@@ -338,6 +309,7 @@ def straight_channel_backward(
     weight: _Input | None,
     bias: _Input | None,
     output_mask: Sequence[bool],
+    last: bool,
     batch: bool,
     running_var: _Input | None = None,
     eps: float = 0.0,

@@ -329,10 +329,10 @@ def _blocks(x: np.ndarray, axis: int) -> Iterator[tuple[int, Doubles]]:
             whole = len(piece) // ROWS * ROWS
             for part, rows in (piece[:whole], ROWS), (piece[whole:], len(piece) - whole):
                 if len(part):
-                    yield rows, _down(part.reshape(-1, rows, channels))
+                    yield rows, moments_down(part.reshape(-1, rows, channels))
     elif axis == x.ndim - 1:
         for piece in _pieces(x, 1):
-            yield n, _down(piece.reshape(-1, n, channels))
+            yield n, moments_down(piece.reshape(-1, n, channels))
     else:
         for piece in _pieces(np.moveaxis(x, axis, 1), 1):
             planes = piece.reshape(-1, n)
@@ -347,8 +347,8 @@ def _alone(x: np.ndarray) -> Doubles:
     return moments
 
 
-def _down(x: np.ndarray) -> Doubles:
-    """Pivots, shifts and m2 of (blocks, n, C), over n."""
+def moments_down(x: np.ndarray) -> Doubles:
+    """Pivots, shifts and m2 of (blocks, n, C), contiguous, over n: (3, blocks, C)."""
     blocks, n, channels = x.shape
     if n == 1:
         return _alone(x).reshape(3, blocks, channels)

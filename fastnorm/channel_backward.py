@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 
 from . import _core, checks
 from .channel_calls import ChannelCall, Given, as_groups
-from .channel_repairs import Layout, gradients, is_lost, store
-
-#: As channels.c: roots whose squares, times a gradient, stay in range, and sums of products that
-#: do.
-LARGEST_RSTD = {checks.FLOAT32: 2.0**41, checks.FLOAT64: 2.0**301}
-LEAST_SUM = {checks.FLOAT32: 2.0**-90, checks.FLOAT64: 2.0**-900}
+from .channel_repairs import Layout, gradients, store
 
 
 class BackwardCall(ChannelCall):
@@ -64,13 +58,6 @@ class BackwardCall(ChannelCall):
         return checks.as_plain(array, checks.FLOAT64)
 
     def plan(self) -> dict[str, Any]:
-        if self.is_last:
-            made = self.x if self.made is None else self.made
-            terms = [np.empty((1, 1), self.compute)]
-            return _core.channels_last(
-                self.in_rows(self.dy), self.in_rows(self.x), self.in_rows(made), terms,
-                self.rows_each, plan=True,
-            )  # fmt: skip
         return self.planes(np.empty(1), np.empty(1, np.uint8), plan=True)
 
     def planes(self, sums: np.ndarray, refused: np.ndarray, **options: Any) -> Any:
@@ -82,13 +69,14 @@ class BackwardCall(ChannelCall):
 
     def run(self) -> Any:
         if self.source.size == 0:
-            return self.gather(np.zeros((self.units_shape[0], self.channels, 2)))
-        sums = self.run_last() if self.is_last else self.run_planes()
+            lots = 1 if self.over_samples else self.samples
+            return self.gather(np.zeros((lots, self.channels, 2)))
+        sums = self.run_units()
         if self.dx is not None and self.made is not None:
             self.write_back(self.made, self.dx)
         return self.gather(sums)
 
-    def run_planes(self) -> np.ndarray:
+    def run_units(self) -> np.ndarray:
         """Sums of dy*xh and dy: (lots, C, 2)."""
         layout = self.layout(self.groups, self.per_sample, self.given)
         planes = layout.planes
@@ -113,84 +101,6 @@ class BackwardCall(ChannelCall):
         sums[:, 0], sums[:, 1] = done.dweight, done.dbias
         if self.made is not None:
             store(layout.unit(self.made, u), done.dx)
-
-    # ---- channels last ---------------------------------------------------------------------------
-
-    def run_last(self) -> np.ndarray:
-        x, dy = self.in_rows(self.x), self.in_rows(self.dy)
-        lots, each, count = self.units_shape[0], self.rows_each, self.channels // self.groups
-        shape = (lots, self.channels)
-        mean, rstd = (
-            np.repeat(a.reshape(-1, self.groups), count, 1) for a in (self.mean, self.rstd)
-        )
-        mean, rstd = (np.broadcast_to(a, shape) for a in (mean, rstd))
-        w = 1.0 if self.weight is None else self.weight.astype(np.float64)
-        with np.errstate(all="ignore"):
-            pivot = np.ascontiguousarray(mean.astype(self.compute))
-            dots = _core.channels_last_dots(dy, x, pivot, each)
-            terms, sums, refused = self.coefficients(dots, mean - pivot, rstd, w)
-            rounded = [pivot, *(np.ascontiguousarray(t.astype(self.compute)) for t in terms)]
-        repairs = [
-            (u, self.repaired(x, dy, u, mean, rstd, sums))
-            for u in zip(*np.nonzero(refused), strict=True)
-        ]
-        if self.made is not None:
-            rows = self.in_rows(self.made)
-            _core.channels_last(dy, x, rows, rounded, each)
-            for (lot, group), values in repairs:
-                store(self.part(rows, lot, group), values)
-        return sums
-
-    def coefficients(
-        self, dots: np.ndarray, shift: np.ndarray, rstd: np.ndarray, w: Any
-    ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-        """Factor, shift and slope of dx for each channel, the sums of dy*xh and dy, and which
-        groups are out of range. As gradients_of_unit of channels.c has them."""
-        lots = dots.shape[1]
-        grouped = (lots, self.groups, self.channels // self.groups)
-        n = self.rows_each * grouped[2]
-        deviations, db, dyx = dots
-
-        def over_group(a: np.ndarray) -> np.ndarray:
-            total = a.reshape(grouped).sum(-1, keepdims=True)
-            return np.broadcast_to(total, grouped).reshape(lots, self.channels) / n
-
-        c = shift if self.given else over_group(deviations)
-        dw = (dyx - c * db) * rstd
-        factor, slope, rest = rstd * w, np.zeros_like(dw), np.zeros_like(dw)
-        if not self.given:
-            slope = -rstd * rstd * over_group(w * dw)
-            rest = -rstd * over_group(w * db) - c * slope
-        most, bound = np.finfo(self.compute).max, LARGEST_RSTD[self.compute]
-        largest = np.maximum(np.abs(db), np.abs(dyx * rstd))
-        tiny = float(np.finfo(self.compute).tiny)
-        least = np.maximum(LEAST_SUM[self.compute], 4 * tiny * rstd * self.rows_each)
-        safe = (largest == 0) | ((largest >= least) & (largest <= most))
-        safe &= (rstd >= 1 / bound) & (rstd <= bound)
-        for term in (factor, slope, rest):
-            safe &= np.abs(term) <= most
-        safe &= ~is_lost(factor, w, self.compute)
-        share = np.minimum(rstd, rstd * rstd) * np.repeat(
-            largest.reshape(grouped).max(-1).reshape(lots, -1) / n, grouped[2], 1
-        )
-        safe &= ((slope == 0) & (rest == 0)) | (share >= tiny * math.sqrt(n))
-        return [factor, rest, slope], np.stack([dw, db], -1), ~safe.reshape(grouped).all(-1)
-
-    def repaired(
-        self, x: np.ndarray, dy: np.ndarray, unit: tuple[int, int], mean: np.ndarray,
-        rstd: np.ndarray, sums: np.ndarray,
-    ) -> np.ndarray:  # fmt: skip
-        lot, group = unit
-        count = self.channels // self.groups
-        own = np.s_[lot, group * count : (group + 1) * count]
-        w: Any = 1.0
-        if self.weight is not None:
-            shape = (self.units_shape[0], self.channels)
-            w = np.broadcast_to(self.weight.astype(np.float64), shape)[own]
-        done = gradients(self.part(dy, lot, group), self.part(x, lot, group), w,
-                         float(mean[own][0]), float(rstd[own][0]), self.given, (0,))  # fmt: skip
-        sums[own] = np.stack([done.dweight, done.dbias], -1)
-        return done.dx
 
     # ---- results ---------------------------------------------------------------------------------
 

@@ -184,29 +184,13 @@ class ChannelCall(Reader):
     # ---- where units lie -------------------------------------------------------------------------
 
     def layout(self, groups: int, per_sample: bool, given: bool) -> Layout:
-        """Of planes. given: statistics are each channel's, so planes may go in the order they lie
-        in."""
-        channels, size = self.channels, self.size
-        if self.over_samples and not given:
-            return Layout(channels, size, self.samples, channels * size, 1, size, channels)
-        units, planes = self.samples * groups, channels // groups
-        return Layout(units, planes * size, 1, 0, planes, size, units if per_sample else groups)
-
-    @property
-    def units_shape(self) -> tuple[int, int]:
-        """How many lots of statistics there are: (1, C), (N, C)."""
-        return (1 if self.over_samples else self.samples), self.channels
-
-    def in_rows(self, array: np.ndarray) -> np.ndarray:
-        """Channels last: (rows, C)."""
-        return array.reshape(self.samples * self.size, self.channels)
-
-    @property
-    def rows_each(self) -> int:
-        """Channels last: rows that share statistics."""
-        return self.samples * self.size if self.over_samples else self.size
-
-    def part(self, rows: np.ndarray, lot: int, group: int) -> np.ndarray:
-        """A unit of (rows, C), as (rows, channels)."""
-        count, each = self.channels // self.groups, self.rows_each
-        return rows[lot * each : (lot + 1) * each, group * count : (group + 1) * count]
+        """given: statistics are each channel's, so planes may go in the order they lie in."""
+        channels, size, samples = self.channels, self.size, self.samples
+        if self.over_samples and self.is_last:
+            samples, size = 1, samples * size
+        elif self.over_samples and not given:
+            return Layout(channels, size, samples, channels * size, 1, size, channels, 1)
+        units, planes = samples * groups, channels // groups
+        kinds = units if per_sample else groups
+        step = channels if self.is_last else 1
+        return Layout(units, planes * size, 1, 0, planes, size, kinds, step)

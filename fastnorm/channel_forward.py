@@ -9,16 +9,11 @@ from typing import Any
 import numpy as np
 
 from . import _core, checks, interop
+from .batch_statistics import moments_down
 from .call import as_output
 from .channel_calls import ChannelCall, Given, Running, as_groups
-from .channel_repairs import activated, is_lost, normalise, put_right, store
+from .channel_repairs import activated, is_lost, put_right, store
 
-#: Padded variances below these may have lost digits to underflow of the squares (op_stats.h).
-LEAST_VARIANCE = {checks.FLOAT32: 2.0**-80, checks.FLOAT64: 2.0**-600}
-
-
-#: Sums of squares up to these leave all deviations in range; sums of T's own squares do so anyway.
-LARGEST_SQUARES = {checks.FLOAT32: 2.0**252, checks.FLOAT64: float(np.finfo(np.float64).max)}
 #: Given means up to these are nothing next to an x that might leave the range with them.
 FARTHEST_MEAN = {checks.FLOAT32: 2.0**100, checks.FLOAT64: 2.0**960}
 
@@ -82,16 +77,6 @@ class ForwardCall(ChannelCall):
         return first is not None and first.ndim == 2
 
     def plan(self) -> dict[str, Any]:
-        if self.is_last:
-            terms = [np.empty((1, 1), self.compute)]
-            return _core.channels_last(
-                None,
-                self.in_rows(self.x),
-                self.in_rows(self.made),
-                terms,
-                self.rows_each,
-                plan=True,
-            )
         found = np.empty((3, 1))
         return self.planes(found, np.empty(1, np.uint8), plan=True)
 
@@ -111,7 +96,7 @@ class ForwardCall(ChannelCall):
         if self.source.size == 0:
             return self.gather(self.empty_statistics() if self.return_stats else None)
         far = self.by_far_statistics()
-        found = self.run_last() if self.is_last else self.run_planes()
+        found = self.run_units()
         for channel, values in far:
             store(self.of_channel(self.made, channel), values)
         self.write_back(self.made, self.target)
@@ -144,7 +129,16 @@ class ForwardCall(ChannelCall):
                 found.append((c, activated(y, self.activation)))
         return found
 
-    def run_planes(self) -> np.ndarray | None:
+    def spread_parameters(self, lots: int) -> tuple[np.ndarray, np.ndarray]:
+        """Weight and bias as doubles, (lots, C)."""
+        shape = (lots, self.channels)
+        w, b = (
+            np.full(shape, otherwise) if p is None else np.broadcast_to(p.astype(np.float64), shape)
+            for p, otherwise in ((self.weight, 1.0), (self.bias, 0.0))
+        )
+        return w, b
+
+    def run_units(self) -> np.ndarray | None:
         if self.given:
             self.planes(np.empty((3, 0)), None)
             return None
@@ -155,88 +149,6 @@ class ForwardCall(ChannelCall):
             put_right(layout, self.x, self.made, self.weight, self.bias, found, refused, self.eps,
                       self.activation)  # fmt: skip
         return found
-
-    # ---- channels last ---------------------------------------------------------------------------
-
-    def run_last(self) -> np.ndarray | None:
-        x, y = self.in_rows(self.x), self.in_rows(self.made)
-        lots, each = self.units_shape[0], self.rows_each
-        found, repairs = None, []
-        w, b = self.spread_parameters(lots)
-        if self.given:
-            mean, rstd = (np.broadcast_to(a, (lots, self.channels)) for a in self.given)
-            pivot = self.to_compute(mean)
-            shift = mean - pivot
-        else:
-            moments = _core.channels_last_moments(x, each, self.compute)
-            pivot, shift, variance, rstd, refused = self.merge_groups(moments, w)
-            found = self.statistics_of(pivot, shift, variance, rstd)
-            repairs = [
-                (u, self.repaired(x, u, found)) for u in zip(*np.nonzero(refused), strict=True)
-            ]
-        with np.errstate(all="ignore"):
-            factor = rstd * w
-            terms = [self.to_compute(t) for t in (pivot, factor, b - shift * factor)]
-        _core.channels_last(None, x, y, terms, each, self.activation_number)
-        for (lot, group), values in repairs:
-            store(self.part(y, lot, group), values)
-        return found
-
-    def to_compute(self, array: np.ndarray) -> np.ndarray:
-        with np.errstate(all="ignore"):
-            return np.ascontiguousarray(array.astype(self.compute))
-
-    def spread_parameters(self, lots: int) -> tuple[np.ndarray, np.ndarray]:
-        """Weight and bias as doubles, (lots, C)."""
-        shape = (lots, self.channels)
-        w, b = (
-            np.full(shape, otherwise) if p is None else np.broadcast_to(p.astype(np.float64), shape)
-            for p, otherwise in ((self.weight, 1.0), (self.bias, 0.0))
-        )
-        return w, b
-
-    def merge_groups(
-        self, moments: np.ndarray, w: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Pivot, shift and rstd for each channel, the variance and what is out of range of each
-        group, from the moments of each channel."""
-        lots, n, count = moments.shape[1], self.rows_each, self.channels // self.groups
-        first, own, squares = moments.reshape(3, lots, self.groups, count)
-        with np.errstate(all="ignore"):
-            own = (first - first[..., :1]) + own  # by the distance from the first one's pivot
-            mean = own.mean(-1, keepdims=True)
-            squares = squares.sum(-1) + n * np.square(own - mean).sum(-1)
-            variance = squares / (n * count)
-            exact = first[..., :1] + mean
-            pivot = self.to_compute(exact).astype(np.float64)
-            shift = (first[..., :1] - pivot) + mean
-            rstd = 1.0 / np.sqrt(variance + self.eps)
-            most = np.finfo(self.compute).max
-            weights = w.reshape(lots, self.groups, count)
-            factors = np.abs(rstd[..., None] * weights)
-            factors_fit = (factors <= most) & ~is_lost(factors, weights, self.compute)
-            refused = ~((variance + self.eps >= LEAST_VARIANCE[self.compute])
-                        & (squares <= LARGEST_SQUARES[self.compute])
-                        & factors_fit.all(-1))  # fmt: skip
-        spread = [np.repeat(a.reshape(lots, self.groups), count, 1) for a in (pivot, shift, rstd)]
-        return spread[0], spread[1], variance, spread[2], refused
-
-    def statistics_of(
-        self, pivot: np.ndarray, shift: np.ndarray, variance: np.ndarray, rstd: np.ndarray
-    ) -> np.ndarray:
-        """(3, units)."""
-        step = self.channels // self.groups
-        return np.stack([(pivot + shift)[:, ::step], variance, rstd[:, ::step]]).reshape(3, -1)
-
-    def repaired(self, x: np.ndarray, unit: tuple[int, int], found: np.ndarray) -> np.ndarray:
-        """A unit that is out of range, before anything is written: y may be x."""
-        lot, group = unit
-        w, b = self.spread_parameters(self.units_shape[0])
-        count = self.channels // self.groups
-        own = np.s_[lot, group * count : (group + 1) * count]
-        done = normalise(self.part(x, lot, group), w[own], b[own], self.eps)
-        found[:, lot * self.groups + group] = done.mean, done.variance, done.rstd
-        return activated(done.y, self.activation)
 
     # ---- results ---------------------------------------------------------------------------------
 
@@ -298,24 +210,22 @@ class AdaptiveCall(ForwardCall):
         # var / (n - ddof) * n + eps: the same as eps less that factor, and its root taken out.
         factor = math.sqrt((self.size - degrees) / self.size)
         self.eps = padding * factor * factor
-        mean, std = moments_of(style, channel_axis, degrees, padding)
+        mean, std = moments_of(other, degrees, padding)
         with np.errstate(all="ignore"):
-            self.weight = self.to_compute(std * factor)
-            self.bias = self.to_compute(mean)
+            self.weight = (std * factor).astype(self.compute)
+            self.bias = mean.astype(self.compute)
 
 
-def moments_of(x: Any, channel_axis: Any, ddof: int, eps: float) -> tuple[np.ndarray, np.ndarray]:
+def moments_of(call: ChannelCall, ddof: int, eps: float) -> tuple[np.ndarray, np.ndarray]:
     """Mean and ``sqrt(var + eps)`` of each channel of each sample, (N, C), in double precision."""
-    call = ForwardCall(x, channel_axis, None, None, None, 0.0)
-    shape = call.samples, call.channels
+    shape, n = (call.samples, call.channels), call.size
     if call.source.size == 0:
         return (np.full(shape, np.nan),) * 2
+    x = call.laid_out(call.name, call.source)
+    if call.is_last:
+        pivot, shift, squares = moments_down(x.reshape(call.samples, n, call.channels))
+    else:
+        pivot, shift, squares = _core.plane_moments(x.reshape(-1, n))
     with np.errstate(all="ignore"):
-        if call.is_last:
-            found = call.run_last()
-            assert found is not None
-            mean, variance, _ = found.reshape(3, *shape)
-        else:
-            pivot, shift, squares = _core.plane_moments(call.x.reshape(-1, call.size))
-            mean, variance = (pivot + shift).reshape(shape), (squares / call.size).reshape(shape)
-        return mean, np.sqrt(variance * (call.size / (call.size - ddof)) + eps)
+        mean, variance = (pivot + shift).reshape(shape), squares.reshape(shape) / n
+        return mean, np.sqrt(variance * (n / (n - ddof)) + eps)

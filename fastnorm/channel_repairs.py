@@ -30,16 +30,18 @@ class Layout(NamedTuple):
     planes: int
     plane: int
     kinds: int
+    step: int
 
     def unit(self, array: np.ndarray, u: int) -> np.ndarray:
         """Unit u of a contiguous array, as (rows, planes, elements): a view."""
-        first = u * self.stride
-        size = array.itemsize
-        return np.lib.stride_tricks.as_strided(
-            array.reshape(-1)[first:],
-            (self.rows, self.planes, self.plane),
-            (self.row_stride * size, self.plane * size, size),
-        )
+        first, size = u * self.stride, array.itemsize
+        shape = self.rows, self.planes, self.plane
+        strides = self.row_stride * size, self.plane * size, size
+        if self.step > 1:
+            sample, group = divmod(u, self.step // self.planes)
+            first = sample * self.plane * self.step + group * self.planes
+            strides = 0, size, self.step * size
+        return np.lib.stride_tricks.as_strided(array.reshape(-1)[first:], shape, strides)
 
 
 class Normalised(NamedTuple):

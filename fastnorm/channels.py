@@ -29,17 +29,14 @@ Activation: TypeAlias = Literal["relu", "silu", "gelu", "gelu_tanh"] | None
 Dialect: TypeAlias = Literal["torch", "keras", "flax", "onnx"]
 
 
-def _is_first(channel_axis: Any) -> bool:
-    """Whether this plainly says channels first."""
-    return type(channel_axis) is int and channel_axis == 1
-
-
-def _is_last(x: Any, channel_axis: Any) -> bool:
-    """Whether this plainly says that the channels are x's last axis."""
-    return (
-        type(channel_axis) is int and type(x) is np.ndarray and x.ndim > 1
-        and channel_axis in (-1, x.ndim - 1)
-    )  # fmt: skip
+def _is_last(x: Any, channel_axis: Any) -> bool | None:
+    """Whether x's last axis is plainly the channels'; None where neither it nor the second is."""
+    if type(channel_axis) is not int:
+        return None
+    if channel_axis == 1:
+        return False
+    is_last = type(x) is np.ndarray and x.ndim > 1 and channel_axis in (-1, x.ndim - 1)
+    return True if is_last else None
 
 
 def _are_plain(momentum: Any, dialect: Any) -> bool:
@@ -131,29 +128,17 @@ def batch_norm(
     >>> mean, var
     (array([0.2, 0.5]), array([1.1, 0.9]))
     """
-    done = None
-    if dtype is None and activation is None and return_stats is False:
-        if training is True:
-            done = _train_straight(
-                x,
-                running_mean,
-                running_var,
-                weight,
-                bias,
-                eps,
-                out,
-                momentum,
-                channel_axis,
-                dialect,
-            )
-        elif training is not False or not _are_plain(momentum, dialect):
-            pass
-        elif _is_last(x, channel_axis):
-            done = _core.straight_rows(x, weight, bias, eps, out, running_mean, running_var, False)
-        elif _is_first(channel_axis):
-            done = _core.straight_batch_inference(
-                x, running_mean, running_var, weight, bias, eps, out
-            )
+    last, done = _is_last(x, channel_axis), None
+    if last is None or dtype is not None or activation is not None or return_stats is not False:
+        pass
+    elif training is True:
+        done = _train_straight(
+            x, running_mean, running_var, weight, bias, eps, out, momentum, last, dialect
+        )
+    elif training is False and _are_plain(momentum, dialect):
+        done = _core.straight_batch_inference(
+            x, running_mean, running_var, weight, bias, eps, out, last
+        )
     if done is not None:
         return done
     return handlers["batch_norm"](
@@ -164,23 +149,17 @@ def batch_norm(
 
 def _train_straight(
     x: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any, eps: Any, out: Any,
-    momentum: Any, channel_axis: Any, dialect: Any,
+    momentum: Any, last: bool, dialect: Any,
 ) -> Any:  # fmt: skip
     """The result where all is plain, else None."""
-    is_last = _is_last(x, channel_axis)
-    if not is_last and not _is_first(channel_axis):
-        return None
     arrays = [a for a in (running_mean, running_var) if a is not None]
     if (
         not _are_plain(momentum, dialect)
-        or not all(_is_running(a, x, -1 if is_last else 1, out) for a in arrays)
+        or not all(_is_running(a, x, -1 if last else 1, out) for a in arrays)
         or (len(arrays) == 2 and np.may_share_memory(*arrays))
     ):  # fmt: skip
         return None
-    if is_last:
-        done = _core.straight_rows(x, weight, bias, eps, out, None, None, True)
-    else:
-        done = _core.straight_batch_training(x, weight, bias, eps, out)
+    done = _core.straight_batch_training(x, weight, bias, eps, out, last)
     if done is None:
         return None
     y, mean, variance = done
@@ -254,23 +233,17 @@ def batch_norm_backward(
     >>> fastnorm.batch_norm_backward(dy, x, training=True, mean=mean, rstd=rstd)[2]
     array([1., 1.], dtype=float32)
     """
-    done = None
-    if type(eps) is float and _is_last(x, channel_axis):
-        if training is True:
-            done = _core.straight_rows_backward(dy, x, mean, rstd, weight, bias, output_mask)
-        elif training is False and running_var is not None:
-            done = _core.straight_rows_backward(
-                dy, x, running_mean, None, weight, bias, output_mask, running_var, eps
-            )
-    elif type(eps) is float and _is_first(channel_axis):
-        if training is True:
-            done = _core.straight_channel_backward(
-                dy, x, 0, mean, rstd, weight, bias, output_mask, True
-            )
-        elif training is False and running_var is not None:
-            done = _core.straight_channel_backward(
-                dy, x, 0, running_mean, None, weight, bias, output_mask, True, running_var, eps
-            )
+    last, done = _is_last(x, channel_axis), None
+    if last is None or type(eps) is not float:
+        pass
+    elif training is True:
+        done = _core.straight_channel_backward(
+            dy, x, 0, mean, rstd, weight, bias, output_mask, last, True
+        )
+    elif training is False and running_var is not None:
+        done = _core.straight_channel_backward(
+            dy, x, 0, running_mean, None, weight, bias, output_mask, last, True, running_var, eps
+        )
     if done is not None:
         return done
     return handlers["batch_norm_backward"](
@@ -331,11 +304,12 @@ def group_norm(
     >>> fastnorm.group_norm(np.float32([[1, 3, 2, 2]]), 2, eps=0.0)
     array([[-1.,  1.,  0.,  0.]], dtype=float32)
     """
+    last = _is_last(x, channel_axis)
     if (
-        _is_first(channel_axis) and type(num_groups) is int and num_groups > 0 and dtype is None
+        last is not None and type(num_groups) is int and num_groups > 0 and dtype is None
         and activation is None and return_stats is False
     ):  # fmt: skip
-        done = _core.straight_channel_norm(x, num_groups, weight, bias, eps, out)
+        done = _core.straight_channel_norm(x, num_groups, weight, bias, eps, out, last)
         if done is not None:
             return done
     return handlers["group_norm"](
@@ -389,9 +363,10 @@ def group_norm_backward(
     >>> fastnorm.group_norm_backward(dy, x, 2, mean, rstd)[2]
     array([1., 0., 0., 1.], dtype=float32)
     """
-    if _is_first(channel_axis) and type(num_groups) is int and num_groups > 0:
+    last = _is_last(x, channel_axis)
+    if last is not None and type(num_groups) is int and num_groups > 0:
         done = _core.straight_channel_backward(
-            dy, x, num_groups, mean, rstd, weight, bias, output_mask, False
+            dy, x, num_groups, mean, rstd, weight, bias, output_mask, last, False
         )
         if done is not None:
             return done
@@ -453,11 +428,12 @@ def instance_norm(
     array([[[-1.,  1.],
             [ 0.,  0.]]], dtype=float32)
     """
+    last = _is_last(x, channel_axis)
     if (
-        _is_first(channel_axis) and use_input_stats is True and running_mean is None
+        last is not None and use_input_stats is True and running_mean is None
         and running_var is None and dtype is None and activation is None and return_stats is False
     ):  # fmt: skip
-        done = _core.straight_channel_norm(x, 0, weight, bias, eps, out)
+        done = _core.straight_channel_norm(x, 0, weight, bias, eps, out, last)
         if done is not None:
             return done
     return handlers["instance_norm"](
@@ -510,9 +486,10 @@ def instance_norm_backward(
     >>> fastnorm.instance_norm_backward(dy, x, mean, rstd)[2]
     array([1., 2.], dtype=float32)
     """
-    if _is_first(channel_axis):
+    last = _is_last(x, channel_axis)
+    if last is not None:
         done = _core.straight_channel_backward(
-            dy, x, 0, mean, rstd, weight, bias, output_mask, False
+            dy, x, 0, mean, rstd, weight, bias, output_mask, last, False
         )
         if done is not None:
             return done

@@ -46,7 +46,7 @@ _REGIMES = {
     "row": "row: rows go one at a time",
     "columns": "columns: rows lie side by side, and go as many at a time as a vector holds",
     "planes": "planes: a unit at a time, statistics first; its planes lie as the kernels want them",
-    "channels last": "channels last: sums run down blocks of rows, a vector of channels at a time",
+    "channels last": "channels last: a sample at a time; sums run down blocks of its rows",
     "stream": "stream: the output is large and its pages exist, so it is written past the cache",
 }
 

@@ -1,56 +1,10 @@
-/* channels.c: group, instance and batch norm, over the strips, rows and blocks of op_channels.h.
+/* channels.c: group, instance and batch norm, over the strips and rows of op_channels.h.
  *
  * Statistics are layer_norm's own, a row at a time; what a unit has of rows or planes is merged here, in
  * double and in the order of the rows. No arithmetic on elements is done in this file. */
-#include <float.h>
-#include <math.h>
 #include <stdatomic.h>
-#include <stdint.h>
-#include <string.h>
 
-#include "split.h"
-
-/* Reads and writes of elements, by the types of the arrays. */
-static const char *at_element(const void *data, fn_dtype type, ptrdiff_t i)
-{
-    return (const char *)data + i * fn_size_of(type);
-}
-
-/* n elements as `dtype`: where they lie, or in `room`. */
-static const void *as_computed(const void *data, fn_dtype type, ptrdiff_t i, ptrdiff_t n,
-                               fn_dtype dtype, void *room)
-{
-    const char *from = at_element(data, type, i);
-    if (type == dtype) return from;
-    fn_active_isa->channels.load_elements[dtype](room, from, type, n);
-    return room;
-}
-
-/* What follows the strip that scratch begins with. */
-static char *after_strip(void *scratch, fn_dtype dtype)
-{
-    return scratch ? (char *)scratch + FN_GROUP_COLS * fn_size_of(dtype) : NULL;
-}
-
-static double number_at(const void *data, fn_dtype dtype, ptrdiff_t i, double otherwise)
-{
-    if (!data) return otherwise;
-    return dtype == FN_F64 ? ((const double *)data)[i] : (double)((const float *)data)[i];
-}
-
-static double largest_of(fn_dtype dtype) { return dtype == FN_F64 ? DBL_MAX : (double)FLT_MAX; }
-
-/* Rounded to what is computed in. */
-static double rounded(double a, fn_dtype dtype) { return dtype == FN_F64 ? a : (double)(float)a; }
-
-static double least_of(fn_dtype dtype) { return dtype == FN_F64 ? DBL_MIN : (double)FLT_MIN; }
-
-/* Elements of a row. */
-static ptrdiff_t cols_of(const fn_channels *l) { return l->planes * l->plane; }
-
-/* Inlined, as fmax is not: its care for NaN is not needed where these are used. */
-static double larger(double a, double b) { return a > b ? a : b; }
-static double smaller(double a, double b) { return a < b ? a : b; }
+#include "channels.h"
 
 /* ---- lines held back ---------------------------------------------------------------------------- */
 
@@ -148,17 +102,8 @@ static void finish_planes(plane_result *r, const char *x, const char *dy, ptrdif
 
 /* ---- forward ---------------------------------------------------------------------------------- */
 
-/* The mean is pivot + shift, where pivot is a number of the type that is computed in. */
-typedef struct {
-    double pivot, shift, variance, rstd;
-} unit_moments;
-
 /* Variances below this may have lost digits to underflow of the squares. */
 static double least_variance(fn_dtype dtype) { return dtype == FN_F64 ? 0x1p-600 : 0x1p-80; }
-
-/* Sums of squares up to this leave all deviations in the range of what is computed in: no row's own
- * are larger, but what lies between rows may be. */
-static double largest_squares(fn_dtype dtype) { return dtype == FN_F64 ? DBL_MAX : 0x1p252; }
 
 /* Rows are merged one by one (Chan, Golub, LeVeque 1979), by their distance from the first one's pivot.
  * *x: the last row as it was computed with. False where the unit is out of range. */
@@ -183,9 +128,8 @@ static int moments_of_unit(const fn_channel_norm_args *a, ptrdiff_t at, void *ro
         row.pivot = rounded(first + mean, a->dtype);
         row.shift = (first - row.pivot) + mean;
     }
-    const double padded = row.variance + a->eps;
-    *m = (unit_moments){row.pivot, row.shift, row.variance, 1.0 / sqrt(padded)};
-    return !(padded < least_variance(a->dtype) || row.variance > DBL_MAX);
+    *m = (unit_moments){.pivot = row.pivot, .shift = row.shift, .variance = row.variance};
+    return 1;
 }
 
 /* Whether w*rstd has lost digits to the least numbers, though the weight is nowhere near them. */
@@ -205,7 +149,24 @@ static int weights_fit(const fn_channel_norm_args *a, ptrdiff_t first, double rs
     return 1;
 }
 
-static unit_moments given_moments(const fn_channel_norm_args *a, ptrdiff_t kind)
+int fn_moments_fit(const fn_channel_norm_args *a, ptrdiff_t kind, unit_moments *m)
+{
+    const double padded = m->variance + a->eps;
+    m->rstd = 1.0 / sqrt(padded);
+    return !(padded < least_variance(a->dtype) || m->variance > DBL_MAX) &&
+           weights_fit(a, kind * a->layout.planes, m->rstd);
+}
+
+void fn_keep_moments(const fn_channel_norm_args *a, ptrdiff_t u, int fits, const unit_moments *m)
+{
+    a->refused[u] = !fits;
+    if (!fits) return;
+    a->mean[u] = m->pivot + m->shift;
+    a->variance[u] = m->variance;
+    a->rstd[u] = m->rstd;
+}
+
+unit_moments fn_given_moments(const fn_channel_norm_args *a, ptrdiff_t kind)
 {
     const double pivot = rounded(a->mean[kind], a->dtype);
     return (unit_moments){pivot, a->mean[kind] - pivot, 0, a->rstd[kind]};
@@ -215,17 +176,13 @@ static int find_moments(const fn_channel_norm_args *a, ptrdiff_t u, ptrdiff_t ki
                         const void **x, unit_moments *m)
 {
     if (a->given) {
-        *m = given_moments(a, kind);
+        *m = fn_given_moments(a, kind);
         return 1;
     }
     const int fits = moments_of_unit(a, u * a->layout.stride, room, x, m) &&
-                     weights_fit(a, kind * a->layout.planes, m->rstd);
-    a->refused[u] = !fits;
-    if (!fits) return 0;
-    a->mean[u] = m->pivot + m->shift;
-    a->variance[u] = m->variance;
-    a->rstd[u] = m->rstd;
-    return 1;
+                     fn_moments_fit(a, kind, m);
+    fn_keep_moments(a, u, fits, m);
+    return fits;
 }
 
 /* Of the plane of parameter i, as planes_pass takes them. */
@@ -250,7 +207,7 @@ static void given_planes(const fn_channel_norm_args *a, ptrdiff_t plane0, ptrdif
         count = plane1 - p < together ? plane1 - p : together;
         for (ptrdiff_t k = 0; k < count; k++) {
             const ptrdiff_t kind = (p + k) % a->layout.kinds;
-            const unit_moments m = given_moments(a, kind);
+            const unit_moments m = fn_given_moments(a, kind);
             forward_terms(a, kind, &m, terms[k]);
         }
         finish_planes(result, (const char *)a->x + p * n * size, NULL, p * n, n, count, terms);
@@ -364,10 +321,8 @@ static double sums_of_unit(const fn_channel_norm_backward_args *a, ptrdiff_t at,
     return deviations;
 }
 
-/* dweight of each plane in the place of its first sum, and what dx takes besides dy*factor; false where
- * the unit is out of range. */
-static int gradients_of_unit(const fn_channel_norm_backward_args *a, ptrdiff_t first, double mean,
-                             double rstd, double deviations, double *sums, double terms[4])
+int fn_gradients_of_unit(const fn_channel_norm_backward_args *a, ptrdiff_t first, double mean,
+                         double rstd, double deviations, double *sums, double terms[4])
 {
     const fn_channels *l = &a->layout;
     const double n = (double)l->rows * (double)cols_of(l), per_n = 1.0 / n;
@@ -412,8 +367,8 @@ static void channel_norm_backward(const void *args, ptrdiff_t unit0, ptrdiff_t u
         double terms[FN_PLANES][4];
         const char *x, *dy;
         const double deviations = sums_of_unit(a, u * l->stride, shared[0], rooms, &x, &dy, sums);
-        a->refused[u] = (unsigned char)!gradients_of_unit(a, first, mean, rstd, deviations, sums,
-                                                          shared);
+        a->refused[u] = (unsigned char)!fn_gradients_of_unit(a, first, mean, rstd, deviations, sums,
+                                                             shared);
         if (a->refused[u] || !a->dx) continue;
         if (a->given) shared[0] = 0;
         const double pivot = shared[0], shift = shared[2], slope = shared[3];
@@ -441,74 +396,6 @@ static void channel_norm_backward(const void *args, ptrdiff_t unit0, ptrdiff_t u
     end_planes(&result);
 }
 
-/* ---- channels last ---------------------------------------------------------------------------- */
-
-/* Columns of a block that are converted at a time. */
-enum { TILE_COLS = 64 };
-
-/* Rows row0 .. of `cols` columns from column j on: where they lie, or in `room`; *step: from row to row. */
-static const void *tile_at(const fn_channels_last_args *a, const void *data, fn_dtype type,
-                           ptrdiff_t row0, ptrdiff_t rows, ptrdiff_t j, ptrdiff_t cols, char *room,
-                           ptrdiff_t *step)
-{
-    *step = a->cols;
-    if (type == a->dtype) return at_element(data, type, row0 * a->cols + j);
-    *step = TILE_COLS;
-    for (ptrdiff_t r = 0; r < rows; r++)
-        as_computed(data, type, (row0 + r) * a->cols + j, cols, a->dtype,
-                    room + r * TILE_COLS * fn_size_of(a->dtype));
-    return room;
-}
-
-/* Both kinds of sums; blocks are numbered sample by sample. */
-static void channels_last_sums(const void *args, ptrdiff_t block0, ptrdiff_t block1, void *scratch)
-{
-    const fn_channels_last_args *a = args;
-    const fn_channel_table *table = &fn_active_isa->channels;
-    const ptrdiff_t each = (a->sample + a->block - 1) / a->block, size = fn_size_of(a->dtype);
-    char *rooms[2] = {scratch, scratch ? (char *)scratch + TILE_COLS * a->block * size : NULL};
-    for (ptrdiff_t b = block0; b < block1; b++) {
-        const ptrdiff_t skipped = b % each * a->block, row0 = b / each * a->sample + skipped;
-        const ptrdiff_t rows = a->sample - skipped < a->block ? a->sample - skipped : a->block;
-        for (ptrdiff_t j = 0, n; j < a->cols; j += n) {
-            n = a->cols - j < TILE_COLS ? a->cols - j : TILE_COLS;
-            ptrdiff_t step, dy_step;
-            double *into[3];
-            for (int k = 0; k < 3; k++) into[k] = a->sums + (k * a->blocks + b) * a->cols + j;
-            const void *x = tile_at(a, a->x, a->x_type, row0, rows, j, n, rooms[0], &step);
-            if (!a->dy) {
-                table->column_moments[a->dtype](x, step, rows, n, into);
-                continue;
-            }
-            const void *dy = tile_at(a, a->dy, a->dy_type, row0, rows, j, n, rooms[1], &dy_step);
-            const void *pivots = at_element(a->terms[0], a->dtype, b / each * a->cols + j);
-            table->column_dots[a->dtype](x, dy, step, dy_step, rows, n, pivots, into);
-        }
-    }
-}
-
-static void channels_last(const void *args, ptrdiff_t row0, ptrdiff_t row1, void *scratch)
-{
-    const fn_channels_last_args *a = args;
-    const fn_channel_table *table = &fn_active_isa->channels;
-    char *strip = scratch, *room = after_strip(scratch, a->dtype),
-         *dy_room = after_strip(room, a->dtype);
-    const int direct = a->y_type == a->dtype && !a->activation;
-    for (ptrdiff_t row = row0; row < row1; row++)
-        for (ptrdiff_t j = 0, n; j < a->cols; j += n) {
-            n = a->cols - j < FN_GROUP_COLS ? a->cols - j : FN_GROUP_COLS;
-            const ptrdiff_t at = row * a->cols + j, own = row / a->sample * a->cols + j;
-            const void *x = as_computed(a->x, a->x_type, at, n, a->dtype, room);
-            const void *dy = NULL, *terms[4] = {0};
-            if (a->dy) dy = as_computed(a->dy, a->dy_type, at, n, a->dtype, dy_room);
-            for (int k = 0; k < (dy ? 4 : 3); k++)
-                terms[k] = at_element(a->terms[k], a->dtype, own);
-            char *y = (char *)a->y + at * fn_size_of(a->y_type);
-            table->columns_pass[a->dtype](x, dy, direct ? y : strip, n, terms);
-            if (!direct) table->store_elements[a->dtype](y, a->y_type, strip, n, a->activation);
-        }
-}
-
 /* ---- moments of planes ------------------------------------------------------------------------ */
 
 static void plane_moments(const void *args, ptrdiff_t row0, ptrdiff_t row1, void *scratch)
@@ -526,11 +413,6 @@ static void plane_moments(const void *args, ptrdiff_t row0, ptrdiff_t row1, void
 
 /* ---- calls ------------------------------------------------------------------------------------ */
 
-static size_t bytes_of(ptrdiff_t elements, fn_dtype dtype)
-{
-    return ((size_t)elements * (size_t)fn_size_of(dtype) + 63) / 64 * 64;
-}
-
 /* Whether the result goes past the cache: where the call moves as much as a forward call of rows that
  * does, of which the result is a half. */
 static int streams(const fn_channels *l, const void *y, fn_dtype y_type, int warm, fn_dtype dtype,
@@ -538,16 +420,17 @@ static int streams(const fn_channels *l, const void *y, fn_dtype y_type, int war
 {
     const ptrdiff_t bytes = l->units * l->rows * cols_of(l) * fn_size_of(dtype);
     return y && warm && y_type == dtype && bytes * arrays >= 2 * STREAM_BYTES &&
-           l->plane * fn_size_of(dtype) >= STREAM_ROW_BYTES(bytes) &&
+           (is_last(l) || l->plane * fn_size_of(dtype) >= STREAM_ROW_BYTES(bytes)) &&
            (uintptr_t)y % (uintptr_t)fn_size_of(dtype) == 0;
 }
 
 static fn_plan plan_of(const fn_channels *l, ptrdiff_t bytes_each, int stream, int threads)
 {
     const ptrdiff_t bytes = l->units * l->rows * cols_of(l) * bytes_each;
-    return (fn_plan){.threads = fn_planned_threads(bytes, l->units, threads),
+    const char *regime = stream ? "stream" : "planes";
+    return (fn_plan){.threads = fn_planned_threads(bytes, independent_of(l), threads),
                      .stream = stream,
-                     .regime = stream ? "stream" : "planes",
+                     .regime = is_last(l) ? "channels last" : regime,
                      .bytes = bytes};
 }
 
@@ -563,17 +446,6 @@ fn_plan fn_plan_channel_norm_backward(const fn_channel_norm_backward_args *a, fn
 {
     return plan_of(&a->layout, fn_size_of(a->dy_type) + fn_size_of(a->x_type) * (a->dx ? 2 : 1),
                    streams(&a->layout, a->dx, a->x_type, a->dx_is_warm, dtype, 3), threads);
-}
-
-fn_plan fn_plan_channels_last(const fn_channels_last_args *a, fn_dtype dtype, int threads)
-{
-    (void)dtype;
-    const ptrdiff_t bytes = a->rows * a->cols *
-                            (fn_size_of(a->x_type) + (a->dy ? fn_size_of(a->dy_type) : 0) +
-                             (a->y ? fn_size_of(a->y_type) : 0));
-    return (fn_plan){.threads = fn_planned_threads(bytes, a->y ? a->rows : a->blocks, threads),
-                     .regime = "channels last",
-                     .bytes = bytes};
 }
 
 /* How far ahead to fetch, in elements. Where rows of a unit lie apart, each pass is a new stream that the
@@ -593,9 +465,10 @@ int fn_channel_norm(fn_channel_norm_args *a, fn_dtype dtype, int threads)
 {
     const fn_plan plan = fn_plan_channel_norm(a, dtype, threads);
     const int plain = a->x_type == dtype && a->y_type == dtype && !a->activation;
+    a->dtype = dtype;
+    if (is_last(&a->layout)) return fn_channels_last_norm(a, plan);
     a->stream = plan.stream;
     a->fetch = fetched(&a->layout, &plan);
-    a->dtype = dtype;
     return fn_run_rowwise(channel_norm, a, a->layout.units, plan.threads,
                           scratch_for(&a->layout, plain, a->x_type != dtype, dtype));
 }
@@ -604,42 +477,12 @@ int fn_channel_norm_backward(fn_channel_norm_backward_args *a, fn_dtype dtype, i
 {
     const fn_plan plan = fn_plan_channel_norm_backward(a, dtype, threads);
     const int plain = a->x_type == dtype && a->dy_type == dtype;
+    a->dtype = dtype;
+    if (is_last(&a->layout)) return fn_channels_last_norm_backward(a, plan);
     a->stream = plan.stream;
     a->fetch = fetched(&a->layout, &plan);
-    a->dtype = dtype;
     return fn_run_rowwise(channel_norm_backward, a, a->layout.units, plan.threads,
                           scratch_for(&a->layout, plain, 2, dtype));
-}
-
-static int sums_of_blocks(fn_channels_last_args *a, fn_dtype dtype, int threads)
-{
-    const fn_plan plan = fn_plan_channels_last(a, dtype, threads);
-    const int plain = a->x_type == dtype && (!a->dy || a->dy_type == dtype);
-    a->dtype = dtype;
-    return fn_run_rowwise(channels_last_sums, a, a->blocks, plan.threads,
-                          plain ? 0 : bytes_of(2 * TILE_COLS * a->block, dtype));
-}
-
-int fn_channels_last_moments(fn_channels_last_args *a, fn_dtype dtype, int threads)
-{
-    a->dy = a->y = NULL;
-    return sums_of_blocks(a, dtype, threads);
-}
-
-int fn_channels_last_dots(fn_channels_last_args *a, fn_dtype dtype, int threads)
-{
-    a->y = NULL;
-    return sums_of_blocks(a, dtype, threads);
-}
-
-int fn_channels_last(fn_channels_last_args *a, fn_dtype dtype, int threads)
-{
-    const fn_plan plan = fn_plan_channels_last(a, dtype, threads);
-    const int plain = a->x_type == dtype && a->y_type == dtype && !a->activation &&
-                      (!a->dy || a->dy_type == dtype);
-    a->dtype = dtype;
-    return fn_run_rowwise(channels_last, a, a->rows, plan.threads,
-                          plain ? 0 : bytes_of(3 * FN_GROUP_COLS, dtype));
 }
 
 int fn_plane_moments(fn_plane_moments_args *a, fn_dtype dtype, int threads)

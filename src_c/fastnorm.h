@@ -127,13 +127,17 @@ typedef struct {
     const fn_steps *steps;
 } fn_moments_args;
 
-/* Group, instance and batch norm, channels first. A unit is what has statistics of its own: `rows`
- * rows, row_stride apart, of `planes` planes of `plane` contiguous elements, each of which has a weight
- * and a bias. Unit u begins at u * stride. Strides count elements, and hold for x, y, dy and dx alike,
- * which may be of any type that is loaded. Unit u is of kind u % kinds: a kind has its own parameters,
- * `planes` of each, and given statistics. */
+/* Group, instance and batch norm. A unit is what has statistics of its own: `rows` rows, row_stride
+ * apart, of `planes` planes of `plane` contiguous elements, each of which has a weight and a bias. Unit u
+ * begins at u * stride. Strides count elements, and hold for x, y, dy and dx alike, which may be of any
+ * type that is loaded. Unit u is of kind u % kinds: a kind has its own parameters, `planes` of each, and
+ * given statistics.
+ *
+ * step above 1: channels last. The elements of a plane lie so many apart, and side by side with those of
+ * the other planes: a sample is `plane` rows of `step` channels, of step / planes units, and samples follow
+ * one another. rows is 1 then; stride and row_stride are not read. */
 typedef struct {
-    ptrdiff_t units, stride, rows, row_stride, planes, plane, kinds;
+    ptrdiff_t units, stride, rows, row_stride, planes, plane, kinds, step;
 } fn_channels;
 
 /* y = (x - mean) * rstd * weight + bias. weight and bias are of the type that is computed in, or NULL.
@@ -175,24 +179,15 @@ typedef struct {
     fn_dtype dtype;
 } fn_channel_norm_backward_args;
 
-/* Channels last: rows of `cols` channels, in samples of `sample` rows that have statistics of their own.
- *
- * The first two calls gather these over blocks of `block` rows (the last of a sample may be shorter),
- * `blocks` in all, into three arrays of blocks x cols: moments of x: pivot, shift and the sum of squared
- * deviations from the mean, which is pivot + shift; dots: the sums of x - pivot, dy, and their product.
- * The third gives y = (x - pivot)*factor + shift, or, where there is a dy,
- * y = dy*factor + ((x - pivot)*slope + shift). terms: pivot, factor, shift, slope, cols numbers of each
- * for every sample, of the type that is computed in. */
+/* Channels last, moments alone: of each channel of each sample of `rows` rows of `cols` channels: pivot,
+ * shift and the sum of squared deviations from the mean, which is pivot + shift: three arrays of
+ * samples x cols, one after the other. */
 typedef struct {
-    ptrdiff_t rows, cols, sample, block, blocks;
-    const void *x, *dy;
-    void *y;
-    fn_dtype x_type, dy_type, y_type;
-    const void *terms[4];
+    ptrdiff_t samples, rows, cols;
+    const void *x;
+    fn_dtype x_type;
     double *sums;
-    fn_activation activation;
-    fn_dtype dtype; /* set by the library: what is computed in */
-} fn_channels_last_args;
+} fn_channels_last_moments_args;
 
 /* Of each of `rows` rows of `cols` contiguous elements: pivot, shift and squared deviations as above,
  * `rows` numbers of each. */
@@ -213,9 +208,8 @@ int fn_layer_norm_backward(fn_layer_norm_backward_args *args, fn_dtype dtype, in
 int fn_moments(fn_moments_args *args, fn_dtype dtype, int threads);
 int fn_channel_norm(fn_channel_norm_args *args, fn_dtype dtype, int threads);
 int fn_channel_norm_backward(fn_channel_norm_backward_args *args, fn_dtype dtype, int threads);
-int fn_channels_last_moments(fn_channels_last_args *args, fn_dtype dtype, int threads);
-int fn_channels_last_dots(fn_channels_last_args *args, fn_dtype dtype, int threads);
-int fn_channels_last(fn_channels_last_args *args, fn_dtype dtype, int threads);
+int fn_channels_last_moments(const fn_channels_last_moments_args *args, fn_dtype dtype,
+                             int threads);
 int fn_plane_moments(fn_plane_moments_args *args, fn_dtype dtype, int threads);
 
 /* What a call would do; `bytes` counts what it reads and writes. The calls decide by the same
@@ -234,7 +228,6 @@ fn_plan fn_plan_moments(const fn_moments_args *args, fn_dtype dtype, int threads
 fn_plan fn_plan_channel_norm(const fn_channel_norm_args *args, fn_dtype dtype, int threads);
 fn_plan fn_plan_channel_norm_backward(const fn_channel_norm_backward_args *args, fn_dtype dtype,
                                       int threads);
-fn_plan fn_plan_channels_last(const fn_channels_last_args *args, fn_dtype dtype, int threads);
 
 /* ---- Instruction sets ------------------------------------------------------------------------- */
 

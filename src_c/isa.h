@@ -9,6 +9,9 @@
  * 16/2 half ulps, and cost a sixteenth of a pass in double. */
 #define FN_BACKWARD_ROWS 16
 
+/* Channels last: rows of a block, whose sums are formed in T. */
+#define FN_CHANNEL_ROWS 64
+
 /* Mean (pivot + shift, which T alone would not hold) and variance of a row. */
 typedef struct {
     double pivot, shift, variance;
@@ -49,12 +52,10 @@ typedef struct {
     void (*planes_pass[FN_DTYPE_COUNT])(const void *x, const void *dy, void *y, ptrdiff_t n,
                                         int planes, const double (*terms)[4]);
     void (*columns_pass[FN_DTYPE_COUNT])(const void *x, const void *dy, void *y, ptrdiff_t n,
-                                         const void *const terms[4]);
-    void (*column_moments[FN_DTYPE_COUNT])(const void *x, ptrdiff_t step, ptrdiff_t rows,
-                                           ptrdiff_t cols, double *const into[3]);
-    void (*column_dots[FN_DTYPE_COUNT])(const void *x, const void *dy, ptrdiff_t step,
-                                        ptrdiff_t dy_step, ptrdiff_t rows, ptrdiff_t cols,
-                                        const void *pivots, double *const into[3]);
+                                         const void *const terms[4], int stream);
+    void (*channel_sums[FN_DTYPE_COUNT])(const void *x, const void *dy, ptrdiff_t step,
+                                         ptrdiff_t rows, ptrdiff_t cols, ptrdiff_t ahead,
+                                         const void *pivots, void *into, ptrdiff_t apart);
 } fn_channel_table;
 
 typedef struct {

@@ -46,8 +46,7 @@ enum {
 #undef plane_pass
 #undef planes_pass
 #undef columns_pass
-#undef column_moments
-#undef column_dots
+#undef channel_sums
 #define FN_KERNELS(op) .op = OF_EACH_TYPE(op),
 
 const fn_isa FN_PASTE(fn_isa,
@@ -64,6 +63,5 @@ const fn_isa FN_PASTE(fn_isa,
                                               .plane_pass = OF_EACH_TYPE(plane_pass),
                                               .planes_pass = OF_EACH_TYPE(planes_pass),
                                               .columns_pass = OF_EACH_TYPE(columns_pass),
-                                              .column_moments = OF_EACH_TYPE(column_moments),
-                                              .column_dots = OF_EACH_TYPE(column_dots)},
+                                              .channel_sums = OF_EACH_TYPE(channel_sums)},
                                  FN_OPS(FN_KERNELS)};

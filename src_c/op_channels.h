@@ -193,111 +193,118 @@ static void planes_pass(const void *x, const void *dy, void *y, ptrdiff_t n, int
     }
 }
 
-/* ---- channels last: rows of channels, `step` elements apart ----------------------------------- */
+/* ---- channels last: rows of channels, numbers of each column ------------------------------------- */
 
+#define columns_vector FN_OF_T(columns_vector)
+INLINE vec columns_vector(const element *x, const element *dy, const element *const t[4],
+                          ptrdiff_t i, ptrdiff_t left)
+{
+    const vec d = v_sub(load_some(x + i, left), load_some(t[0] + i, left));
+    const vec factor = load_some(t[1] + i, left), shift = load_some(t[2] + i, left);
+    if (!dy) return v_fma(d, factor, shift);
+    return v_fma(load_some(dy + i, left), factor, v_fma(d, load_some(t[3] + i, left), shift));
+}
+
+/* The vectors that are whole. */
+#define columns_part FN_OF_T(columns_part)
+INLINE ptrdiff_t columns_part(const element *x, const element *dy, element *y, ptrdiff_t n,
+                              const element *const t[4], int stream)
+{
+    ptrdiff_t i = 0;
+    NO_UNROLL for (; i + VW <= n; i += VW)
+    {
+        const vec v = columns_vector(x, dy, t, i, VW);
+        if (stream)
+            v_stream(y + i, v);
+        else
+            v_store(y + i, v);
+    }
+    return i;
+}
+
+/* stream: past the cache; y begins with a line then. (By % the compiler sees that no vector is whole.) */
 #define columns_pass FN_OF_T(columns_pass)
 static void columns_pass(const void *x, const void *dy, void *y, ptrdiff_t n,
-                         const void *const terms[4])
+                         const void *const terms[4], int stream)
 {
-    const element *xs = x, *dys = dy;
     const element *const t[4] = {terms[0], terms[1], terms[2], terms[3]};
-    NO_UNROLL for (ptrdiff_t i = 0; i < n; i += VW)
-    {
-        const ptrdiff_t left = n - i;
-        const vec d = v_sub(load_some(xs + i, left), load_some(t[0] + i, left));
-        const vec factor = load_some(t[1] + i, left);
-        vec shift = load_some(t[2] + i, left), of = d;
-        if (dy) {
-            shift = v_fma(d, load_some(t[3] + i, left), shift);
-            of = load_some(dys + i, left);
-        }
-        store_some((element *)y + i, v_fma(of, factor, shift), left);
-    }
+    const ptrdiff_t i =
+        dy ? columns_part(x, dy, y, n, t, stream) : columns_part(x, NULL, y, n, t, stream);
+    if (i < n) v_storen((element *)y + i, columns_vector(x, dy, t, i, (n - i) % VW), n - i);
 }
 
-/* A block's sums of a channel have four lanes, rows 0 4 8 ..., 1 5 9 ..., in T, added as (0 + 2) +
- * (1 + 3): of 64 rows no more than sixteen numbers are added in a row. */
-#define four_lanes FN_OF_T(four_lanes)
-INLINE vec four_lanes(const vec *a) { return v_add(v_add(a[0], a[2]), v_add(a[1], a[3])); }
+/* A block's sums of a channel have four lanes, rows 0 4 8 ..., 1 5 9 ..., in T, of which the first takes
+ * the last rows as well, where they are no four; added as (0 + 2) + (1 + 3). So of 64 rows no more than
+ * eighteen numbers are added in a row. */
+#define lane_sums FN_OF_T(lane_sums)
+typedef struct {
+    vec d[4], g[4], dg[4];
+} lane_sums;
 
-#define widen_some FN_OF_T(widen_some)
-INLINE void widen_some(double *into, vec v, ptrdiff_t left)
+#define beyond FN_OF_T(beyond)
+INLINE const element *beyond(const element *x, ptrdiff_t bytes)
 {
-    ALIGNED element room[VW];
-    v_store(room, v);
-    NO_UNROLL for (ptrdiff_t k = 0; k < left && k < VW; k++) into[k] = (double)room[k];
+    return (const element *)((const char *)x + bytes);
 }
 
-/* Of up to a vector of channels: sums of x - pivot and its square; where there is a dy, of x - pivot, dy
- * and their product. */
+/* left: how many channels there are, up to VW: the others count as 0. */
+#define load_channels FN_OF_T(load_channels)
+INLINE vec load_channels(const element *x, ptrdiff_t left)
+{
+    return sizeof(vec) > 16 ? v_loadn(x, left) : load_some(x, left);
+}
+
+/* to_dy: bytes from an element of x to dy's. */
+#define add_row FN_OF_T(add_row)
+INLINE void add_row(lane_sums *s, int k, const element *x, ptrdiff_t to_dy, ptrdiff_t left,
+                    vec pivot, vec dy_pivot)
+{
+    const vec d = v_sub(load_channels(x, left), pivot);
+    const vec g = v_sub(load_channels(beyond(x, to_dy), left), dy_pivot);
+    s->d[k] = v_add(s->d[k], d);
+    s->g[k] = v_add(s->g[k], g);
+    s->dg[k] = v_fma(g, d, s->dg[k]);
+}
+
+#define put_lanes FN_OF_T(put_lanes)
+INLINE void put_lanes(element *into, const vec *a)
+{
+    v_store(into, v_add(v_add(a[0], a[2]), v_add(a[1], a[3])));
+}
+
+/* Of a vector of channels. next: what is fetched meanwhile, a vector a row: of rows so far apart the CPU
+ * sees no stream. centred: there is no dy but x. */
 #define tile_sums FN_OF_T(tile_sums)
-OUTLINE void tile_sums(const element *x, const element *dy, ptrdiff_t step, ptrdiff_t dy_step,
-                       ptrdiff_t rows, ptrdiff_t left, const element *pivots, double *const into[3])
+OUTLINE void tile_sums(const element *x, ptrdiff_t to_dy, ptrdiff_t step, ptrdiff_t rows,
+                       ptrdiff_t left, const element *next, const element *pivots, int centred,
+                       element *into, ptrdiff_t apart)
 {
-    const vec pivot = load_some(pivots, left);
-    vec a[4], b[4], c[4];
-    UNROLL for (int k = 0; k < 4; k++) a[k] = b[k] = c[k] = v_zero();
-    NO_UNROLL for (ptrdiff_t r = 0; r < rows; r += 4)
+    const vec pivot = load_channels(pivots, left), dy_pivot = centred ? pivot : v_zero();
+    lane_sums s;
+    UNROLL for (int k = 0; k < 4; k++) s.d[k] = s.g[k] = s.dg[k] = v_zero();
+    NO_UNROLL for (; rows >= 4; rows -= 4, x += 4 * step, next += 4 * VW)
         UNROLL for (int k = 0; k < 4; k++) {
-            if (r + k >= rows) break;
-            const vec d = v_sub(load_some(x + (r + k) * step, left), pivot);
-            const vec g = dy ? load_some(dy + (r + k) * dy_step, left) : d;
-            a[k] = v_add(a[k], d);
-            b[k] = v_add(b[k], g);
-            c[k] = v_fma(g, d, c[k]);
+            __builtin_prefetch(next + k * VW, 0, 2);
+            __builtin_prefetch(beyond(next + k * VW, to_dy), 0, 2);
+            add_row(&s, k, x + k * step, to_dy, left, pivot, dy_pivot);
         }
-    widen_some(into[0], four_lanes(a), left);
-    widen_some(into[1], four_lanes(b), left);
-    widen_some(into[2], four_lanes(c), left);
+    NO_UNROLL for (; rows > 0; rows--, x += step) add_row(&s, 0, x, to_dy, left, pivot, dy_pivot);
+    put_lanes(into, s.d);
+    put_lanes(into + apart, s.dg);
+    put_lanes(into + 2 * apart, s.g);
 }
 
-#define column_dots FN_OF_T(column_dots)
-static void column_dots(const void *x, const void *dy, ptrdiff_t step, ptrdiff_t dy_step,
-                        ptrdiff_t rows, ptrdiff_t cols, const void *pivots, double *const into[3])
+/* Of a block of rows `step` elements apart, for each column: sums of d = x - pivot, of g*d and of g, where
+ * g is dy, or without a dy d; `apart` elements from one sum to the next; in `into` there is room for a whole
+ * vector. ahead: elements to a block that is to come. */
+#define channel_sums FN_OF_T(channel_sums)
+static void channel_sums(const void *x, const void *dy, ptrdiff_t step, ptrdiff_t rows,
+                         ptrdiff_t cols, ptrdiff_t ahead, const void *pivots, void *into,
+                         ptrdiff_t apart)
 {
-    NO_UNROLL for (ptrdiff_t j = 0; j < cols; j += VW)
-    {
-        double *const at[3] = {into[0] + j, into[1] + j, into[2] + j};
-        tile_sums((const element *)x + j, (const element *)dy + j, step, dy_step, rows, cols - j,
-                  (const element *)pivots + j, at);
-    }
-}
-
-/* Of up to a vector of channels: pivot, shift and squared deviations, as row_moments has them. A pivot
- * that is farther off than its rounding may cost is moved. */
-#define tile_moments FN_OF_T(tile_moments)
-OUTLINE void tile_moments(const element *x, ptrdiff_t step, ptrdiff_t rows, ptrdiff_t left,
-                          double *const into[3])
-{
-    ALIGNED element pivots[VW] = {0};
-    double room[VW], *const sums[3] = {into[1], room, into[2]};
-    const double per_n = 1.0 / (double)rows;
-    const ptrdiff_t n = left < VW ? left : VW;
-    for (int pass = 0, far = 1; far && pass < 4; pass++) {
-        tile_sums(x, NULL, step, 0, rows, left, pivots, sums);
-        far = pass == 0;
-        NO_UNROLL for (ptrdiff_t k = 0; k < n; k++)
-        {
-            const double sum = into[1][k], c = sum * per_n, rest = into[2][k] - c * sum;
-            const element moved = (element)((double)pivots[k] + c);
-            into[0][k] = (double)pivots[k];
-            into[1][k] = c;
-            into[2][k] = rest < 0 ? 0 : rest;
-            if (pass == 0 || (c * sum > rest * 0.25 && moved != pivots[k])) {
-                far |= moved != pivots[k];
-                pivots[k] = moved;
-            }
-        }
-    }
-}
-
-#define column_moments FN_OF_T(column_moments)
-static void column_moments(const void *x, ptrdiff_t step, ptrdiff_t rows, ptrdiff_t cols,
-                           double *const into[3])
-{
-    NO_UNROLL for (ptrdiff_t j = 0; j < cols; j += VW)
-    {
-        double *const at[3] = {into[0] + j, into[1] + j, into[2] + j};
-        tile_moments((const element *)x + j, step, rows, cols - j, at);
-    }
+    const element *xs = x, *p = pivots;
+    const ptrdiff_t to_dy = dy ? (const char *)dy - (const char *)x : 0;
+    for (ptrdiff_t j = 0; j < cols; j += VW)
+        tile_sums(xs + j, to_dy, step, rows, cols - j < VW ? cols - j : VW, xs + ahead + j * rows,
+                  p + j, !dy, (element *)into + j, apart);
 }

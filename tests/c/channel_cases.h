@@ -1,5 +1,5 @@
 /* channel_cases.h: the cases of checksums.c with channels: group, instance and batch norm over planes
- * and over rows of channels, forward and backward, of each type; and moments of planes. */
+ * and over rows of channels, forward and backward, of each type; and moments of both. */
 #include "inputs.h"
 
 /* Samples, channels, elements of a plane, channels of a group. */
@@ -8,8 +8,19 @@ static const ptrdiff_t channel_shapes[][4] = {
     {2, 2, 2049, 1}, {130, 5, 3, 5}, {3, 22, 9, 11}, {2, 12, 250, 6},
 };
 
-typedef enum { GROUP, BATCH, GIVEN, LAST, CHANNEL_KINDS } channel_kind;
-static const char *const channel_kinds[] = {"group", "batch", "given", "last"};
+/* LAST and the two after it are the first three over rows of channels. */
+typedef enum {
+    GROUP,
+    BATCH,
+    GIVEN,
+    LAST,
+    LAST_BATCH,
+    LAST_GIVEN,
+    MOMENTS,
+    CHANNEL_KINDS
+} channel_kind;
+static const char *const channel_kinds[] = {"group",      "batch",      "given",  "last",
+                                            "last_batch", "last_given", "moments"};
 
 /* Differences that must not matter. */
 typedef struct {
@@ -34,6 +45,24 @@ typedef struct {
 
 static ptrdiff_t elements_of(const channel_case *c) { return c->samples * c->channels * c->size; }
 
+static int is_given(const channel_case *c) { return c->kind == GIVEN || c->kind == LAST_GIVEN; }
+static int lies_last(const channel_case *c) { return c->kind >= LAST && c->kind <= LAST_GIVEN; }
+
+/* Planes side by side. */
+static void to_rows(const channel_case *c, char *data)
+{
+    const size_t size = size_of(c->dtype), sample = (size_t)(c->channels * c->size) * size;
+    char *planes = malloc(sample);
+    for (ptrdiff_t s = 0; s < c->samples; s++, data += sample) {
+        memcpy(planes, data, sample);
+        for (ptrdiff_t j = 0; j < c->channels; j++)
+            for (ptrdiff_t i = 0; i < c->size; i++)
+                memcpy(data + (size_t)(i * c->channels + j) * size,
+                       planes + (size_t)(j * c->size + i) * size, size);
+    }
+    free(planes);
+}
+
 /* Planes are of every kind of row in turn; those that are out of range are refused. */
 static block new_planes(const channel_case *c, uint64_t seed, int mixed, size_t offset)
 {
@@ -42,17 +71,41 @@ static block new_planes(const channel_case *c, uint64_t seed, int mixed, size_t 
     for (ptrdiff_t p = 0; p < c->samples * c->channels; p++)
         fill_row(b.data + (size_t)p * bytes, mixed && p % 3 == 0 ? MIXED : PLAIN, c->dtype,
                  seed + (uint64_t)p, c->size);
+    if (lies_last(c)) to_rows(c, b.data);
     return b;
 }
 
 static fn_channels layout_of(const channel_case *c)
 {
-    const ptrdiff_t groups = c->channels / c->group, size = c->size;
-    if (c->kind == GROUP)
-        return (fn_channels){c->samples * groups, c->group * size, 1, 0, c->group, size, groups};
-    if (c->kind == GIVEN)
-        return (fn_channels){c->samples * c->channels, size, 1, 0, 1, size, c->channels};
-    return (fn_channels){c->channels, size, c->samples, c->channels * size, 1, size, c->channels};
+    const ptrdiff_t groups = c->channels / c->group, size = c->size, channels = c->channels;
+    const ptrdiff_t samples = c->samples, all = samples * size;
+    switch (c->kind) {
+    case GROUP:
+        return (fn_channels){samples * groups, c->group * size, 1, 0, c->group, size, groups, 1};
+    case GIVEN: return (fn_channels){samples * channels, size, 1, 0, 1, size, channels, 1};
+    case LAST: return (fn_channels){samples * groups, 0, 1, 0, c->group, size, groups, channels};
+    case LAST_BATCH: return (fn_channels){channels, 0, 1, 0, 1, all, channels, channels};
+    case LAST_GIVEN: return (fn_channels){samples * channels, 0, 1, 0, 1, size, channels, channels};
+    default: return (fn_channels){channels, size, samples, channels * size, 1, size, channels, 1};
+    }
+}
+
+/* Unit u of y, wherever it lies. */
+static uint64_t hash_unit(uint64_t h, const fn_channels *l, const char *y, ptrdiff_t u,
+                          fn_dtype dtype)
+{
+    const size_t size = size_of(dtype);
+    if (l->step == 1) {
+        for (ptrdiff_t r = 0; r < l->rows; r++)
+            h = hash(h, y + (size_t)(u * l->stride + r * l->row_stride) * size,
+                     l->planes * l->plane, dtype);
+        return h;
+    }
+    const ptrdiff_t groups = l->step / l->planes;
+    y += (size_t)(u / groups * l->plane * l->step + u % groups * l->planes) * size;
+    for (ptrdiff_t i = 0; i < l->plane; i++)
+        h = hash(h, y + (size_t)(i * l->step) * size, l->planes, dtype);
+    return h;
 }
 
 typedef struct {
@@ -64,7 +117,7 @@ static channel_numbers new_numbers(const channel_case *c)
 {
     const size_t n = (size_t)(c->samples * c->channels);
     channel_numbers k = {calloc(n, 8), calloc(n, 8), calloc(n, 8), calloc(6 * n, 8), calloc(n, 1)};
-    for (size_t i = 0; c->kind == GIVEN && i < n; i++) {
+    for (size_t i = 0; is_given(c) && i < n; i++) {
         k.mean[i] = 0.5 + (double)i;
         k.rstd[i] = 0.25 + 0.125 * (double)i;
     }
@@ -82,7 +135,7 @@ static void free_numbers(const channel_numbers *k)
 
 static int channels_streamed; /* calls so far that wrote past the cache */
 
-static uint64_t run_planes(const channel_case *c, const channel_way *w)
+static uint64_t run_units(const channel_case *c, const channel_way *w)
 {
     const ptrdiff_t n = elements_of(c), units = layout_of(c).units;
     block x = new_planes(c, 1, 1, w->offset), dy = new_planes(c, 1000, 0, w->offset);
@@ -103,7 +156,7 @@ static uint64_t run_planes(const channel_case *c, const channel_way *w)
                               .rstd = k.rstd,
                               .refused = k.refused,
                               .eps = 1e-5,
-                              .given = c->kind == GIVEN,
+                              .given = is_given(c),
                               .activation = c->parameters & 4 ? FN_SILU : FN_NO_ACTIVATION,
                               .y_is_warm = !w->cold};
     channels_streamed += fn_plan_channel_norm(&a, c->compute, 0).stream;
@@ -111,11 +164,7 @@ static uint64_t run_planes(const channel_case *c, const channel_way *w)
     uint64_t h = hash(hash(ANY, k.mean, units, FN_F64), k.rstd, units, FN_F64);
     for (ptrdiff_t u = 0; u < units; u++) h = (h ^ k.refused[u]) * 31;
     for (ptrdiff_t u = 0; u < units; u++) /* what is refused is left as it was */
-        for (ptrdiff_t r = 0; !k.refused[u] && r < a.layout.rows; r++) {
-            const ptrdiff_t at = u * a.layout.stride + r * a.layout.row_stride;
-            h = hash(h, y.data + (size_t)at * size_of(c->dtype), a.layout.planes * a.layout.plane,
-                     c->dtype);
-        }
+        if (!k.refused[u]) h = hash_unit(h, &a.layout, y.data, u, c->dtype);
     block dx = new_planes(c, 6, 0, w->offset);
     for (ptrdiff_t u = 0; u < units; u++)
         if (!(k.rstd[u] > 0)) k.rstd[u] = 1;
@@ -146,56 +195,29 @@ static uint64_t run_planes(const channel_case *c, const channel_way *w)
     return h;
 }
 
-/* The same arrays as rows of channels, each sample by itself; and the planes' moments. */
-static uint64_t run_last(const channel_case *c, const channel_way *w)
+/* Moments of the planes, and of the same arrays as rows of channels. */
+static uint64_t run_both_moments(const channel_case *c, const channel_way *w)
 {
-    const ptrdiff_t rows = c->samples * c->size, each = (c->size + 63) / 64;
-    block x = new_planes(c, 1, 0, w->offset), dy = new_planes(c, 1000, 0, w->offset);
-    block y = new_planes(c, 5, 0, w->offset), terms[4];
-    double *sums = calloc((size_t)(3 * c->samples * each * c->channels), 8);
-    for (int k = 0; k < 4; k++)
-        terms[k] = new_vector(PLAIN, c->compute, 7 + (uint64_t)k, c->samples * c->channels, 0);
-    fn_channels_last_args a = {.rows = rows,
-                               .cols = c->channels,
-                               .sample = c->size,
-                               .block = 64,
-                               .blocks = c->samples * each,
-                               .x = x.data,
-                               .x_type = c->dtype,
-                               .dy_type = c->dtype,
-                               .y_type = c->dtype,
-                               .sums = sums,
-                               .activation = c->parameters & 4 ? FN_SILU : FN_NO_ACTIVATION};
-    for (int k = 0; k < 4; k++) a.terms[k] = terms[k].data;
-    const ptrdiff_t count = 3 * a.blocks * a.cols;
+    const ptrdiff_t units = c->samples * c->channels;
+    block x = new_planes(c, 1, 0, w->offset);
+    double *sums = calloc((size_t)(3 * units), 8);
+    const fn_channels_last_moments_args a = {.samples = c->samples,
+                                             .rows = c->size,
+                                             .cols = c->channels,
+                                             .x = x.data,
+                                             .x_type = c->dtype,
+                                             .sums = sums};
     if (fn_channels_last_moments(&a, c->compute, 0)) abort();
-    uint64_t h = hash(ANY, sums, count, FN_F64);
-    a.dy = dy.data;
-    if (fn_channels_last_dots(&a, c->compute, 0)) abort();
-    h = hash(h, sums, count, FN_F64);
-    for (int backward = 0; backward < 2; backward++) {
-        a.x = x.data;
-        a.y = w->in_place && !backward ? x.data : y.data;
-        a.dy = backward ? dy.data : NULL;
-        if (fn_channels_last(&a, c->compute, 0)) abort();
-        h = hash(h, a.y, rows * a.cols, c->dtype);
-        if (w->in_place) { /* x, as it was */
-            free(x.memory);
-            x = new_planes(c, 1, 0, w->offset);
-        }
-    }
-    fn_plane_moments_args m = {.rows = c->samples * c->channels,
+    uint64_t h = hash(ANY, sums, 3 * units, FN_F64);
+    fn_plane_moments_args m = {.rows = units,
                                .cols = c->size,
                                .x = x.data,
                                .x_type = c->dtype,
-                               .sums = calloc((size_t)(3 * c->samples * c->channels), 8)};
+                               .sums = sums};
     if (fn_plane_moments(&m, c->compute, 0)) abort();
-    h = hash(h, m.sums, 3 * m.rows, FN_F64);
-    free(m.sums);
-    for (int k = 0; k < 4; k++) free(terms[k].memory);
-    const block all[] = {x, dy, y};
-    for (int i = 0; i < 3; i++) free(all[i].memory);
+    h = hash(h, sums, 3 * units, FN_F64);
     free(sums);
+    free(x.memory);
     return h;
 }
 
@@ -206,8 +228,8 @@ static int run_channel_case(const char *isa, const channel_case *c, int way_coun
     uint64_t first = 0;
     for (int k = 0; k < way_count; k++) {
         fn_force_partition(channel_ways[k].parts);
-        const uint64_t h = c->kind == LAST ? run_last(c, &channel_ways[k])
-                                           : run_planes(c, &channel_ways[k]);
+        const uint64_t h = c->kind == MOMENTS ? run_both_moments(c, &channel_ways[k])
+                                              : run_units(c, &channel_ways[k]);
         fn_force_partition(0);
         if (k == 0) first = h;
         if (h == first) continue;
@@ -246,6 +268,8 @@ static int run_channel_streams(const char *isa)
     static const channel_case cases[] = {
         {GROUP, 14, 300, 537, 4, FN_F32, FN_F32, 3},
         {BATCH, 14, 150, 537, 1, FN_F64, FN_F64, 1},
+        {LAST, 14, 300, 537, 4, FN_F32, FN_F32, 3},
+        {LAST_BATCH, 14, 150, 537, 3, FN_F64, FN_F64, 1},
     };
     int failures = 0;
     for (size_t k = 0; k < sizeof cases / sizeof *cases; k++) {
