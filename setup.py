@@ -24,6 +24,8 @@ from setuptools.modified import newer_group
 # The plain C kernels are the last resort of CPUs without SIMD, and every wheel carries them: small
 # counts for more than fast.
 SCALAR = ["-Os"]
+# So it does for what does no arithmetic on elements, and runs once a call, a row or a plane.
+LOGIC = ["-Os"]
 ISA_FLAGS = {
     "x86_64": {
         "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mbmi2"],
@@ -62,7 +64,8 @@ def machine():
 def kernel_sources():
     """The C files of this machine's build, each with the flags that it alone gets."""
     isas = ISA_FLAGS.get(machine(), {"scalar": SCALAR})
-    common = {f"src_c/{name}.c": [] for name in ("channels", "dispatch", "parallel", "pool")}
+    names = ("channels", "dispatch", "parallel", "pool", "weights")
+    common = {f"src_c/{name}.c": LOGIC for name in names}
     return common | {f"src_c/isa_{isa}.c": flags for isa, flags in isas.items()}
 
 

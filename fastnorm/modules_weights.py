@@ -10,8 +10,8 @@ import numpy as np
 
 from . import checks, interop
 from .module_state import REPLACING, IncompatibleKeys, State, as_dtype, own_copy, unpacked
+from .weight_calls import as_dim
 from .weights import (
-    as_dim,
     spectral_norm,
     spectral_norm_backward,
     unit_norm,

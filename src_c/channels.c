@@ -4,16 +4,9 @@
  * double and in the order of the rows. No arithmetic on elements is done in this file. */
 #include <float.h>
 #include <math.h>
-#include <stdatomic.h>
 #include <stdint.h>
 
-#include "split.h"
-
-/* Reads and writes of elements, by the types of the arrays. */
-static const char *at_element(const void *data, fn_dtype type, ptrdiff_t i)
-{
-    return (const char *)data + i * fn_size_of(type);
-}
+#include "elements.h"
 
 /* n elements as `dtype`: where they lie, or in `room`. */
 static const void *as_computed(const void *data, fn_dtype type, ptrdiff_t i, ptrdiff_t n,
@@ -31,24 +24,8 @@ static char *after_strip(void *scratch, fn_dtype dtype)
     return scratch ? (char *)scratch + FN_GROUP_COLS * fn_size_of(dtype) : NULL;
 }
 
-static double number_at(const void *data, fn_dtype dtype, ptrdiff_t i, double otherwise)
-{
-    if (!data) return otherwise;
-    return dtype == FN_F64 ? ((const double *)data)[i] : (double)((const float *)data)[i];
-}
-
-static double largest_of(fn_dtype dtype) { return dtype == FN_F64 ? DBL_MAX : (double)FLT_MAX; }
-
 /* Rounded to what is computed in. */
 static double rounded(double a, fn_dtype dtype) { return dtype == FN_F64 ? a : (double)(float)a; }
-
-static double least_of(fn_dtype dtype) { return dtype == FN_F64 ? DBL_MIN : (double)FLT_MIN; }
-
-/* What was written past the cache is there for all threads that wait for this one. */
-static void fence(int stream)
-{
-    if (stream) atomic_thread_fence(memory_order_seq_cst);
-}
 
 /* Elements of a row. */
 static ptrdiff_t cols_of(const fn_channels *l) { return l->planes * l->plane; }
@@ -93,9 +70,6 @@ static void finish_plane(const plane_result *r, const char *x, const char *dy, p
 typedef struct {
     double pivot, shift, variance, rstd;
 } unit_moments;
-
-/* Variances below this may have lost digits to underflow of the squares. */
-static double least_variance(fn_dtype dtype) { return dtype == FN_F64 ? 0x1p-600 : 0x1p-80; }
 
 /* Sums of squares up to this leave all deviations in the range of what is computed in: no row's own
  * are larger, but what lies between rows may be. */
@@ -400,11 +374,6 @@ static void plane_moments(const void *args, ptrdiff_t row0, ptrdiff_t row1, void
 }
 
 /* ---- calls ------------------------------------------------------------------------------------ */
-
-static size_t bytes_of(ptrdiff_t elements, fn_dtype dtype)
-{
-    return ((size_t)elements * (size_t)fn_size_of(dtype) + 63) / 64 * 64;
-}
 
 /* Whether the result goes past the cache: where the call moves as much as a forward call of rows that
  * does, of which the result is a half. */
