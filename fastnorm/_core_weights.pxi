@@ -61,8 +61,9 @@ cdef struct vectors:
     fn_weight_norm_args args
     fn_dtype dtype
     int typenum
-    #: The axis of weight norm's kinds, or -1 for none; the axis of unit norm's elements.
-    int axis
+    #: The axis of weight norm's kinds, or -1 for none; the first of unit norm's axes, and what
+    #: follows the last.
+    int axis, end
     Py_ssize_t count
 
 
@@ -89,6 +90,21 @@ cdef inline bint plain_axis(object axis, ndarray v, int *into) noexcept:
     if overflow or index < -ndim or index >= ndim:
         return False
     into[0] = <int>(index + ndim if index < 0 else index)
+    return True
+
+
+cdef bint plain_axes(object axis, ndarray x, vectors *s) noexcept:
+    """Whether these are an int, or ascending ints one after the other."""
+    cdef int i, at
+    if not PyTuple_CheckExact(axis):
+        s.end = plain_axis(axis, x, &s.axis) and s.axis + 1
+        return s.end != 0
+    if PyTuple_GET_SIZE(axis) == 0 or not plain_axis(axis[0], x, &s.axis):
+        return False
+    s.end = s.axis + <int>PyTuple_GET_SIZE(axis)
+    for i in range(s.axis + 1, s.end):
+        if not plain_axis(axis[i - s.axis], x, &at) or at != i:
+            return False
     return True
 
 
@@ -130,15 +146,13 @@ cdef bint weight_layout(object v, object dim, vectors *s) noexcept:
 
 
 cdef bint unit_layout(object x, object axis, object eps, vectors *s) noexcept:
-    cdef int ndim
     if not plain_vectors(x, s) or not PyFloat_CheckExact(eps):
         return False
-    if not plain_axis(axis, <ndarray>x, &s.axis):
+    if not plain_axes(axis, <ndarray>x, s):
         return False
-    ndim = cnp.PyArray_NDIM(<ndarray>x)
     s.args.eps = PyFloat_AS_DOUBLE(eps)
-    lay_out(<ndarray>x, product_of(<ndarray>x, 0, s.axis), cnp.PyArray_DIM(<ndarray>x, s.axis),
-            product_of(<ndarray>x, s.axis + 1, ndim), 1, s)
+    lay_out(<ndarray>x, product_of(<ndarray>x, 0, s.axis), product_of(<ndarray>x, s.axis, s.end),
+            product_of(<ndarray>x, s.end, cnp.PyArray_NDIM(<ndarray>x)), 1, s)
     return s.args.eps >= 0
 
 
@@ -150,12 +164,14 @@ cdef int kept_shape(ndarray v, int axis, npy_intp *dims) noexcept:
     return 0 if axis < 0 else ndim
 
 
-cdef int lead_shape(ndarray x, int axis, npy_intp *dims) noexcept:
-    """Of unit norm's norms: x's axes but one."""
-    cdef int d, ndim = cnp.PyArray_NDIM(x)
-    for d in range(ndim - 1):
-        dims[d] = cnp.PyArray_DIM(x, d + (d >= axis))
-    return ndim - 1
+cdef int lead_shape(ndarray x, const vectors *s, npy_intp *dims) noexcept:
+    """Of unit norm's norms: x's axes but the vectors'."""
+    cdef int d, ndim = 0
+    for d in range(cnp.PyArray_NDIM(x)):
+        if d < s.axis or d >= s.end:
+            dims[ndim] = cnp.PyArray_DIM(x, d)
+            ndim += 1
+    return ndim
 
 
 cdef bint is_plain_of_shape(object a, int typenum, int ndim, const npy_intp *dims) noexcept:
@@ -222,7 +238,7 @@ cdef object straight_forward(vectors *s, ndarray v, object g, object out, object
     run_vectors(s, v, w, g, numbers, None)
     if return_stats is False:
         return w
-    ndim = kept_shape(v, s.axis, dims) if kept else lead_shape(v, s.axis, dims)
+    ndim = kept_shape(v, s.axis, dims) if kept else lead_shape(v, s, dims)
     return w, rounded(s.args.norm, s.count, s.typenum, ndim, dims)
 
 
@@ -288,6 +304,6 @@ def straight_unit_norm_backward(dy, x, axis, eps, norm):
     cdef int ndim
     if not unit_layout(x, axis, eps, &s):
         return None
-    ndim = lead_shape(<ndarray>x, s.axis, dims)
+    ndim = lead_shape(<ndarray>x, &s, dims)
     done = straight_backward(&s, <ndarray>x, None, dy, norm, ndim, dims, 1)
     return None if done is None else done[0]

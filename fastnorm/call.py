@@ -111,7 +111,7 @@ class Reader:
 
 
 class LaidReader(Reader):
-    """A reader of contiguous arrays, whose axes the kernels may have to see in the order `moved`."""
+    """A reader of contiguous arrays, whose axes the kernels may have to see in another order."""
 
     moved: tuple[int, ...] | None = None
     moved_why: str

@@ -58,7 +58,7 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
     ----------
     op : function, str or module
         One of fastnorm's norms, or its name: ``fastnorm.explain("layer_norm", x)``; or a module of
-        one, whose call ``norm(x, out=None)`` it then is. (Not of weights.)
+        one, whose call ``norm(x, out=None)`` it then is. (Not a weight's.)
     *args, **kwargs
         The arguments of the call.
 

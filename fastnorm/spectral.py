@@ -97,9 +97,7 @@ def _flattened(value: Any, shape: tuple[int, ...], name: str, dtype: np.dtype) -
     return checks.as_plain(array, dtype).copy()
 
 
-def norm(
-    weight: Any, u: Any, v: Any, n_power_iterations: Any, eps: Any, dim: Any, out: Any
-) -> Any:
+def norm(weight: Any, u: Any, v: Any, n_power_iterations: Any, eps: Any, dim: Any, out: Any) -> Any:
     matrix = _Matrix(weight, dim)
     vectors = matrix.vectors
     count = checks.as_count("n_power_iterations", n_power_iterations, 0, "a number")

@@ -1,8 +1,8 @@
 """Calls of weight norm and unit norm.
 
-An array is seen as (samples, outer, kinds, inner): a vector is what of a sample is of one kind. So the
-kernels of weights.c take vectors that are rows, that lie side by side, or whose axes are on both
-sides of the others. What lies otherwise is copied into rows.
+An array is seen as (samples, outer, kinds, inner): a vector is what of a sample is of one kind. So
+the kernels of weights.c take vectors that are rows, that lie side by side, or whose axes are on
+both sides of the others. What lies otherwise is copied into rows.
 """
 
 from __future__ import annotations

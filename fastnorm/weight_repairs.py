@@ -1,5 +1,5 @@
-"""Vectors that leave the range of the type that is computed in: the kernels refuse them, and they are
-put right here, in double precision and scaled by powers of two."""
+"""Vectors that leave the range of the type that is computed in: the kernels refuse them, and they
+are put right here, in double precision and scaled by powers of two."""
 
 from __future__ import annotations
 

@@ -11,7 +11,6 @@ from .weight_calls import (
     BackwardCall,
     ForwardCall,
     UnitBackwardCall,
-    VectorCall,
     as_unit_axes,
     as_weight_axes,
 )
@@ -112,11 +111,6 @@ def weight_norm_backward(
     ------
     TypeError, ValueError
         As :func:`weight_norm`.
-
-    Notes
-    -----
-    The sums run in another order where `dim` is the last axis: the last bits may be others than
-    those of the transposed arrays.
 
     Examples
     --------
@@ -328,7 +322,7 @@ _SPECTRAL_BACKWARD = ("dy", "weight", "u", "v", "sigma", "dim")
 
 def _weight_norm(
     v: Any, g: Any, dim: Any, out: Any, dtype: Any, return_stats: Any, explained: bool = False
-) -> VectorCall:
+) -> ForwardCall:
     return ForwardCall(
         "v", v, as_weight_axes(dim), _NEVER, out=out, dtype=dtype, return_stats=return_stats,
         explained=explained, has_g=True, g=g,
@@ -337,7 +331,7 @@ def _weight_norm(
 
 def _weight_norm_backward(
     dw: Any, v: Any, g: Any, dim: Any, norm: Any, output_mask: Any, explained: bool = False
-) -> VectorCall:
+) -> BackwardCall:
     return BackwardCall(
         ("dw", "v"), dw, v, as_weight_axes(dim), _NEVER, norm, output_mask=output_mask,
         explained=explained, has_g=True, g=g,
@@ -346,7 +340,7 @@ def _weight_norm_backward(
 
 def _unit_norm(
     x: Any, axis: Any, eps: Any, out: Any, dtype: Any, return_stats: Any, explained: bool = False
-) -> VectorCall:
+) -> ForwardCall:
     return ForwardCall(
         "x", x, as_unit_axes(axis), checks.as_eps(eps), out=out, dtype=dtype,
         return_stats=return_stats, explained=explained, has_g=False,
@@ -355,7 +349,7 @@ def _unit_norm(
 
 def _unit_norm_backward(
     dy: Any, x: Any, axis: Any, eps: Any, norm: Any, explained: bool = False
-) -> VectorCall:
+) -> BackwardCall:
     return UnitBackwardCall(
         ("dy", "x"), dy, x, as_unit_axes(axis), checks.as_eps(eps), norm, explained=explained,
         has_g=False,
@@ -365,13 +359,13 @@ def _unit_norm_backward(
 #: What no norm is less than: there is no eps.
 _NEVER = -1.0
 
-CALLS: dict[str, Callable[..., VectorCall]] = {
+CALLS: dict[str, Callable[..., ForwardCall | BackwardCall]] = {
     call.__name__.removeprefix("_"): call
     for call in (_weight_norm, _weight_norm_backward, _unit_norm, _unit_norm_backward)
 }
 
 
-def _handler_of(call: Callable[..., VectorCall]) -> Callable[..., Any]:
+def _handler_of(call: Callable[..., ForwardCall | BackwardCall]) -> Callable[..., Any]:
     """The op itself, its arguments by position; they need not be ndarrays."""
     names = tuple(inspect.signature(call).parameters)[:-1]
     main = "v" if "v" in names else "x"

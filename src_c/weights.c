@@ -6,7 +6,6 @@
  * Squares are summed in the order of row.h, whether vectors are rows or lie side by side. No arithmetic
  * on elements is done in this file but to find out why a sum is next to 0. */
 #include <math.h>
-#include <stdint.h>
 #include <string.h>
 
 #include "elements.h"
@@ -108,11 +107,10 @@ static void load(void *into, const void *from, fn_dtype type, ptrdiff_t n, fn_dt
         fn_active_isa->channels.load_elements[dtype](into, from, type, n);
 }
 
-/* The vector whose first element is `at`, as it is computed with: where it lies, or in `room`. */
-static const char *vector_at(const fn_weight_norm_args *a, const void *data, fn_dtype type,
-                             ptrdiff_t at, char *room)
+/* The vector whose first element is `at`, in `room`. */
+static char *gathered(const fn_weight_norm_args *a, const void *data, fn_dtype type, ptrdiff_t at,
+                      char *room)
 {
-    if (a->outer == 1 && type == a->dtype) return at_element(data, type, at);
     const ptrdiff_t run = a->inner * fn_size_of(a->dtype);
     for (ptrdiff_t o = 0; o < a->outer; o++, at += a->kinds * a->inner)
         load(room + o * run, at_element(data, type, at), type, a->inner, a->dtype);
@@ -124,12 +122,12 @@ static void finish_run(const fn_weight_norm_args *a, ptrdiff_t at, const char *v
                        ptrdiff_t n, const double terms[4], char *strip)
 {
     const fn_channel_table *table = &fn_active_isa->channels;
+    const ptrdiff_t size = fn_size_of(a->dtype);
     char *w = (char *)a->w + at * fn_size_of(a->w_type);
     if (a->w_type == a->dtype) {
         table->plane_pass[a->dtype](v, dw, w, n, terms, a->stream, a->stream ? 256 : 0);
         return;
     }
-    const ptrdiff_t size = fn_size_of(a->dtype);
     for (ptrdiff_t m; n > 0; n -= m, v += m * size, w += m * fn_size_of(a->w_type)) {
         m = n < FN_GROUP_COLS ? n : FN_GROUP_COLS;
         table->plane_pass[a->dtype](v, dw, strip, m, terms, 0, 0);
@@ -143,15 +141,18 @@ static void weight_rows(const void *args, ptrdiff_t u0, ptrdiff_t u1, void *scra
     const fn_weight_norm_args *a = args;
     const fn_channel_table *table = &fn_active_isa->channels;
     const fn_dtype dtype = a->dtype;
-    const ptrdiff_t n = length_of(a), size = fn_size_of(dtype), run = a->inner * size;
-    char *room = scratch ? (char *)scratch + FN_GROUP_COLS * size : NULL;
-    char *dw_room = scratch ? room + fn_room_stride(n) * size : NULL;
+    const ptrdiff_t n = length_of(a), size = fn_size_of(dtype);
     const vector_bounds b = bounds_of(a);
     for (ptrdiff_t u = u0; u < u1; u++) {
         ptrdiff_t at = u * n;
-        if (a->outer > 1) at = (u / a->kinds * a->outer * a->kinds + u % a->kinds) * a->inner;
-        const char *v = vector_at(a, a->v, a->v_type, at, room);
-        const char *dw = a->dw ? vector_at(a, a->dw, a->dw_type, at, dw_room) : NULL;
+        const char *v = (const char *)a->v + at * size;
+        const char *dw = a->dw ? (const char *)a->dw + at * size : NULL;
+        if (scratch) {
+            char *room = (char *)scratch + FN_GROUP_COLS * size;
+            at = (u / a->kinds * a->outer * a->kinds + u % a->kinds) * a->inner;
+            v = gathered(a, a->v, a->v_type, at, room);
+            if (dw) dw = gathered(a, a->dw, a->dw_type, at, room + fn_room_stride(n) * size);
+        }
         double dots[3], terms[4] = {0, 0, -0.0, 0}; /* to which 0 adds its sign */
         vector_sums s = {.v = v, .dw = dw, .step = 1};
         if (!a->given) s.squares = table->row_squares[dtype](v, n);
@@ -160,8 +161,11 @@ static void weight_rows(const void *args, ptrdiff_t u0, ptrdiff_t u1, void *scra
             s.dot = dots[2];
         }
         if (!find_terms(a, u, &s, &b, &terms[1], &terms[3]) || !a->w) continue;
-        for (ptrdiff_t o = 0; o < a->outer; o++, at += a->kinds * a->inner)
-            finish_run(a, at, v + o * run, dw ? dw + o * run : NULL, a->inner, terms, scratch);
+        for (ptrdiff_t o = 0; o < a->outer; o++, at += a->kinds * a->inner) {
+            finish_run(a, at, v, dw, a->inner, terms, scratch);
+            v += a->inner * size;
+            if (dw) dw += a->inner * size;
+        }
     }
     fence(a->stream);
 }
@@ -206,7 +210,8 @@ static size_t panel_bytes(ptrdiff_t n, fn_dtype dtype)
 /* How many lines of n columns follow one another in a call. */
 static ptrdiff_t lines_at_once(const fn_weight_norm_args *a, ptrdiff_t n)
 {
-    return n == a->kinds ? call_cols(n) / n : 1;
+    const ptrdiff_t lines = n == a->kinds ? call_cols(n) / n : 1;
+    return lines < a->outer ? lines : a->outer;
 }
 
 /* The halving tree, from `count` lanes of n columns down to `last`. */
@@ -310,8 +315,7 @@ fn_plan fn_plan_weight_norm(const fn_weight_norm_args *a, fn_dtype dtype, int th
     const int columns = in_columns(a);
     const int stream = a->w && a->w_is_warm && a->w_type == dtype && !columns &&
                        elements * fn_size_of(dtype) >= STREAM_BYTES &&
-                       row >= STREAM_ROW_BYTES(elements * fn_size_of(dtype)) &&
-                       (uintptr_t)a->w % (uintptr_t)fn_size_of(dtype) == 0;
+                       row >= STREAM_ROW_BYTES(elements * fn_size_of(dtype));
     return (fn_plan){.threads = fn_planned_threads(bytes, vectors, threads),
                      .stream = stream,
                      .regime = columns  ? "columns"
