@@ -24,12 +24,15 @@ from setuptools.modified import newer_group
 # The plain C kernels are the last resort of CPUs without SIMD, and every wheel carries them: small
 # counts for more than fast.
 SCALAR = ["-Os"]
-# So it does for what does no arithmetic on elements, and runs once a call, a row or a plane.
-LOGIC = ["-Os"]
+# So it does for what does no arithmetic on elements, and is no matter next to that.
+LOGIC = {name: ["-Os"] for name in ("dispatch", "parallel", "pool", "weights")}
+# Padding before what is jumped to would be a fiftieth of the kernels, and gains nothing where a CPU
+# keeps decoded instructions. (clang has no such flag, and says so.)
+LEAN = ["-fno-align-jumps", "-Wno-ignored-optimization-argument"]
 ISA_FLAGS = {
     "x86_64": {
-        "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mbmi2"],
-        "avx2": ["-mavx2", "-mfma", "-mf16c"],
+        "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mbmi2", *LEAN],
+        "avx2": ["-mavx2", "-mfma", "-mf16c", *LEAN],
         "scalar": SCALAR,
     },
     "aarch64": {"neon": [], "scalar": SCALAR},
@@ -64,8 +67,7 @@ def machine():
 def kernel_sources():
     """The C files of this machine's build, each with the flags that it alone gets."""
     isas = ISA_FLAGS.get(machine(), {"scalar": SCALAR})
-    names = ("channels", "dispatch", "parallel", "pool", "weights")
-    common = {f"src_c/{name}.c": LOGIC for name in names}
+    common = {"src_c/channels.c": [], **{f"src_c/{name}.c": LOGIC[name] for name in LOGIC}}
     return common | {f"src_c/isa_{isa}.c": flags for isa, flags in isas.items()}
 
 
