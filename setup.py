@@ -24,6 +24,8 @@ from setuptools.modified import newer_group
 # The plain C kernels are the last resort of CPUs without SIMD, and every wheel carries them: small
 # counts for more than fast.
 SCALAR = ["-Os"]
+# So it does for what does no arithmetic on elements, and is no matter next to that.
+LOGIC = {name: ["-Os"] for name in ("channels_last", "dispatch", "parallel", "pool", "weights")}
 ISA_FLAGS = {
     "x86_64": {
         "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mbmi2"],
@@ -32,9 +34,6 @@ ISA_FLAGS = {
     },
     "aarch64": {"neon": [], "scalar": SCALAR},
 }
-
-# What runs once a call or a sample, and leaves all arithmetic on elements to the kernels.
-FILE_FLAGS = {"channels_last": ["-Os"]}
 
 # The results are defined to the bit: a fused multiply-add stands where it is written and nowhere
 # else.
@@ -70,8 +69,7 @@ def machine():
 def kernel_sources():
     """The C files of this machine's build, each with the flags that it alone gets."""
     isas = ISA_FLAGS.get(machine(), {"scalar": SCALAR})
-    names = ("channels", "channels_last", "dispatch", "parallel", "pool")
-    common = {f"src_c/{name}.c": FILE_FLAGS.get(name, []) for name in names}
+    common = {"src_c/channels.c": [], **{f"src_c/{name}.c": LOGIC[name] for name in LOGIC}}
     return common | {f"src_c/isa_{isa}.c": flags for isa, flags in isas.items()}
 
 

@@ -119,6 +119,20 @@ cdef extern from "fastnorm.h" nogil:
         fn_dtype x_type
         double *sums
 
+    ctypedef struct fn_weight_norm_args:
+        Py_ssize_t samples, outer, kinds, inner
+        const void *v
+        const void *dw
+        void *w
+        fn_dtype v_type, dw_type, w_type
+        const void *g
+        fn_dtype g_type
+        double eps
+        double *norm
+        double *along
+        unsigned char *refused
+        int given, w_is_warm
+
     ctypedef struct fn_plan:
         int threads, stream
         const char *regime
@@ -131,11 +145,13 @@ cdef extern from "fastnorm.h" nogil:
     int fn_channel_norm_backward(fn_channel_norm_backward_args *, fn_dtype, int)
     int fn_channels_last_moments(const fn_channels_last_moments_args *, fn_dtype, int)
     int fn_plane_moments(fn_plane_moments_args *, fn_dtype, int)
+    int fn_weight_norm(fn_weight_norm_args *, fn_dtype, int)
     fn_plan fn_plan_layer_norm(const fn_layer_norm_args *, fn_dtype, int)
     fn_plan fn_plan_layer_norm_backward(const fn_layer_norm_backward_args *, fn_dtype, int)
     fn_plan fn_plan_moments(const fn_moments_args *, fn_dtype, int)
     fn_plan fn_plan_channel_norm(const fn_channel_norm_args *, fn_dtype, int)
     fn_plan fn_plan_channel_norm_backward(const fn_channel_norm_backward_args *, fn_dtype, int)
+    fn_plan fn_plan_weight_norm(const fn_weight_norm_args *, fn_dtype, int)
 
     const size_t FN_POOL_LEAST
     void *fn_pool_alloc(size_t)

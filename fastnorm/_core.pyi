@@ -315,6 +315,43 @@ def straight_channel_backward(
     eps: float = 0.0,
 ) -> tuple[_Array | None, _Array | None, _Array | None] | None: ...
 
+# ---- norms of weights ----------------------------------------------------------------------------
+
+def weight_norm(
+    layout: tuple[int, ...],
+    compute: np.dtype[Any],
+    v: _Array,
+    w: _Array | None,
+    g: _Array | None,
+    eps: float,
+    norm: _Array,
+    refused: _Array,
+    dw: _Array | None = None,
+    along: _Array | None = None,
+    *,
+    given: bool = False,
+    warm: bool = False,
+    plan: bool = False,
+) -> Any: ...
+def register_careful_vectors(function: Callable[..., None]) -> None: ...
+def straight_weight_norm(
+    v: _Input, g: _Input, dim: int | None, out: _Input | None, return_stats: bool
+) -> Any: ...
+def straight_unit_norm(
+    x: _Input, axis: _Axis, eps: float, out: _Input | None, return_stats: bool
+) -> Any: ...
+def straight_weight_norm_backward(
+    dw: _Input,
+    v: _Input,
+    g: _Input,
+    dim: int | None,
+    norm: _Input | None,
+    output_mask: Sequence[bool],
+) -> tuple[_Array | None, _Array | None] | None: ...
+def straight_unit_norm_backward(
+    dy: _Input, x: _Input, axis: _Axis, eps: float, norm: _Input | None
+) -> _Array | None: ...
+
 # ---- the machine ---------------------------------------------------------------------------------
 
 def isa_names() -> tuple[str, ...]: ...

@@ -110,6 +110,37 @@ class Reader:
         return _core.new_result(self.source.shape, dtype)
 
 
+class LaidReader(Reader):
+    """A reader of contiguous arrays, whose axes the kernels may have to see in another order."""
+
+    moved: tuple[int, ...] | None = None
+    moved_why: str
+
+    def laid_out(self, name: str, array: np.ndarray, fill: bool = True) -> np.ndarray:
+        """The array as it is, or contiguous, native, its axes moved where they must be."""
+        why = why_copied(array)
+        if not why and not array.flags.c_contiguous:
+            why = "it is not contiguous"
+        if not why and self.moved is not None:
+            why = self.moved_why
+        if not why:
+            return array
+        self.copies.append(f"{name} is copied: {why}")
+        native = array.dtype.newbyteorder("=")
+        moved = array if self.moved is None else array.transpose(self.moved)
+        if self.explained:
+            return stand_in(moved.shape, native)
+        made = np.empty(moved.shape, native)
+        if fill:
+            np.copyto(made, moved)
+        return made
+
+    def write_back(self, made: np.ndarray, out: np.ndarray) -> None:
+        """Bring what the kernels wrote to where the caller wants it."""
+        if made is not out:
+            np.copyto(out if self.moved is None else out.transpose(self.moved), made)
+
+
 class Call(Reader):
     """One call of an op, checked and laid out.
 

@@ -46,7 +46,7 @@ class BackwardCall(ChannelCall):
             self.dx, self.warm = self.new_result(self.dtype)
         self.x, self.dy = self.laid_out("x", self.source), self.laid_out("dy", dy)
         self.made = self.dx
-        if self.dx is not None and self.moves:
+        if self.dx is not None and self.moved is not None:
             self.made = self.laid_out("dx", self.dx, fill=False)
 
     def statistic(self, name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.exceptions import AxisError
 
 from . import _core, checks, interop
-from .call import Reader, stand_in, why_copied
+from .call import LaidReader
 from .channel_repairs import Layout, store
 from .dialects import Dialect
 
@@ -110,11 +110,12 @@ def rstd_of(variance: np.ndarray, eps: float) -> np.ndarray:
 # ---- a call --------------------------------------------------------------------------------------
 
 
-class ChannelCall(Reader):
-    """What the calls share: x as the kernels see it. `over_samples`: batch norm, whose units take
-    in all axes but the channels'."""
+class ChannelCall(LaidReader):
+    """What the calls share: x as the kernels see it, its channels first where axes lie around them.
+    `over_samples`: batch norm, whose units take in all axes but the channels'."""
 
     groups: int
+    moved_why = "axes lie before and after its channels"
 
     def __init__(
         self, x: Any, channel_axis: Any, over_samples: bool, explained: bool, name: str = "x"
@@ -135,7 +136,9 @@ class ChannelCall(Reader):
             self.samples, before = self.samples * before, 1
         self.size = before * after
         self.is_last = after == 1
-        self.moves = before > 1 and after > 1
+        if before > 1 and after > 1:
+            others = [d for d in range(1, len(shape)) if d != self.axis]
+            self.moved = (0, self.axis, *others)
         self.over_samples = over_samples
         self.dtype = self.source.dtype.newbyteorder("=")
         self.compute = checks.compute_type(self.dtype)
@@ -150,36 +153,6 @@ class ChannelCall(Reader):
             return checks.as_plain(array, self.compute)
         also = f" or {(self.samples, *wanted)}" if per_sample else ""
         raise ValueError(f"{name}: got shape {array.shape}, wanted {wanted}{also}")
-
-    # ---- arrays ----------------------------------------------------------------------------------
-
-    def why_copied(self, array: np.ndarray) -> str:
-        why = why_copied(array)
-        if not why and not array.flags.c_contiguous:
-            why = "it is not contiguous"
-        if not why and self.moves:
-            why = "axes lie before and after its channels"
-        return why
-
-    def laid_out(self, name: str, array: np.ndarray, fill: bool = True) -> np.ndarray:
-        """The array as it is, or contiguous, native, its channels first where axes lie around
-        them."""
-        why = self.why_copied(array)
-        if not why:
-            return array
-        self.copies.append(f"{name} is copied: {why}")
-        native = array.dtype.newbyteorder("=")
-        moved = np.moveaxis(array, self.axis, 1) if self.moves else array
-        if self.explained:
-            return stand_in(moved.shape, native)
-        made = np.empty(moved.shape, native)
-        if fill:
-            np.copyto(made, moved)
-        return made
-
-    def write_back(self, made: np.ndarray, out: np.ndarray) -> None:
-        if made is not out:
-            np.copyto(out, np.moveaxis(made, 1, self.axis) if self.moves else made)
 
     # ---- where units lie -------------------------------------------------------------------------
 

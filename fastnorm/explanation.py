@@ -58,7 +58,7 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
     ----------
     op : function, str or module
         One of fastnorm's norms, or its name: ``fastnorm.explain("layer_norm", x)``; or a module of
-        one, whose call ``norm(x, out=None)`` it then is. (Not of weights.)
+        one, whose call ``norm(x, out=None)`` it then is. (Not a weight's.)
     *args, **kwargs
         The arguments of the call.
 
@@ -88,7 +88,8 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
         name = _name_of(op)
     bound = inspect.signature(_public(name)).bind(*args, **kwargs)
     bound.apply_defaults()
-    if interop.is_on_cuda(bound.arguments["x" if "x" in bound.arguments else "sum"]):
+    main = next(key for key in ("x", "sum", "v") if key in bound.arguments)
+    if interop.is_on_cuda(bound.arguments[main]) and name not in _of("weights"):
         cuda = importlib.import_module(".cuda", __package__)
         return Explanation(**cuda.explain(name, bound.arguments))
     call = _checked(name, bound.arguments)
@@ -110,15 +111,16 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
 
 def _name_of(op: Any) -> str:
     name = op if isinstance(op, str) else getattr(op, "__name__", None)
-    known = {**CALLS, **_of_channels().CALLS}
+    known = {**CALLS, **_of("channels"), **_of("weights")}
     if isinstance(name, str) and name in known and (op == name or op is _public(name)):
         return name
     raise ValueError(f"op: got {op!r}, wanted one of: {', '.join(known)}")
 
 
-def _of_channels() -> Any:
-    """The ops on channels, which not every process loads."""
-    return importlib.import_module(".channels", __package__)
+def _of(family: str) -> dict[str, Any]:
+    """The calls of ops that not every process loads, by name."""
+    calls: dict[str, Any] = importlib.import_module(f".{family}", __package__).CALLS
+    return calls
 
 
 def _public(name: str) -> Any:
@@ -129,7 +131,7 @@ def _public(name: str) -> Any:
 def _checked(name: str, arguments: dict[str, Any]) -> Any:
     """The call that the op would make of these arguments, explained."""
     converted = {key: interop.convert(key, value) for key, value in arguments.items()}
-    make = CALLS[name] if name in CALLS else _of_channels().CALLS[name]
+    make = {**CALLS, **_of("channels"), **_of("weights")}[name]
     call = make(**converted, explained=True)
     if interop.is_packed("mask", arguments.get("mask")):
         call.copies.append("mask is copied: Arrow packs booleans into bits")

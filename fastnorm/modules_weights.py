@@ -10,8 +10,8 @@ import numpy as np
 
 from . import checks, interop
 from .module_state import REPLACING, IncompatibleKeys, State, as_dtype, own_copy, unpacked
+from .weight_calls import as_dim
 from .weights import (
-    as_dim,
     spectral_norm,
     spectral_norm_backward,
     unit_norm,
@@ -232,8 +232,8 @@ class SpectralNorm(_Reparametrized):
     """A weight over its largest singular value, which power iteration follows.
 
     ``m()``, or ``m.weight``, is the weight. In training, as at first, each call improves the
-    vectors weight_u and weight_v by `n_power_iterations`, under a lock; in inference (``eval()``)
-    nothing is changed.
+    vectors weight_u and weight_v by `n_power_iterations`, whatever other threads do; in inference
+    (``eval()``) nothing is changed.
 
     Parameters
     ----------
@@ -415,10 +415,13 @@ class SpectralNorm(_Reparametrized):
     def _normalised(self, improves: bool, out: Any = None) -> tuple[Any, tuple[Any, ...]]:
         if not improves:
             return self._with(dict(self._arrays), 0, out)
-        y, saved = self._with(self._arrays, self._iterations, out)
-        with REPLACING:
-            self._arrays = {**self._arrays, "weight_u": saved[1], "weight_v": saved[2]}
-        return y, saved
+        while True:  # again where another thread was first, whose vectors are to be improved then
+            now = self._arrays
+            y, saved = self._with(now, self._iterations, out)
+            with REPLACING:
+                if self._arrays is now:
+                    self._arrays = {**now, "weight_u": saved[1], "weight_v": saved[2]}
+                    return y, saved
 
     def _with(self, now: dict[str, np.ndarray], count: int, out: Any) -> tuple[Any, Any]:
         y, sigma, u, v = spectral_norm(

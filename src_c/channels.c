@@ -2,8 +2,6 @@
  *
  * Statistics are layer_norm's own, a row at a time; what a unit has of rows or planes is merged here, in
  * double and in the order of the rows. No arithmetic on elements is done in this file. */
-#include <stdatomic.h>
-
 #include "channels.h"
 
 /* ---- lines held back ---------------------------------------------------------------------------- */
@@ -51,14 +49,6 @@ typedef struct {
     fn_held_line held[FN_HELD_LINES];
 } plane_result;
 
-/* What was written past the cache is there for all threads that wait for this one. */
-static void end_planes(plane_result *r)
-{
-    if (!r->stream) return;
-    for (int k = 0; k < FN_HELD_LINES; k++) fn_let_go(&r->held[k]);
-    atomic_thread_fence(memory_order_seq_cst);
-}
-
 /* Short planes that are done by one call, and share a strip; else 1. */
 static ptrdiff_t planes_together(const fn_channels *l, int stream)
 {
@@ -101,9 +91,6 @@ static void finish_planes(plane_result *r, const char *x, const char *dy, ptrdif
 }
 
 /* ---- forward ---------------------------------------------------------------------------------- */
-
-/* Variances below this may have lost digits to underflow of the squares. */
-static double least_variance(fn_dtype dtype) { return dtype == FN_F64 ? 0x1p-600 : 0x1p-80; }
 
 /* Rows are merged one by one (Chan, Golub, LeVeque 1979), by their distance from the first one's pivot.
  * *x: the last row as it was computed with. False where the unit is out of range. */
@@ -246,7 +233,7 @@ static void channel_norm(const void *args, ptrdiff_t unit0, ptrdiff_t unit1, voi
             }
         }
     }
-    end_planes(&result);
+    end_stream(result.stream, result.held);
 }
 
 /* ---- backward --------------------------------------------------------------------------------- */
@@ -393,7 +380,7 @@ static void channel_norm_backward(const void *args, ptrdiff_t unit0, ptrdiff_t u
             }
         }
     }
-    end_planes(&result);
+    end_stream(result.stream, result.held);
 }
 
 /* ---- moments of planes ------------------------------------------------------------------------ */

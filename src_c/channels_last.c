@@ -6,7 +6,6 @@
  * merged in double, and what a row takes is formed: pivot, factor, shift and slope of each channel. The
  * pass over the rows comes straight after, while the sample is still in a cache. Where samples do not
  * share well among the threads, blocks do, and then rows: the same additions in the same order. */
-#include <stdatomic.h>
 #include <stdlib.h>
 
 #include "channels.h"
@@ -413,12 +412,6 @@ static void pass_sample(const last_call *c, const sample_room *room, ptrdiff_t s
 
 /* ---- how samples are shared -------------------------------------------------------------------- */
 
-/* What was written past the cache is there for all threads that wait for this one. */
-static void fence(int stream)
-{
-    if (stream) atomic_thread_fence(memory_order_seq_cst);
-}
-
 static int needs_sums(const last_call *c) { return !c->forward || !c->forward->given; }
 
 static void whole_samples(const void *args, ptrdiff_t sample0, ptrdiff_t sample1, void *scratch)
@@ -431,7 +424,7 @@ static void whole_samples(const void *args, ptrdiff_t sample0, ptrdiff_t sample1
         finish_sums(c, &room, s);
         if (c->y) pass_sample(c, &room, s, s * c->rows, (s + 1) * c->rows, work);
     }
-    fence(c->stream);
+    end_stream(c->stream, NULL);
 }
 
 static void sum_blocks(const void *args, ptrdiff_t block0, ptrdiff_t block1, void *scratch)
@@ -465,7 +458,7 @@ static void pass_rows(const void *args, ptrdiff_t row0, ptrdiff_t row1, void *sc
         if (end > row1) end = row1;
         pass_sample(c, &room, sample, row, end, scratch);
     }
-    fence(c->stream);
+    end_stream(c->stream, NULL);
 }
 
 static int sum_by_blocks(const last_call *c, int threads)

@@ -199,6 +199,31 @@ typedef struct {
     fn_dtype dtype; /* set by the library: what is computed in */
 } fn_plane_moments_args;
 
+/* Weight norm: vectors over their norms, times g. v, dw and w have one shape, (samples, outer, kinds,
+ * inner), and are contiguous; a vector is what of a sample is of one kind: outer x inner elements.
+ * Forward (dw NULL): w = v*g/norm. Backward: w is dv = g/norm*(dw - v*along/norm), or NULL, and along[u]
+ * is sum(dw*v)/norm. Where inner is 1 and there are several kinds, all are of the type that is computed
+ * in. g: of each vector, or NULL for ones. eps: vectors whose norm is less are divided by it (unit norm); negative: none are,
+ * and a vector of zeros is refused. norm: of each vector, to be written, or, where `given`, read.
+ * refused: 1 for vectors out of range, of which nothing is written, else 0; in w, where it is v itself,
+ * they stay as they are. */
+typedef struct {
+    ptrdiff_t samples, outer, kinds, inner;
+    const void *v, *dw;
+    void *w;
+    fn_dtype v_type, dw_type, w_type;
+    const void *g;
+    fn_dtype g_type; /* FN_F32 or FN_F64 */
+    double eps;
+    double *norm, *along;
+    unsigned char *refused;
+    int given;
+    int w_is_warm;
+    int stream; /* set by the library, as are columns that go together and what is computed in */
+    ptrdiff_t panel;
+    fn_dtype dtype;
+} fn_weight_norm_args;
+
 /* ---- Calls: `threads` is the most that may be used; 0 leaves it to the library. dtype is what is
  * computed in, FN_F32 or FN_F64. Where there are steps, there may be no memory for their scratch:
  * then nothing has been written. --------------------------------------------------------------- */
@@ -211,6 +236,7 @@ int fn_channel_norm_backward(fn_channel_norm_backward_args *args, fn_dtype dtype
 int fn_channels_last_moments(const fn_channels_last_moments_args *args, fn_dtype dtype,
                              int threads);
 int fn_plane_moments(fn_plane_moments_args *args, fn_dtype dtype, int threads);
+int fn_weight_norm(fn_weight_norm_args *args, fn_dtype dtype, int threads);
 
 /* What a call would do; `bytes` counts what it reads and writes. The calls decide by the same
  * functions. */
@@ -228,6 +254,7 @@ fn_plan fn_plan_moments(const fn_moments_args *args, fn_dtype dtype, int threads
 fn_plan fn_plan_channel_norm(const fn_channel_norm_args *args, fn_dtype dtype, int threads);
 fn_plan fn_plan_channel_norm_backward(const fn_channel_norm_backward_args *args, fn_dtype dtype,
                                       int threads);
+fn_plan fn_plan_weight_norm(const fn_weight_norm_args *args, fn_dtype dtype, int threads);
 
 /* ---- Instruction sets ------------------------------------------------------------------------- */
 

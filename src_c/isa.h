@@ -43,6 +43,7 @@ typedef struct {
     void (*store_elements[FN_DTYPE_COUNT])(void *into, fn_dtype, void *from, ptrdiff_t n,
                                            fn_activation);
     int (*row_moments[FN_DTYPE_COUNT])(const void *x, ptrdiff_t n, double eps, fn_row_moments *);
+    double (*row_squares[FN_DTYPE_COUNT])(const void *x, ptrdiff_t n);
     void (*plane_dots[FN_DTYPE_COUNT])(const void *x, const void *dy, ptrdiff_t n, double pivot,
                                        double sums[3]);
     void (*planes_dots[FN_DTYPE_COUNT])(const void *x, const void *dy, ptrdiff_t n, int planes,

@@ -41,6 +41,7 @@ enum {
 #undef load_elements
 #undef store_elements
 #undef row_moments
+#undef row_squares
 #undef plane_dots
 #undef planes_dots
 #undef plane_pass
@@ -58,6 +59,7 @@ const fn_isa FN_PASTE(fn_isa,
                                  .channels = {.load_elements = OF_EACH_TYPE(load_elements),
                                               .store_elements = OF_EACH_TYPE(store_elements),
                                               .row_moments = OF_EACH_TYPE(row_moments),
+                                              .row_squares = OF_EACH_TYPE(row_squares),
                                               .plane_dots = OF_EACH_TYPE(plane_dots),
                                               .planes_dots = OF_EACH_TYPE(planes_dots),
                                               .plane_pass = OF_EACH_TYPE(plane_pass),

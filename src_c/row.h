@@ -165,8 +165,9 @@ OUTLINE quarter block_squares(const element *x, ptrdiff_t n)
 }
 
 #define row_squares FN_OF_T(row_squares)
-static double row_squares(const element *x, ptrdiff_t n)
+OUTLINE double row_squares(const void *row, ptrdiff_t n)
 {
+    const element *x = row;
     wide total = wide_zero();
     for (ptrdiff_t i = 0; i < n; i += BLOCK) {
         const quarter q = block_squares(x + i, block_length(n, i));

@@ -3,15 +3,18 @@ errors."""
 
 import itertools
 import math
+import threading
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fastnorm
 from fastnorm import _core, accuracy, interop
 from fastnorm import reference_weights as reference
 from fastnorm.weights import (
+    handlers,
     spectral_norm,
     spectral_norm_backward,
     unit_norm,
@@ -581,6 +584,136 @@ def test_a_vector_depends_on_itself_alone(n, dtype, rng):
         lengths = np.resize(g, (1, columns.shape[1]))
         assert_same_bits(weight_norm(columns, lengths, 1)[:, : len(v)].T, w)
         assert_same_bits(unit_norm(columns, 0)[:, : len(v)].T, y)
+
+
+@pytest.mark.parametrize("shape", [(9, 7), (70, 3, 5), (65, 33), (1100, 6), (5, 1500), (3, 2, 70)])
+def test_gradients_of_columns_have_the_bits_of_rows(shape, dtype, rng):
+    """And vectors whose axes are around the others those of their copies."""
+    for dim in range(1, len(shape)):
+        p = Problem(rng, shape, dim, dtype, 10.0)
+        v, dw, g = (np.ascontiguousarray(np.moveaxis(a, dim, 0)) for a in (p.v, p.dw, p.g))
+        want, want_g = weight_norm_backward(dw, v, g)
+        dv, dg = weight_norm_backward(p.dw, p.v, p.g, dim)
+        assert_same_bits(np.ascontiguousarray(np.moveaxis(dv, dim, 0)), want)
+        assert_same_bits(dg.ravel(), want_g.ravel())
+        w = np.ascontiguousarray(np.moveaxis(weight_norm(p.v, p.g, dim), dim, 0))
+        assert_same_bits(w, weight_norm(v, g))
+
+
+@pytest.mark.parametrize("axes", [(0,), (0, 2), (1, 3), (-1, -2), (1, 2), (0, 1, 3), (0, 2, 4)])
+def test_axes_anywhere(axes, dtype, rng):
+    """Vectors of any axes have the bits of their copies as rows."""
+    x, dy = rng.standard_normal((2, 3, 4, 5, 2, 6)).astype(dtype)
+    order = sorted(d % 5 for d in axes)
+    order = [*(d for d in range(5) if d not in order), *order]
+    rows, grads = (np.ascontiguousarray(a.transpose(order)) for a in (x, dy))
+    last = tuple(range(5 - len(axes), 5))
+    y, norm = unit_norm(x, axes, return_stats=True)
+    want, want_norm = unit_norm(rows, last, return_stats=True)
+    assert_same_bits(np.ascontiguousarray(y.transpose(order)), want)
+    assert_same_bits(norm, want_norm)
+    dx = unit_norm_backward(dy, x, axes)
+    assert_same_bits(
+        np.ascontiguousarray(dx.transpose(order)), unit_norm_backward(grads, rows, last)
+    )
+    out = np.empty_like(x)
+    assert unit_norm(x, axes, out=out) is out
+    assert_same_bits(out, y)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, -1, None])
+def test_straight_calls_are_the_others(dim, dtype, rng):
+    """Plain arrays go straight down, with the bits of the checked calls."""
+    p = Problem(rng, (70, 3, 9), dim, dtype)
+    p.v[0], p.v[:, 1], p.v[3] = 0, p.v[:, 1] * 1e-30, p.v[3] * 1e25
+    for stats in (False, True):
+        got = _core.straight_weight_norm(p.v, p.g, dim, None, stats)
+        assert got is not None
+        assert_same_bits(got, handlers["weight_norm"](p.v, p.g, dim, None, None, stats))
+        got = _core.straight_unit_norm(p.v, p.axes, 1e-12, None, stats)
+        if got is not None:
+            assert_same_bits(got, handlers["unit_norm"](p.v, p.axes, 1e-12, None, None, stats))
+    norm = weight_norm(p.v, p.g, dim, return_stats=True)[1]
+    for given_norm, mask in itertools.product((None, norm), [(True, True), (False, True)]):
+        got = _core.straight_weight_norm_backward(p.dw, p.v, p.g, dim, given_norm, mask)
+        want = handlers["weight_norm_backward"](p.dw, p.v, p.g, dim, given_norm, mask)
+        assert_same_bits(got[1], want[1])
+        assert (got[0] is want[0] is None) or mask[0]
+        if mask[0]:
+            assert_same_bits(*(a[0] for a in (got, want)))
+
+
+def test_what_is_not_plain_does_not_go_straight(rng):
+    p = Problem(rng, (6, 5), 0, np.float32)
+    read_only = np.empty_like(p.v)
+    read_only.flags.writeable = False
+    for v, g, dim, out in (
+        (p.v.T, p.g, 0, None), (p.v[::2], p.g[::2], 0, None), (p.v.astype(">f4"), p.g, 0, None),
+        (p.v, p.g.astype("f8"), 0, None), (p.v, p.g.ravel(), 0, None), (p.v, p.g, 0, read_only),
+        (p.v, p.g, True, None), (p.v, p.g, 7, None), (p.v, p.g, 0, p.v[::-1]),
+        (p.v.astype("f2"), p.g, 0, None), (p.v[:0], p.g[:0], 0, None), (p.v.tolist(), p.g, 0, None),
+    ):  # fmt: skip
+        assert _core.straight_weight_norm(v, g, dim, out, False) is None
+    for axis, eps in ((2, 1e-12), ((0, 0), 1e-12), ((1, 0), 1e-12), ((), 1e-12), (0, 1), (0, -1.0),
+                      (0, math.nan), ([0], 1e-12)):  # fmt: skip
+        assert _core.straight_unit_norm(p.v, axis, eps, None, False) is None
+    dims = [1] * 40 + [4]
+    many = rng.standard_normal(dims).astype(np.float32)
+    assert_same_bits(unit_norm(many).ravel(), unit_norm(many.ravel()))
+
+
+def test_products_that_are_next_to_nothing(dtype, rng):
+    """Gradients along which nothing lies, and products that the type has no digits for."""
+    tiny = float(np.finfo(dtype).tiny)
+    v = np.array([[1, -1, 0, 0], [1, 2, 0, 0], [1, 1, 1, 1], [3, 0, 4, 0]], dtype)
+    v[3] *= dtype.type(math.sqrt(tiny))
+    dw = np.array([[1, 1, 5, 0], [0, 0, 3, -1], [0, 0, 0, 0], [1, 2, 3, 4]], dtype)
+    dw[3] *= dtype.type(tiny)
+    for dim in (0, 1):
+        a, b, g = (x if dim == 0 else np.ascontiguousarray(x.T)
+                   for x in (v, dw, np.ones((4, 1), dtype)))  # fmt: skip
+        dv, dg = weight_norm_backward(b, a, g, dim)
+        exact, exact_dg = reference.weight_norm_backward(b, a, g, dim)
+        np.testing.assert_allclose(dv, exact, 1e-5, 4 * np.finfo(dtype).smallest_subnormal)
+        np.testing.assert_allclose(dg, exact_dg, 1e-5, 4 * np.finfo(dtype).smallest_subnormal)
+
+
+def test_many_threads_at_once(dtype, rng):
+    p = Problem(rng, (300, 70), 1, dtype)
+    want = weight_norm(p.v, p.g, 1), *weight_norm_backward(p.dw, p.v, p.g, 1), unit_norm(p.v)
+    failed = []
+
+    def work():
+        for _ in range(30):
+            got = weight_norm(p.v, p.g, 1), *weight_norm_backward(p.dw, p.v, p.g, 1), unit_norm(p.v)
+            if any(a.tobytes() != b.tobytes() for a, b in zip(got, want, strict=True)):
+                failed.append(got)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+
+
+def test_explain(isa, dtype):
+    v, g = np.ones((30, 4, 50), dtype), np.ones((1, 1, 50), dtype)
+    plan = fastnorm.explain("weight_norm", v, g, 2)
+    assert (plan.op, plan.isa, plan.rows, plan.cols) == ("weight_norm", isa, 50, 120)
+    assert (plan.regime, plan.copies, plan.dtype) == ("columns", (), dtype.name)
+    assert plan == fastnorm.explain(fastnorm.weight_norm, v, g, 2)
+    plan = fastnorm.explain("weight_norm_backward", v, v, g, 2)
+    assert (plan.regime, plan.rows) == ("columns", 50)
+    plan = fastnorm.explain("unit_norm", np.asfortranarray(v))
+    assert (plan.regime, plan.rows, plan.cols) == ("row", 120, 50)
+    assert plan.copies == ("x is copied: it is not contiguous",)
+    plan = fastnorm.explain("unit_norm_backward", v[None, :, :, None], v[None, :, :, None], (1, 4))
+    assert (plan.rows, plan.cols) == (4, 1500)
+    with pytest.raises(ValueError, match=r"^g: got shape"):
+        fastnorm.explain("weight_norm", v, g, 0)
+    many = np.zeros((2, 3, 2, 3, 2), dtype)
+    assert "lie apart" in fastnorm.explain("unit_norm", many, (0, 2, 4)).copies[0]
 
 
 def all_results(p):

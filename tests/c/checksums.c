@@ -12,6 +12,7 @@
 #include "inputs.h"
 #include "channel_cases.h"
 #include "steps_cases.h"
+#include "weight_cases.h"
 
 /* ---- arrays ---------------------------------------------------------------------------------- */
 
@@ -331,6 +332,7 @@ static void run_isa(const char *isa, int brief)
         for (int op = 0; op < OPS; op++) run_shapes(isa, op, dtype, brief ? 1 : WAYS);
     failures += run_steps(isa, brief);
     failures += run_channels(isa, brief);
+    failures += run_weights(isa, brief);
     if (brief) return;
     run_streams(isa);
     failures += run_channel_streams(isa);

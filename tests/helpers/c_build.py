@@ -19,7 +19,7 @@ NATIVE = platform.machine()
 @functools.cache
 def flags_of_setup():
     """The constants of setup.py that hold compiler flags, without running a build."""
-    wanted = ("SCALAR", "ISA_FLAGS", "FILE_FLAGS", "ARITHMETIC", "COMPACT", "BASELINE")
+    wanted = ("SCALAR", "LOGIC", "ISA_FLAGS", "ARITHMETIC", "COMPACT", "BASELINE")
     constants = [
         node
         for node in ast.parse((ROOT / "setup.py").read_text()).body
@@ -65,8 +65,8 @@ class Core:
             *extra,
         ]
         self.isas = known["ISA_FLAGS"].get(machine, {"scalar": known["SCALAR"]})
-        stems = [p.stem for p in SOURCES.glob("*.c") if not p.stem.startswith("isa_")]
-        files = {stem: known["FILE_FLAGS"].get(stem, []) for stem in stems}
+        names = [p.stem for p in SOURCES.glob("*.c") if not p.stem.startswith("isa_")]
+        files = {name: known["LOGIC"].get(name, []) for name in names}
         files |= {f"isa_{name}": flags for name, flags in self.isas.items()}
         with ThreadPoolExecutor() as pool:
             self.objects = dict(zip(files, pool.map(self._object, files.items()), strict=True))

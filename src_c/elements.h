@@ -1,0 +1,50 @@
+/* elements.h: elements of arrays by their type, the bounds of what is computed in, and what ends a call
+ * past the cache: what channels.c, channels_last.c and weights.c share. */
+#ifndef FN_ELEMENTS_H
+#define FN_ELEMENTS_H
+
+#include <float.h>
+#include <stdatomic.h>
+
+#include "split.h"
+
+static inline const char *at_element(const void *data, fn_dtype type, ptrdiff_t i)
+{
+    return (const char *)data + i * fn_size_of(type);
+}
+
+/* Of floats or doubles; `otherwise` where there are none. */
+static inline double number_at(const void *data, fn_dtype dtype, ptrdiff_t i, double otherwise)
+{
+    if (!data) return otherwise;
+    return dtype == FN_F64 ? ((const double *)data)[i] : (double)((const float *)data)[i];
+}
+
+static inline double largest_of(fn_dtype dtype)
+{
+    return dtype == FN_F64 ? DBL_MAX : (double)FLT_MAX;
+}
+
+static inline double least_of(fn_dtype dtype)
+{
+    return dtype == FN_F64 ? DBL_MIN : (double)FLT_MIN;
+}
+
+/* Mean squares below this may have lost digits to underflow of the squares. */
+static inline double least_variance(fn_dtype dtype) { return dtype == FN_F64 ? 0x1p-600 : 0x1p-80; }
+
+static inline size_t bytes_of(ptrdiff_t elements, fn_dtype dtype)
+{
+    return ((size_t)elements * (size_t)fn_size_of(dtype) + 63) / 64 * 64;
+}
+
+/* What was written past the cache is there for all threads that wait for this one; so is what was `held`
+ * back of lines that nothing more came for. */
+static inline void end_stream(int stream, fn_held_line *held)
+{
+    if (!stream) return;
+    for (int k = 0; held && k < FN_HELD_LINES; k++) fn_let_go(&held[k]);
+    atomic_thread_fence(memory_order_seq_cst);
+}
+
+#endif
