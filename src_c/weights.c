@@ -136,6 +136,41 @@ static void finish_run(const fn_weight_norm_args *a, ptrdiff_t at, const char *v
     }
 }
 
+/* `count` short vectors, one after the other, from u on. */
+static void finish_short(const fn_weight_norm_args *a, ptrdiff_t u, ptrdiff_t count,
+                         const vector_bounds *b)
+{
+    const fn_channel_table *table = &fn_active_isa->channels;
+    const ptrdiff_t n = length_of(a), size = n * fn_size_of(a->dtype);
+    const char *v = (const char *)a->v + u * size, *dw = a->dw;
+    double squares[3 * FN_PLANES], dots[3 * FN_PLANES], terms[FN_PLANES][4];
+    int fits[FN_PLANES + 1];
+    fits[count] = 0;
+    if (dw) dw += u * size;
+    if (!a->given) table->planes_dots[a->dtype](v, v, n, (int)count, 0, squares);
+    if (dw) table->planes_dots[a->dtype](v, dw, n, (int)count, 0, dots);
+    for (ptrdiff_t k = 0; k < count; k++) {
+        const vector_sums s = {.v = v + k * size,
+                               .dw = dw ? dw + k * size : NULL,
+                               .step = 1,
+                               .squares = a->given ? 0 : squares[2 * FN_PLANES + k],
+                               .dot = dw ? dots[2 * FN_PLANES + k] : 0};
+        terms[k][0] = 0;
+        terms[k][2] = -0.0; /* to which 0 adds its sign */
+        fits[k] = find_terms(a, u + k, &s, b, &terms[k][1], &terms[k][3]) && a->w;
+    }
+    for (ptrdiff_t k = 0, end; k < count; k = end) { /* what is refused is not written */
+        for (end = k; fits[end]; end++) {
+        }
+        if (end > k)
+            table->planes_pass[a->dtype](v + k * size, dw ? dw + k * size : NULL,
+                                         (char *)a->w + (u + k) * size, n, (int)(end - k),
+                                         terms + k);
+        else
+            end++;
+    }
+}
+
 static void weight_rows(const void *args, ptrdiff_t u0, ptrdiff_t u1, void *scratch)
 {
     const fn_weight_norm_args *a = args;
@@ -144,6 +179,11 @@ static void weight_rows(const void *args, ptrdiff_t u0, ptrdiff_t u1, void *scra
     const ptrdiff_t n = length_of(a), size = fn_size_of(dtype);
     const vector_bounds b = bounds_of(a);
     fn_held_line held[FN_HELD_LINES] = {{.line = NULL}};
+    if (!scratch && n <= FN_SHORT_PLANE && !a->stream) {
+        for (ptrdiff_t u = u0; u < u1; u += FN_PLANES)
+            finish_short(a, u, u1 - u < FN_PLANES ? u1 - u : FN_PLANES, &b);
+        return;
+    }
     for (ptrdiff_t u = u0; u < u1; u++) {
         ptrdiff_t at = u * n;
         const char *v = (const char *)a->v + at * size;
