@@ -14,7 +14,17 @@ from .activation import activation
 from .operands import Operand, Parameter
 from .plan import Spec
 from .ptx import cuda, float64, int32, int64
-from .rows import RANGE, REAL, inlined, log2, room_size, summing
+from .rows import (
+    RANGE,
+    REAL,
+    all_blocks,
+    inlined,
+    log2,
+    room_size,
+    summing,
+    this_block,
+    this_thread,
+)
 
 #: Chunks of a plane that a thread has in flight.
 FLIGHT = 2
@@ -64,8 +74,8 @@ def plane_sums(spec: Spec) -> Any:
         grads = cuda.local.array(elements, real)
         room = cuda.shared.array(size, real)
 
-        lane = int64(cuda.threadIdx.x % threads)
-        row = int64(cuda.blockIdx.x) * rows_at_once + cuda.threadIdx.x // threads
+        lane = this_thread() % threads
+        row = this_block() * rows_at_once + this_thread() // threads
         inside = row < rows
         chunks = (cols >> shift_of_chunk) if inside else int64(0)
         pivot, root, moved = real(0), real(0), real(0)
@@ -118,7 +128,7 @@ def _columns(spec: Spec) -> Any:
 
     @inlined
     def added(sums: Any, room: Any) -> None:
-        lane, mine = cuda.threadIdx.x % threads, cuda.threadIdx.x // threads
+        lane, mine = this_thread() % threads, this_thread() // threads
         for j in range(elements):
             room[mine * width + j * threads + lane] = sums[j]
         cuda.syncthreads()
@@ -154,10 +164,10 @@ def column_moments(spec: Spec) -> Any:
         seconds = cuda.local.array(elements, float64)
         room = cuda.shared.array(size, float64)
 
-        lane, mine = cuda.threadIdx.x % threads, cuda.threadIdx.x // threads
+        lane, mine = this_thread() % threads, this_thread() // threads
         chunks = cols >> shift_of_chunk
         strips = (chunks + threads - 1) // threads
-        index = int64(cuda.blockIdx.x)
+        index = this_block()
         chunk, part = index % strips * threads + lane, index // strips
         begin = part % parts * part_rows
         count = rows - begin if rows - begin < part_rows else part_rows
@@ -229,10 +239,10 @@ def column_sums(spec: Spec) -> Any:
         aways = cuda.local.array(elements, real)
         room = cuda.shared.array(size, real)
 
-        lane, mine = cuda.threadIdx.x % threads, cuda.threadIdx.x // threads
+        lane, mine = this_thread() % threads, this_thread() // threads
         chunks = cols >> shift_of_chunk
         strips = (chunks + threads - 1) // threads
-        index = int64(cuda.blockIdx.x)
+        index = this_block()
         chunk, part = index % strips * threads + lane, index // strips
         begin = part % parts * part_rows
         count = rows - begin if rows - begin < part_rows else part_rows
@@ -285,7 +295,7 @@ def _total(spec: Spec) -> Any:
 
     @inlined
     def total(value: Any, room: Any) -> Any:
-        lane, mine = cuda.threadIdx.x % width, cuda.threadIdx.x // width
+        lane, mine = this_thread() % width, this_thread() // width
         room[mine * width + lane] = value
         cuda.syncthreads()
         value = room[lane]
@@ -396,8 +406,8 @@ def merge(spec: Spec) -> Any:
         count: int, last: int, eps: Any, keep: Any, take: Any, bessel: Any,
     ) -> None:  # fmt: skip
         room = cuda.shared.array(size_of_room, float64)
-        lane, mine = cuda.threadIdx.x % width_of_block, cuda.threadIdx.x // width_of_block
-        index = int64(cuda.blockIdx.x) * width_of_block + lane
+        lane, mine = this_thread() % width_of_block, this_thread() // width_of_block
+        index = this_block() * width_of_block + lane
         inside = index < outer * groups
         sample, group = index // groups, index % groups
         width, size = groups * channels, moments.size // 3
@@ -458,7 +468,7 @@ def prepare(spec: Spec) -> Any:
         weight: Any, bias: Any, running_mean: Any, running_var: Any, mean: Any, rstd: Any,
         coefficients: Any, channels: int, eps: Any,
     ) -> None:  # fmt: skip
-        index = int64(cuda.blockIdx.x) * block + cuda.threadIdx.x
+        index = this_block() * block + this_thread()
         if index < channels:
             middle, root = float64(0), float64(0)
             if running:
@@ -501,8 +511,8 @@ def merge_sums(spec: Spec) -> Any:
         outer: int, groups: int, channels: int, parts: int, count: int,
     ) -> None:  # fmt: skip
         room = cuda.shared.array(size_of_room, float64)
-        lane, mine = cuda.threadIdx.x % width_of_block, cuda.threadIdx.x // width_of_block
-        index = int64(cuda.blockIdx.x) * width_of_block + lane
+        lane, mine = this_thread() % width_of_block, this_thread() // width_of_block
+        index = this_block() * width_of_block + lane
         inside = index < outer * groups
         sample, group = index // groups, index % groups
         width, size = groups * channels, sums.size // kinds
@@ -587,10 +597,10 @@ def apply(spec: Spec) -> Any:
         slopes = cuda.local.array(elements, real)
         constants = cuda.local.array(elements, real)
 
-        lane, mine = cuda.threadIdx.x % threads, cuda.threadIdx.x // threads
+        lane, mine = this_thread() % threads, this_thread() // threads
         chunks = cols >> shift_of_chunk
         strips = (chunks + threads - 1) // threads
-        index, blocks = int64(cuda.blockIdx.x), int64(cuda.gridDim.x) // strips // outer
+        index, blocks = this_block(), all_blocks() // strips // outer
         chunk, rest = index % strips * threads + lane, index // strips
         sample, top = rest // blocks, rest % blocks * (at_once * flight) + mine
         column, has_columns = chunk * elements, chunk < chunks
@@ -657,10 +667,10 @@ def apply_backward(spec: Spec) -> Any:
         twos = cuda.local.array(elements, real)
         threes = cuda.local.array(elements, real)
 
-        lane, mine = cuda.threadIdx.x % threads, cuda.threadIdx.x // threads
+        lane, mine = this_thread() % threads, this_thread() // threads
         chunks = cols >> shift_of_chunk
         strips = (chunks + threads - 1) // threads
-        index, blocks = int64(cuda.blockIdx.x), int64(cuda.gridDim.x) // strips // outer
+        index, blocks = this_block(), all_blocks() // strips // outer
         chunk, rest = index % strips * threads + lane, index // strips
         sample, top = rest // blocks, rest % blocks * (at_once * flight) + mine
         column, has_columns = chunk * elements, chunk < chunks

@@ -526,15 +526,8 @@ def resident_blocks(spec: Spec) -> int:
     elif spec.compute == "float64" or "sums" in spec.flags or many:
         threads = BACKWARD_THREADS
     elif spec.kernel == "backward":
-        threads = 5 * 128 if _is_wider(spec, "weight") or spec.has("dsum") else 6 * 128
-    elif spec.kernel == "forward" and _is_wider(spec, "linear_bias"):
         threads = 6 * 128
     return max(1, threads // (spec.threads * spec.rows))
-
-
-def _is_wider(spec: Spec, name: str) -> bool:
-    """Whether there is a parameter of this name, of more bytes than x."""
-    return spec.has(name) and SIZES[spec.type_of(name)] > SIZES[spec.type_of("x")]
 
 
 def make_step(spec: Spec, grid: int, places: Mapping[str, str] | None = None) -> Step:
