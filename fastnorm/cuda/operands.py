@@ -108,20 +108,21 @@ def _each(kind: str, count: int, access: int, compute: str, how: str) -> tuple[A
     return each, widen
 
 
-def number(spec: Spec, name: str) -> Any:
-    """``(array, row, there)``: a row's number of this array, 0 if not `there`: without a branch."""
-    return _number(dict(spec.types).get(name, spec.compute), spec.compute)
+def number(spec: Spec, name: str, compute: str = "", how: str = "kept") -> Any:
+    """``(array, at, there)``: one element of this array, 0 if not `there`: without a branch."""
+    kind = dict(spec.types).get(name, spec.types[0][1])
+    return _number(kind, compute or spec.compute, how)
 
 
 @functools.cache
-def _number(kind: str, compute: str) -> Any:
-    fetch, widen = ptx.fetch(kind, 1, SIZES[kind], "kept"), ptx.widen(kind, 1, compute)
+def _number(kind: str, compute: str, how: str) -> Any:
+    fetch, widen = ptx.fetch(kind, 1, SIZES[kind], how), ptx.widen(kind, 1, compute)
     word, real = ptx.word_type(kind), REAL[compute]
 
     @inlined
-    def number_of(array: Any, row: int, there: bool) -> Any:
+    def number_of(array: Any, at: int, there: bool) -> Any:
         words, values = cuda.local.array(1, word), cuda.local.array(1, real)
-        fetch(words, 0, array, row, there)
+        fetch(words, 0, array, at, there)
         widen(values, 0, words, 0)
         return values[0]
 
