@@ -30,19 +30,20 @@ TARGETS = {"sm_90": "sm_90", "sm_80": "sm_80", "sm_100": "sm_90"}
 SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 
 
-def forward(kind, cols, rms=False, **options):
+def forward(kind, cols, rms=False, alignment=16, **options):
     more = options.pop("more", {})
     types = {"x": kind, "weight": kind, "y": kind} | more
     types |= {} if rms else {"bias": kind, "mean": "float32"}
-    return plan.forward(1000, cols, types | {"rstd": "float32"}, alignment=16, rms=rms,
+    return plan.forward(1000, cols, types | {"rstd": "float32"}, alignment=alignment, rms=rms,
                         return_stats=True, **options)  # fmt: skip
 
 
-def backward(kind, cols, rms=False, sums=True, more=None, **options):
+def backward(kind, cols, rms=False, sums=True, more=None, alignment=16, **options):
     found = ("rstd", "dweight") if rms else ("mean", "rstd", "dweight", "dbias")
     found = [name for name in found if sums or name[0] != "d"]
     types = dict.fromkeys(("dy", "x", "weight", "dx"), kind) | dict.fromkeys(found, "float32")
-    return plan.backward(32768, cols, types | (more or {}), alignment=16, rms=rms, **options)
+    return plan.backward(32768, cols, types | (more or {}), alignment=alignment, rms=rms,
+                         **options)  # fmt: skip
 
 
 def batch(kind, samples, channels, run, gradients=False):
@@ -120,6 +121,12 @@ PLANS = {
     "wide parameters, adaptive unrounded float16 1024": forward(
         "float16", 1024, more=WIDE | residual("float16") | {"gate": "float32"},
         per_row=OWN | {"gate": True}, offset=True, alike=True),
+    "adaptive and gelu_tanh unrounded bfloat16 16384": forward(
+        "bfloat16", 16384, more=residual("bfloat16") | {"gate": "bfloat16"},
+        per_row=OWN | {"gate": True}, offset=True, alike=True, activation="gelu_tanh"),
+    "add not aligned float16 4095": forward(
+        "float16", 4095, alignment=2, more=residual("float16"), round_sum=True),
+    "backward of dx not aligned float16 1001": backward("float16", 1001, sums=False, alignment=2),
     "wide parameters, backward bfloat16 1024": backward(
         "bfloat16", 1024, more={"weight": "float32"}),
     **{f"wide parameters, add backward float16 {cols}": backward(
@@ -229,7 +236,7 @@ def test_wide_accesses_alone(name):
     spec, text = KERNELS[name], running.ptx(KERNELS[name])
     assert ".local" not in text
     assert "call" not in re.sub(r"//.*", "", text)
-    if spec.kernel in ("reduce", "merge", "merge_sums"):
+    if spec.kernel in ("reduce", "merge", "merge_sums") or spec.access < 16:
         return
     for access in accesses(text):
         narrow = not access.endswith("v4.b32")
