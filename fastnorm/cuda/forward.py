@@ -209,8 +209,10 @@ def forward(spec: Spec) -> Any:
     loose = residual.there and not packed
     taken = held_count * (2 if compute == "float64" else 1) + needed
     hoisted = taken <= (HELD_AND_HOISTED_SUMS if loose else HELD_AND_HOISTED)
-    # Where rows are added, there are no registers for parameters of several chunks at a time.
-    if residual.there and not hoisted:
+    # Where rows are added, there are no registers for parameters of several chunks at a time; and
+    # ptxas asks for more where a wide weight is alone.
+    wide = "rms" in spec.flags and weight.registers > x.registers
+    if not hoisted and (residual.there or wide):
         weight, bias = Parameter(spec, "weight", "own"), Parameter(spec, "bias", "own")
     if loose:
         gate, linear_bias = Operand(spec, "gate", "own"), Operand(spec, "linear_bias", "own")
