@@ -17,10 +17,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from .operands import Operand, Parameter
+from .operands import Operand, Parameter, number
 from .plan import COLUMN_CHUNKS, COLUMN_ROWS, REDUCE_COLUMNS, REDUCE_LANES, Spec
 from .ptx import cuda, int32, int64
-from .rows import RANGE, REAL, inlined, log2, reciprocal, room_size, summing
+from .rows import (
+    RANGE,
+    REAL,
+    all_blocks,
+    inlined,
+    log2,
+    parameter_row,
+    reciprocal,
+    room_size,
+    summing,
+    this_block,
+    this_thread,
+)
 
 #: Registers that the weight may take in a kernel that goes from row to row.
 KEPT_WORDS = 4
@@ -99,6 +111,8 @@ def backward(spec: Spec) -> Any:
     # A group of rows whose gradients are summed has one weight.
     one_weight = not own_weight or grouped
     kept = has_weight and one_weight and vectors * weight.registers <= KEPT_WORDS
+    if not kept:  # nor loaded a chunk ahead, for which there are no registers
+        weight = Parameter(spec, "weight", "own")
     x_words, dy_words, w_words = x.words, dy.words, weight.words
     x_count, dy_count, s_count = vectors * x_words, vectors * dy_words, dsum.words
     w_count, w_step = (vectors * w_words, w_words) if kept else (w_words, 0)
@@ -109,6 +123,7 @@ def backward(spec: Spec) -> Any:
     three = summing(threads, rows_at_once, 1 if rms else 3)
     pair, coefficients, finish = _product(spec), _coefficients(spec), _finish(spec)
     reciprocal_of = reciprocal(compute)
+    root_of, pivot_of = number(spec, "rstd"), number(spec, "mean")
     x_fetch, dy_fetch, w_fetch, s_fetch = x.fetch, dy.fetch, weight.fetch, dsum.fetch
     x_widen, dy_widen, w_widen, dx_store = x.widen, dy.widen, weight.widen, dx.store
     p_narrow, p_store = partial.narrow, partial.store
@@ -152,7 +167,7 @@ def backward(spec: Spec) -> Any:
                     column = (k * threads + lane) * elements + j
                     room[at_once * columns + column] = sums_of[k * elements + j]
             cuda.syncthreads()
-            for column in range(cuda.threadIdx.x, cols, block):
+            for column in range(this_thread(), cols, block):
                 value = room[column]
                 for each in range(1, rows_at_once):
                     value += room[each * columns + column]
@@ -181,11 +196,11 @@ def backward(spec: Spec) -> Any:
         sum_words = cuda.local.array(p_words, p_word)
         room = cuda.shared.array(size, real)
 
-        lane = cuda.threadIdx.x % threads
-        at_once = cuda.threadIdx.x // threads
+        lane = this_thread() % threads
+        at_once = this_thread() // threads
         chunks = int32((cols >> shift_of_chunk) - lane)
         column = int64(lane * elements)
-        block_index, blocks = int64(cuda.blockIdx.x), int64(cuda.gridDim.x)
+        block_index, blocks = this_block(), all_blocks()
         group, count = int64(0), rows
         if grouped:
             group, block_index, blocks = block_index % mod, block_index // mod, blocks // mod
@@ -212,13 +227,14 @@ def backward(spec: Spec) -> Any:
             row, inside = row_of(block_index * rows_at_once + at_once, count, group, div, mod)
             left = chunks if inside else int32(0)
             ask(next_xs, next_dys, x, dy, row * x_stride + column, row * dy_stride + column, left)
-            if inside:
-                next_rstd = rstd[row]
-                if not rms:
-                    next_pivot = mean[row]
+            next_rstd = root_of(rstd, row, inside)
+            if not rms:
+                next_pivot = pivot_of(mean, row, inside)
         phase = 0
         nothing = int32(cols >> 40)  # zero, which the compiler cannot know
-        for start in range(block_index * rows_at_once, count, step):
+        # Of range, Numba would count the rounds first, by a division.
+        start = block_index * rows_at_once
+        while start < count:
             if ahead:
                 this_row, this_left, this_inside = row, left, inside
                 if adjoining or not grouped:  # which is cheaper to form again than to keep
@@ -233,24 +249,20 @@ def backward(spec: Spec) -> Any:
                 left = chunks if inside else int32(0)
                 ask(next_xs, next_dys, x, dy, row * x_stride + column, row * dy_stride + column,
                     left)  # fmt: skip
-                next_pivot, next_rstd = real(0), real(0)
-                if inside:
-                    next_rstd = rstd[row]
-                    if not rms:
-                        next_pivot = mean[row]
+                next_rstd = root_of(rstd, row, inside)
+                if not rms:
+                    next_pivot = pivot_of(mean, row, inside)
             else:
                 this_row, this_inside = row_of(start + at_once, count, group, div, mod)
                 this_left = chunks if this_inside else int32(0)
                 ask(xs, dys, x, dy, this_row * x_stride + column, this_row * dy_stride + column,
                     this_left)  # fmt: skip
-                pivot, root = real(0), real(0)
-                if this_inside:
-                    root = rstd[this_row]
-                    if not rms:
-                        pivot = mean[this_row]
+                pivot, root = real(0), root_of(rstd, this_row, this_inside)
+                if not rms:
+                    pivot = pivot_of(mean, this_row, this_inside)
             if not one_weight:
                 width = channels if runs else cols
-                weight_first = this_row // weight_div % weight_mod * width
+                weight_first = parameter_row(this_row, weight_div, weight_mod) * width
             if root > most:  # a constant row, and eps 0
                 root = real(0)
 
@@ -312,6 +324,7 @@ def backward(spec: Spec) -> Any:
                 if has_dx:
                     finish(values, factors, words, ss)
                     dx_store(dx, this_row * dx_stride + place, words, 0, there)
+            start += step
 
         if sums:
             together = cuda.shared.array(combined, real)
@@ -383,11 +396,12 @@ def backward_wide(spec: Spec) -> Any:
         factors = cuda.local.array(elements, real)
         room = cuda.shared.array(size, real)
 
-        lane, row = int64(cuda.threadIdx.x), int64(cuda.blockIdx.x)
+        lane, row = this_thread(), this_block()
         chunks = cols >> shift_of_chunk
         place, dy_place, weight_first = row * x_stride, row * dy_stride, int64(0)
         if own_weight:
-            weight_first += row // weight_div % weight_mod * (channels if runs else cols)
+            width_of_row = channels if runs else cols
+            weight_first += parameter_row(row, weight_div, weight_mod) * width_of_row
         root, pivot = rstd[row], real(0)
         if not rms:
             pivot = mean[row]
@@ -450,14 +464,15 @@ def columns(spec: Spec) -> Any:
     block, size = COLUMN_CHUNKS * COLUMN_ROWS, width * at_once
     x_fetch, dy_fetch, x_widen, dy_widen = x.fetch, dy.fetch, x.widen, dy.widen
     x_word, dy_word = x.word, dy.word
+    root_of, pivot_of, shift_of = [number(spec, name) for name in ("rstd", "mean", "shift")]
 
     @inlined
     def write(target: Any, sums_of: Any, room: Any, first: int, past: int) -> None:
-        lane, mine = cuda.threadIdx.x % COLUMN_CHUNKS, cuda.threadIdx.x // COLUMN_CHUNKS
+        lane, mine = this_thread() % COLUMN_CHUNKS, this_thread() // COLUMN_CHUNKS
         for j in range(elements):
             room[mine * width + lane * elements + j] = sums_of[j]
         cuda.syncthreads()
-        for column in range(cuda.threadIdx.x, width if width < past else past, block):
+        for column in range(this_thread(), width if width < past else past, block):
             value = room[column]
             for each in range(1, at_once):
                 value += room[each * width + column]
@@ -476,10 +491,10 @@ def columns(spec: Spec) -> Any:
         dbiases = cuda.local.array(elements, real)
         room = cuda.shared.array(size, real)
 
-        lane, mine = cuda.threadIdx.x % COLUMN_CHUNKS, cuda.threadIdx.x // COLUMN_CHUNKS
+        lane, mine = this_thread() % COLUMN_CHUNKS, this_thread() // COLUMN_CHUNKS
         strips = (cols + width - 1) // width
-        strip, rest = int64(cuda.blockIdx.x) % strips, int64(cuda.blockIdx.x) // strips
-        slices = int64(cuda.gridDim.x) // strips
+        strip, rest = this_block() % strips, this_block() // strips
+        slices = all_blocks() // strips
         group, count = int64(0), rows
         if grouped:
             group, rest, slices = rest % mod, rest // mod, slices // mod
@@ -491,7 +506,8 @@ def columns(spec: Spec) -> Any:
             dweights[j] = real(0)
             dbiases[j] = real(0)
         step = slices * at_once
-        for start in range(rest * at_once + mine, count, step * flight):
+        start = rest * at_once + mine
+        while start < count:
             for i in range(flight):
                 index = start + i * step
                 row = index
@@ -513,20 +529,20 @@ def columns(spec: Spec) -> Any:
                 dy_widen(grads, 0, dys, i * dy_words)
                 if has_dweight:
                     x_widen(values, 0, xs, i * x_words)
-                    pivot, root, moved = real(0), real(0), real(0)
-                    if index < count:
-                        root = rstd[row]
-                        if root > most:
-                            root = real(0)
-                        if has_mean:
-                            pivot = mean[row]
-                        if has_shift:
-                            moved = shift[row]
+                    there, pivot, moved = index < count, real(0), real(0)
+                    root = root_of(rstd, row, there)
+                    if root > most:
+                        root = real(0)
+                    if has_mean:
+                        pivot = pivot_of(mean, row, there)
+                    if has_shift:
+                        moved = shift_of(shift, row, there)
                     for j in range(elements):
                         dweights[j] += grads[j] * ((values[j] - pivot) * root + moved)
                 if has_dbias:
                     for j in range(elements):
                         dbiases[j] += grads[j]
+            start += step * flight
         first = (group * slices + rest) * cols + first_column
         if has_dweight:
             write(dweight, dweights, room, first, cols - first_column)
@@ -543,7 +559,7 @@ def reduce(spec: Spec) -> Any:
 
     @inlined
     def added(partials: Any, result: Any, room: Any, index: int, cols: int) -> None:
-        lane, mine = cuda.threadIdx.x % width, cuda.threadIdx.x // width
+        lane, mine = this_thread() % width, this_thread() // width
         strips = (cols + width - 1) // width
         group, column = index // strips, index % strips * width + lane
         groups = result.size // cols
@@ -562,9 +578,9 @@ def reduce(spec: Spec) -> Any:
 
     def kernel(partials0: Any, result0: Any, partials1: Any, result1: Any, cols: int) -> None:
         room = cuda.shared.array(size, real)
-        index = int64(cuda.blockIdx.x)
+        index = this_block()
         if several:
-            half = int64(cuda.gridDim.x) // 2
+            half = all_blocks() // 2
             if index < half:
                 added(partials0, result0, room, index, cols)
             else:
@@ -581,7 +597,7 @@ def fill(spec: Spec) -> Any:
     value = {"zero": 0.0, "nan": float("nan")}[spec.flags[0]]
 
     def kernel(array: Any) -> None:
-        index = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
+        index = this_block() * cuda.blockDim.x + this_thread()
         if index < array.size:
             array[index] = real(value)
 

@@ -11,10 +11,20 @@ import math
 from typing import Any
 
 from .activation import activation
-from .operands import Operand, Parameter
+from .operands import Operand, Parameter, number
 from .plan import Spec
 from .ptx import cuda, float64, int32, int64
-from .rows import RANGE, REAL, inlined, log2, room_size, summing
+from .rows import (
+    RANGE,
+    REAL,
+    all_blocks,
+    inlined,
+    log2,
+    room_size,
+    summing,
+    this_block,
+    this_thread,
+)
 
 #: Chunks of a plane that a thread has in flight.
 FLIGHT = 2
@@ -64,8 +74,8 @@ def plane_sums(spec: Spec) -> Any:
         grads = cuda.local.array(elements, real)
         room = cuda.shared.array(size, real)
 
-        lane = int64(cuda.threadIdx.x % threads)
-        row = int64(cuda.blockIdx.x) * rows_at_once + cuda.threadIdx.x // threads
+        lane = this_thread() % threads
+        row = this_block() * rows_at_once + this_thread() // threads
         inside = row < rows
         chunks = (cols >> shift_of_chunk) if inside else int64(0)
         pivot, root, moved = real(0), real(0), real(0)
@@ -118,7 +128,7 @@ def _columns(spec: Spec) -> Any:
 
     @inlined
     def added(sums: Any, room: Any) -> None:
-        lane, mine = cuda.threadIdx.x % threads, cuda.threadIdx.x // threads
+        lane, mine = this_thread() % threads, this_thread() // threads
         for j in range(elements):
             room[mine * width + j * threads + lane] = sums[j]
         cuda.syncthreads()
@@ -132,6 +142,30 @@ def _columns(spec: Spec) -> Any:
     return added
 
 
+def _place(spec: Spec) -> Any:
+    """``(cols)``: the column where this thread's chunk begins and whether there is one; the block's
+    number among those that have the same columns; and how many strips of columns there are."""
+    threads, elements, shift_of_chunk = spec.threads, spec.elements, log2(spec.elements)
+
+    @inlined
+    def place(cols: int) -> Any:
+        chunks = cols >> shift_of_chunk
+        strips = (chunks + threads - 1) // threads
+        index = this_block()
+        chunk = index % strips * threads + this_thread() % threads
+        return chunk * elements, chunk < chunks, index // strips, strips
+
+    return place
+
+
+@inlined
+def rows_of(part: int, rows: int, parts: int, part_rows: int) -> Any:
+    """The first row of a part of a sample, and how many it has."""
+    begin = part % parts * part_rows
+    count = rows - begin if rows - begin < part_rows else part_rows
+    return part // parts * rows + begin, count
+
+
 def column_moments(spec: Spec) -> Any:
     """Of each column of `part_rows` rows: pivot, shift and the sum of squares, as a row's moments
     are. In double, so that no number leaves the range."""
@@ -139,8 +173,8 @@ def column_moments(spec: Spec) -> Any:
     x = Operand(spec, "x")
     x_words, x_count = x.words, x.words * flight
     x_fetch, x_widen, x_word = x.fetch, x.widen, x.word
-    size, shift_of_chunk, real = threads * at_once * elements, log2(elements), REAL[spec.compute]
-    added = _columns(spec)
+    size, real = threads * at_once * elements, REAL[spec.compute]
+    added, place = _columns(spec), _place(spec)
     # The mean of floats has as many digits in double as there are to have.
     corrected = spec.compute == "float64"
 
@@ -154,14 +188,9 @@ def column_moments(spec: Spec) -> Any:
         seconds = cuda.local.array(elements, float64)
         room = cuda.shared.array(size, float64)
 
-        lane, mine = cuda.threadIdx.x % threads, cuda.threadIdx.x // threads
-        chunks = cols >> shift_of_chunk
-        strips = (chunks + threads - 1) // threads
-        index = int64(cuda.blockIdx.x)
-        chunk, part = index % strips * threads + lane, index // strips
-        begin = part % parts * part_rows
-        count = rows - begin if rows - begin < part_rows else part_rows
-        top, column, has_columns = part // parts * rows + begin, chunk * elements, chunk < chunks
+        mine = this_thread() // threads
+        column, has_columns, part, _ = place(cols)
+        top, count = rows_of(part, rows, parts, part_rows)
         for i in range(flight):
             row = i * at_once + mine
             x_fetch(xs, i * x_words, x, (top + row) * x_stride + column,
@@ -210,8 +239,8 @@ def column_sums(spec: Spec) -> Any:
     x_count, dy_count = x_words * flight, dy_words * flight
     x_fetch, dy_fetch, x_widen, dy_widen = x.fetch, dy.fetch, x.widen, dy.widen
     x_word, dy_word = x.word, dy.word
-    size, shift_of_chunk = threads * at_once * elements, log2(elements)
-    added, given = _columns(spec), _given(spec)
+    size = threads * at_once * elements
+    added, given, place = _columns(spec), _given(spec), _place(spec)
 
     def kernel(
         dy: Any, dy_stride: int, x: Any, x_stride: int, mean: Any, rstd: Any, sums: Any,
@@ -229,14 +258,9 @@ def column_sums(spec: Spec) -> Any:
         aways = cuda.local.array(elements, real)
         room = cuda.shared.array(size, real)
 
-        lane, mine = cuda.threadIdx.x % threads, cuda.threadIdx.x // threads
-        chunks = cols >> shift_of_chunk
-        strips = (chunks + threads - 1) // threads
-        index = int64(cuda.blockIdx.x)
-        chunk, part = index % strips * threads + lane, index // strips
-        begin = part % parts * part_rows
-        count = rows - begin if rows - begin < part_rows else part_rows
-        top, column, has_columns = part // parts * rows + begin, chunk * elements, chunk < chunks
+        mine = this_thread() // threads
+        column, has_columns, part, _ = place(cols)
+        top, count = rows_of(part, rows, parts, part_rows)
         for j in range(elements):
             ones[j], boths[j], aways[j] = real(0), real(0), real(0)
             pivots[j], roots[j], shifts[j] = real(0), real(0), real(0)
@@ -285,7 +309,7 @@ def _total(spec: Spec) -> Any:
 
     @inlined
     def total(value: Any, room: Any) -> Any:
-        lane, mine = cuda.threadIdx.x % width, cuda.threadIdx.x // width
+        lane, mine = this_thread() % width, this_thread() // width
         room[mine * width + lane] = value
         cuda.syncthreads()
         value = room[lane]
@@ -300,20 +324,13 @@ def _total(spec: Spec) -> Any:
 def _number(spec: Spec, name: str, default: float) -> tuple[Any, Any]:
     """``(array, at)``: an element as a double, or the default where there is no such array; and
     ``(array, at, value)``, which writes one, rounded."""
-    there, operand = spec.has(name), Operand(spec, name, "own")
-    fetch, widen, narrow, store = operand.fetch, operand.widen, operand.narrow, operand.store
-    word = operand.word
+    there, operand = spec.has(name), Operand(spec, name)
+    narrow, store, word = operand.narrow, operand.store, operand.word
+    number_of = number(spec, name, "float64", "own")
 
     @inlined
     def read(array: Any, at: int) -> Any:
-        value = float64(default)
-        if there:
-            words = cuda.local.array(1, word)
-            values = cuda.local.array(1, float64)
-            fetch(words, 0, array, at, True)
-            widen(values, 0, words, 0)
-            value = values[0]
-        return value
+        return number_of(array, at, True) if there else float64(default)
 
     @inlined
     def write(array: Any, at: int, value: Any) -> None:
@@ -396,8 +413,8 @@ def merge(spec: Spec) -> Any:
         count: int, last: int, eps: Any, keep: Any, take: Any, bessel: Any,
     ) -> None:  # fmt: skip
         room = cuda.shared.array(size_of_room, float64)
-        lane, mine = cuda.threadIdx.x % width_of_block, cuda.threadIdx.x // width_of_block
-        index = int64(cuda.blockIdx.x) * width_of_block + lane
+        lane, mine = this_thread() % width_of_block, this_thread() // width_of_block
+        index = this_block() * width_of_block + lane
         inside = index < outer * groups
         sample, group = index // groups, index % groups
         width, size = groups * channels, moments.size // 3
@@ -458,7 +475,7 @@ def prepare(spec: Spec) -> Any:
         weight: Any, bias: Any, running_mean: Any, running_var: Any, mean: Any, rstd: Any,
         coefficients: Any, channels: int, eps: Any,
     ) -> None:  # fmt: skip
-        index = int64(cuda.blockIdx.x) * block + cuda.threadIdx.x
+        index = this_block() * block + this_thread()
         if index < channels:
             middle, root = float64(0), float64(0)
             if running:
@@ -501,8 +518,8 @@ def merge_sums(spec: Spec) -> Any:
         outer: int, groups: int, channels: int, parts: int, count: int,
     ) -> None:  # fmt: skip
         room = cuda.shared.array(size_of_room, float64)
-        lane, mine = cuda.threadIdx.x % width_of_block, cuda.threadIdx.x // width_of_block
-        index = int64(cuda.blockIdx.x) * width_of_block + lane
+        lane, mine = this_thread() % width_of_block, this_thread() // width_of_block
+        index = this_block() * width_of_block + lane
         inside = index < outer * groups
         sample, group = index // groups, index % groups
         width, size = groups * channels, sums.size // kinds
@@ -556,138 +573,75 @@ def merge_sums(spec: Spec) -> Any:
 def apply(spec: Spec) -> Any:
     """``y = (x*scale - start)*slope + constant``, by channel: threads keep their columns'
     coefficients for several rows."""
-    threads, at_once, flight, elements = spec.threads, spec.rows, spec.vectors, spec.elements
-    real, how = REAL[spec.compute], "own" if "aliased" in spec.flags else "once"
-    x, y, known = Operand(spec, "x", how), Operand(spec, "y"), Parameter(spec, "coefficients")
-    x_words, x_count, y_words = x.words, x.words * flight, y.words
-    x_fetch, x_widen, x_word = x.fetch, x.widen, x.word
-    y_narrow, y_store, y_word = y.narrow, y.store, y.word
-    c_fetch, c_widen, c_word, c_words = known.fetch, known.widen, known.word, known.words
-    shift_of_chunk = log2(elements)
-    activated = activation(spec.activation, spec.compute)
-
-    @inlined
-    def coefficient(
-        into: Any, words: Any, array: Any, first: int, column: int, there: bool, factor: int,
-        places: int,
-    ) -> None:  # fmt: skip
-        c_fetch(words, 0, array, first, column, there, factor, places)
-        c_widen(into, 0, words, 0)
-
-    def kernel(
-        x: Any, x_stride: int, coefficients: Any, y: Any, y_stride: int, rows: int, cols: int,
-        outer: int, width: int, factor: int, places: int,
-    ) -> None:  # fmt: skip
-        xs = cuda.local.array(x_count, x_word)
-        ys = cuda.local.array(y_words, y_word)
-        words = cuda.local.array(c_words, c_word)
-        values = cuda.local.array(elements, real)
-        scales = cuda.local.array(elements, real)
-        starts = cuda.local.array(elements, real)
-        slopes = cuda.local.array(elements, real)
-        constants = cuda.local.array(elements, real)
-
-        lane, mine = cuda.threadIdx.x % threads, cuda.threadIdx.x // threads
-        chunks = cols >> shift_of_chunk
-        strips = (chunks + threads - 1) // threads
-        index, blocks = int64(cuda.blockIdx.x), int64(cuda.gridDim.x) // strips // outer
-        chunk, rest = index % strips * threads + lane, index // strips
-        sample, top = rest // blocks, rest % blocks * (at_once * flight) + mine
-        column, has_columns = chunk * elements, chunk < chunks
-        for i in range(flight):
-            row = top + i * at_once
-            x_fetch(xs, i * x_words, x, (sample * rows + row) * x_stride + column,
-                    has_columns and row < rows)  # fmt: skip
-        first, size = sample * width, outer * width
-        coefficient(scales, words, coefficients, first, column, has_columns, factor, places)
-        first += size
-        coefficient(starts, words, coefficients, first, column, has_columns, factor, places)
-        first += size
-        coefficient(slopes, words, coefficients, first, column, has_columns, factor, places)
-        first += size
-        coefficient(constants, words, coefficients, first, column, has_columns, factor, places)
-        for i in range(flight):
-            row = top + i * at_once
-            x_widen(values, 0, xs, i * x_words)
-            for j in range(elements):
-                value = (values[j] * scales[j] - starts[j]) * slopes[j] + constants[j]
-                values[j] = activated(value)
-            y_narrow(ys, 0, values)
-            y_store(y, (sample * rows + row) * y_stride + column, ys, 0,
-                    has_columns and row < rows)  # fmt: skip
-
-    return kernel
+    return _applied(spec, Operand(spec, "y"))
 
 
 def apply_backward(spec: Spec) -> Any:
-    """``dx = dy*first + (x*scale - start)*second + third``, by channel, as `apply`."""
-    threads, at_once, flight, elements = spec.threads, spec.rows, spec.vectors, spec.elements
-    real = REAL[spec.compute]
-    x, dy, dx = Operand(spec, "x"), Operand(spec, "dy"), Operand(spec, "dx")
-    known = Parameter(spec, "coefficients")
-    x_words, dy_words, dx_words = x.words, dy.words, dx.words
-    x_count, dy_count = x_words * flight, dy_words * flight
-    x_fetch, x_widen, x_word = x.fetch, x.widen, x.word
-    dy_fetch, dy_widen, dy_word = dy.fetch, dy.widen, dy.word
-    dx_narrow, dx_store, dx_word = dx.narrow, dx.store, dx.word
-    c_fetch, c_widen, c_word, c_words = known.fetch, known.widen, known.word, known.words
-    shift_of_chunk = log2(elements)
+    """``dx = dy*first + (x*scale - start)*slope + constant``, by channel, as `apply`."""
+    return _applied(spec, Operand(spec, "dx"))
 
-    @inlined
-    def coefficient(
-        into: Any, words: Any, array: Any, first: int, column: int, there: bool, factor: int,
-        places: int,
-    ) -> None:  # fmt: skip
-        c_fetch(words, 0, array, first, column, there, factor, places)
-        c_widen(into, 0, words, 0)
+
+def _applied(spec: Spec, target: Operand) -> Any:
+    """Either of these: the coefficients scale, start, first where there is dy, slope, constant."""
+    threads, at_once, flight, elements = spec.threads, spec.rows, spec.vectors, spec.elements
+    real, how = REAL[spec.compute], "own" if "aliased" in spec.flags else "once"
+    x, dy, known = Operand(spec, "x", how), Operand(spec, "dy"), Parameter(spec, "coefficients")
+    backward = dy.there
+    x_words, dy_words, c_words, words_of_result = x.words, dy.words, known.words, target.words
+    x_count, dy_count = x_words * flight, dy_words * flight
+    x_word, dy_word, c_word, word_of_result = x.word, dy.word, known.word, target.word
+    x_fetch, dy_fetch, c_fetch = x.fetch, dy.fetch, known.fetch
+    x_widen, dy_widen, c_widen = x.widen, dy.widen, known.widen
+    narrow, store = target.narrow, target.store
+    kinds = 5 if backward else 4
+    # Where each begins in what a thread keeps.
+    start, first, count = elements, 2 * elements, kinds * elements
+    slope, constant = count - 2 * elements, count - elements
+    place, activated = _place(spec), activation(spec.activation, spec.compute)
 
     def kernel(
-        dy: Any, dy_stride: int, x: Any, x_stride: int, coefficients: Any, dx: Any,
-        dx_stride: int, rows: int, cols: int, outer: int, width: int, factor: int, places: int,
+        dy: Any, dy_stride: int, x: Any, x_stride: int, coefficients: Any, y: Any, y_stride: int,
+        dx: Any, dx_stride: int, rows: int, cols: int, outer: int, width: int, factor: int,
+        places: int,
     ) -> None:  # fmt: skip
         xs = cuda.local.array(x_count, x_word)
         dys = cuda.local.array(dy_count, dy_word)
-        dxs = cuda.local.array(dx_words, dx_word)
         words = cuda.local.array(c_words, c_word)
+        results = cuda.local.array(words_of_result, word_of_result)
         values = cuda.local.array(elements, real)
         grads = cuda.local.array(elements, real)
-        scales = cuda.local.array(elements, real)
-        starts = cuda.local.array(elements, real)
-        ones = cuda.local.array(elements, real)
-        twos = cuda.local.array(elements, real)
-        threes = cuda.local.array(elements, real)
+        kept = cuda.local.array(count, real)
 
-        lane, mine = cuda.threadIdx.x % threads, cuda.threadIdx.x // threads
-        chunks = cols >> shift_of_chunk
-        strips = (chunks + threads - 1) // threads
-        index, blocks = int64(cuda.blockIdx.x), int64(cuda.gridDim.x) // strips // outer
-        chunk, rest = index % strips * threads + lane, index // strips
-        sample, top = rest // blocks, rest % blocks * (at_once * flight) + mine
-        column, has_columns = chunk * elements, chunk < chunks
+        column, has_columns, rest, strips = place(cols)
+        blocks = all_blocks() // strips // outer
+        sample = rest // blocks
+        top = rest % blocks * (at_once * flight) + this_thread() // threads
         for i in range(flight):
             row = top + i * at_once
-            there = has_columns and row < rows
-            x_fetch(xs, i * x_words, x, (sample * rows + row) * x_stride + column, there)
-            dy_fetch(dys, i * dy_words, dy, (sample * rows + row) * dy_stride + column, there)
-        first, size = sample * width, outer * width
-        coefficient(scales, words, coefficients, first, column, has_columns, factor, places)
-        first += size
-        coefficient(starts, words, coefficients, first, column, has_columns, factor, places)
-        first += size
-        coefficient(ones, words, coefficients, first, column, has_columns, factor, places)
-        first += size
-        coefficient(twos, words, coefficients, first, column, has_columns, factor, places)
-        first += size
-        coefficient(threes, words, coefficients, first, column, has_columns, factor, places)
+            there, row = has_columns and row < rows, sample * rows + row
+            x_fetch(xs, i * x_words, x, row * x_stride + column, there)
+            if backward:
+                dy_fetch(dys, i * dy_words, dy, row * dy_stride + column, there)
+        for k in range(kinds):
+            begin = k * outer * width + sample * width
+            c_fetch(words, 0, coefficients, begin, column, has_columns, factor, places)
+            c_widen(kept, k * elements, words, 0)
         for i in range(flight):
             row = top + i * at_once
+            there, row = has_columns and row < rows, sample * rows + row
             x_widen(values, 0, xs, i * x_words)
-            dy_widen(grads, 0, dys, i * dy_words)
+            if backward:
+                dy_widen(grads, 0, dys, i * dy_words)
             for j in range(elements):
-                away = (values[j] * scales[j] - starts[j]) * twos[j] + threes[j]
-                values[j] = grads[j] * ones[j] + away
-            dx_narrow(dxs, 0, values)
-            dx_store(dx, (sample * rows + row) * dx_stride + column, dxs, 0,
-                     has_columns and row < rows)  # fmt: skip
+                away = values[j] * kept[j] - kept[start + j]
+                value = away * kept[slope + j] + kept[constant + j]
+                if backward:
+                    value = grads[j] * kept[first + j] + value
+                values[j] = activated(value)
+            narrow(results, 0, values)
+            if backward:
+                store(dx, row * dx_stride + column, results, 0, there)
+            else:
+                store(y, row * y_stride + column, results, 0, there)
 
     return kernel

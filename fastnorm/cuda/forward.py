@@ -30,15 +30,19 @@ from .rows import (
     inverse_root,
     largest,
     log2,
+    parameter_row,
     reciprocal,
     room_size,
     scaling,
     summing,
+    this_block,
+    this_thread,
 )  # fmt: skip
 
 #: Registers for the row's elements and for weight and bias together, up to which these are asked
-#: for before the row is summed, so that they are there when the sums are. More would be spilled.
-HELD_AND_HOISTED = 36
+#: for before the row is summed, so that they are there when the sums are. More would be spilled;
+#: and fewer still where the row is a sum that is held as numbers.
+HELD_AND_HOISTED, HELD_AND_HOISTED_SUMS = 36, 32
 #: Chunks that a thread of a wide row has in flight.
 WIDE_CHUNKS = 4
 
@@ -149,11 +153,11 @@ def _firsts(spec: Spec) -> Any:
     ) -> Any:
         weight_first, bias_first = int64(0), int64(0)
         if own_weight:
-            weight_first += row // weight_div % weight_mod * width
+            weight_first += parameter_row(row, weight_div, weight_mod) * width
         if alike:
             bias_first = weight_first
         elif own_bias:
-            bias_first += row // bias_div % bias_mod * width
+            bias_first += parameter_row(row, bias_div, bias_mod) * width
         return weight_first, bias_first
 
     return firsts
@@ -202,7 +206,16 @@ def forward(spec: Spec) -> Any:
     r_count = vectors * residual.words if residual.there else 1
     round_sum, round_to_sum = "round_sum" in spec.flags, sums.rounded
     needed = vectors * (weight.registers * weight.there + bias.registers * bias.there)
-    hoisted = held_count * (2 if compute == "float64" else 1) + needed <= HELD_AND_HOISTED
+    loose = residual.there and not packed
+    taken = held_count * (2 if compute == "float64" else 1) + needed
+    hoisted = taken <= (HELD_AND_HOISTED_SUMS if loose else HELD_AND_HOISTED)
+    # Where rows are added, there are no registers for parameters of several chunks at a time; and
+    # ptxas asks for more where a wide weight is alone.
+    wide = "rms" in spec.flags and weight.registers > x.registers
+    if not hoisted and (residual.there or wide):
+        weight, bias = Parameter(spec, "weight", "own"), Parameter(spec, "bias", "own")
+    if loose:
+        gate, linear_bias = Operand(spec, "gate", "own"), Operand(spec, "linear_bias", "own")
     w_count = (vectors if hoisted and weight.there else 1) * weight.words
     b_count = (vectors if hoisted and bias.there else 1) * bias.words
     w_step, b_step = (weight.words, bias.words) if hoisted else (0, 0)
@@ -284,8 +297,8 @@ def forward(spec: Spec) -> Any:
         room = cuda.shared.array(size, real)
         tops = cuda.shared.array(size, integer)
 
-        lane = cuda.threadIdx.x % threads
-        row = int64(cuda.blockIdx.x) * rows_at_once + cuda.threadIdx.x // threads
+        lane = this_thread() % threads
+        row = this_block() * rows_at_once + this_thread() // threads
         inside = row < rows
         # A row past the last has no chunks, but its threads take part in all sums.
         left = int32((cols >> shift_of_chunk) - lane) if inside else int32(0)
@@ -301,9 +314,9 @@ def forward(spec: Spec) -> Any:
             sum_place = row * sum_stride + column
             gate_place, bias_place = column, column
             if own_gate:
-                gate_place += row // gate_div % gate_mod * cols
+                gate_place += parameter_row(row, gate_div, gate_mod) * cols
             if own_linear_bias:
-                bias_place += row // linear_bias_div % linear_bias_mod * cols
+                bias_place += parameter_row(row, linear_bias_div, linear_bias_mod) * cols
             for k in range(vectors):
                 there, step = left > k * threads, k * threads * elements
                 x_fetch(xs, k * x_words, x, place + step, there)
@@ -535,15 +548,15 @@ def forward_wide(spec: Spec) -> Any:
         room = cuda.shared.array(size, real)
         tops = cuda.shared.array(size, integer)
 
-        lane = int64(cuda.threadIdx.x)
-        row = int64(cuda.blockIdx.x)
+        lane = this_thread()
+        row = this_block()
         chunks = cols >> shift_of_chunk
         place, other_place = row * x_stride, row * residual_stride
         gate_place, bias_place = int64(0), int64(0)
         if own_gate:
-            gate_place += row // gate_div % gate_mod * cols
+            gate_place += parameter_row(row, gate_div, gate_mod) * cols
         if own_linear_bias:
-            bias_place += row // linear_bias_div % linear_bias_mod * cols
+            bias_place += parameter_row(row, linear_bias_div, linear_bias_mod) * cols
         weight_first, bias_first = firsts(
             row, weight_div, weight_mod, bias_div, bias_mod, channels if runs else cols
         )

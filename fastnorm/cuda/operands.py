@@ -7,7 +7,8 @@ from typing import Any
 
 from . import ptx
 from .plan import SIZES, Spec
-from .rows import inlined
+from .ptx import cuda
+from .rows import REAL, inlined
 
 
 class Operand:
@@ -43,17 +44,17 @@ class Parameter(Operand):
     begins at `first`. ``column * factor >> places`` is the number of the run that a column is in.
     """
 
-    def __init__(self, spec: Spec, name: str) -> None:
-        super().__init__(spec, name, "kept")
-        how = "mixed" if "mixed" in spec.flags else "runs" if "runs" in spec.flags else ""
-        make = {"": _whole, "runs": _one, "mixed": _each}[how]
-        self.words = {"": self.words, "runs": 1, "mixed": spec.elements}[how]
-        self.fetch, self.widen = make(self.kind, spec.elements, spec.access, spec.compute)
+    def __init__(self, spec: Spec, name: str, how: str = "kept") -> None:
+        super().__init__(spec, name, how)
+        which = "mixed" if "mixed" in spec.flags else "runs" if "runs" in spec.flags else ""
+        make = {"": _whole, "runs": _one, "mixed": _each}[which]
+        self.words = {"": self.words, "runs": 1, "mixed": spec.elements}[which]
+        self.fetch, self.widen = make(self.kind, spec.elements, spec.access, spec.compute, how)
 
 
 @functools.cache
-def _whole(kind: str, count: int, access: int, compute: str) -> tuple[Any, Any]:
-    fetch = ptx.fetch(kind, count, access, "kept")
+def _whole(kind: str, count: int, access: int, compute: str, how: str) -> tuple[Any, Any]:
+    fetch = ptx.fetch(kind, count, access, how)
 
     @inlined
     def whole(
@@ -66,9 +67,9 @@ def _whole(kind: str, count: int, access: int, compute: str) -> tuple[Any, Any]:
 
 
 @functools.cache
-def _one(kind: str, count: int, access: int, compute: str) -> tuple[Any, Any]:
+def _one(kind: str, count: int, access: int, compute: str, how: str) -> tuple[Any, Any]:
     """A chunk that lies in one run."""
-    fetch, widen_one = ptx.fetch(kind, 1, SIZES[kind], "kept"), ptx.widen(kind, 1, compute)
+    fetch, widen_one = ptx.fetch(kind, 1, SIZES[kind], how), ptx.widen(kind, 1, compute)
 
     @inlined
     def one(
@@ -87,9 +88,9 @@ def _one(kind: str, count: int, access: int, compute: str) -> tuple[Any, Any]:
 
 
 @functools.cache
-def _each(kind: str, count: int, access: int, compute: str) -> tuple[Any, Any]:
+def _each(kind: str, count: int, access: int, compute: str, how: str) -> tuple[Any, Any]:
     """A chunk in which another run may begin."""
-    fetch, widen_one = ptx.fetch(kind, 1, SIZES[kind], "kept"), ptx.widen(kind, 1, compute)
+    fetch, widen_one = ptx.fetch(kind, 1, SIZES[kind], how), ptx.widen(kind, 1, compute)
 
     @inlined
     def each(
@@ -105,3 +106,24 @@ def _each(kind: str, count: int, access: int, compute: str) -> tuple[Any, Any]:
             widen_one(values, first + j, words, at + j)
 
     return each, widen
+
+
+def number(spec: Spec, name: str, compute: str = "", how: str = "kept") -> Any:
+    """``(array, at, there)``: one element of this array, 0 if not `there`: without a branch."""
+    kind = dict(spec.types).get(name, spec.types[0][1])
+    return _number(kind, compute or spec.compute, how)
+
+
+@functools.cache
+def _number(kind: str, compute: str, how: str) -> Any:
+    fetch, widen = ptx.fetch(kind, 1, SIZES[kind], how), ptx.widen(kind, 1, compute)
+    word, real = ptx.word_type(kind), REAL[compute]
+
+    @inlined
+    def number_of(array: Any, at: int, there: bool) -> Any:
+        words, values = cuda.local.array(1, word), cuda.local.array(1, real)
+        fetch(words, 0, array, at, there)
+        widen(values, 0, words, 0)
+        return values[0]
+
+    return number_of

@@ -526,15 +526,24 @@ def resident_blocks(spec: Spec) -> int:
     elif spec.compute == "float64" or "sums" in spec.flags or many:
         threads = BACKWARD_THREADS
     elif spec.kernel == "backward":
-        threads = 5 * 128 if _is_wider(spec, "weight") or spec.has("dsum") else 6 * 128
-    elif spec.kernel == "forward" and _is_wider(spec, "linear_bias"):
-        threads = 6 * 128
+        threads = 4 * 128 if _one_a_register(spec) else 6 * 128
+    elif spec.kernel == "forward" and spec.has("residual"):
+        threads = _adding_threads(spec)
     return max(1, threads // (spec.threads * spec.rows))
 
 
-def _is_wider(spec: Spec, name: str) -> bool:
-    """Whether there is a parameter of this name, of more bytes than x."""
-    return spec.has(name) and SIZES[spec.type_of(name)] > SIZES[spec.type_of("x")]
+def _adding_threads(spec: Spec) -> int:
+    """Of 16 bits, as many as spill nothing."""
+    if _one_a_register(spec):
+        return 3 * 128
+    numbers = SIZES[spec.type_of("x")] == 2 and "round_sum" not in spec.flags
+    return 7 * 128 if numbers and spec.activation not in ("", "relu") else MAX_THREADS
+
+
+def _one_a_register(spec: Spec) -> bool:
+    """Whether a thread's share of a row of 16 bits, not aligned, takes twice the registers."""
+    share = spec.vectors > BACKWARD_ELEMENTS
+    return spec.elements == 1 and SIZES[spec.type_of("x")] == 2 and share
 
 
 def make_step(spec: Spec, grid: int, places: Mapping[str, str] | None = None) -> Step:

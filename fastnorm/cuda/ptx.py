@@ -36,6 +36,8 @@ SIMULATED = bool(vars(config)["ENABLE_CUDASIM"])
 cuda: Any = numba.cuda
 int32: Any = numba.int32
 int64: Any = numba.int64
+uint32: Any = numba.uint32
+uint64: Any = numba.uint64
 float32: Any = numba.float32
 float64: Any = numba.float64
 
@@ -108,7 +110,8 @@ def fetch(kind: str, count: int, access: int, how: str) -> Any:
     """``(words, at, array, index, there)``: a chunk's words to words[at:], zeros if not `there`.
 
     `how` is "once" for what is read once and would only push parameters out of the L1 cache,
-    "kept" for parameters, "own" for arrays that the kernel also writes.
+    "kept" for parameters, "own" for arrays that the kernel also writes; and for parameters that
+    shall not be loaded ahead of a store that stands before them, where registers are few.
     """
     step, number, word, letter, suffix = _access(kind, count, access)
     size = SIZES[kind]

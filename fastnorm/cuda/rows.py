@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numba.cuda
 
 from . import ptx
-from .ptx import cuda, float32, float64, int32, int64
+from .ptx import cuda, float32, float64, int32, int64, uint32, uint64
 
 WARP = 32
 FULL = 0xFFFFFFFF
@@ -24,6 +24,34 @@ def inlined(function: Callable[..., Any]) -> Any:
     """A function of the device, which becomes part of those that call it."""
     # Not this module's `cuda`, which the simulator replaces while a kernel runs.
     return _jit(device=True, inline="always")(function)
+
+
+# What Numba has for these is signed: divided, or as an index, it would take a register more and a
+# case of its own for what is less than zero, which they never are.
+
+
+@inlined
+def this_thread() -> int:
+    """Its number in the block."""
+    return int64(uint32(cuda.threadIdx.x))
+
+
+@inlined
+def this_block() -> int:
+    """Its number in the grid."""
+    return int64(uint32(cuda.blockIdx.x))
+
+
+@inlined
+def all_blocks() -> int:
+    """How many there are in the grid."""
+    return int64(uint32(cuda.gridDim.x))
+
+
+@inlined
+def parameter_row(row: int, div: int, mod: int) -> int:
+    """Which of a parameter's rows a row has."""
+    return int64(uint64(row) // uint64(div) % uint64(mod))
 
 
 class Range(NamedTuple):
@@ -84,7 +112,7 @@ def summing(threads: int, rows: int, count: int) -> Any:
     @inlined
     def in_blocks(a: Any, b: Any, c: Any, room: Any, phase: int) -> Any:
         a, b, c = in_warps(a, b, c, room, phase)
-        warp, lane = cuda.threadIdx.x // WARP, cuda.threadIdx.x % WARP
+        warp, lane = this_thread() // WARP, this_thread() % WARP
         half = phase * 3 * all_warps
         if lane == 0:
             room[half + warp] = a
@@ -124,7 +152,7 @@ def largest(threads: int, rows: int) -> Any:
     @inlined
     def in_blocks(value: Any, room: Any) -> Any:
         value = within(value, lanes >> 1, steps)
-        warp, lane = cuda.threadIdx.x // WARP, cuda.threadIdx.x % WARP
+        warp, lane = this_thread() // WARP, this_thread() % WARP
         if lane == 0:
             room[warp] = value
         cuda.syncthreads()

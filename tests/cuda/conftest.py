@@ -1,5 +1,7 @@
 """The fake driver, which stands in for a device in every test that is not marked gpu."""
 
+import functools
+import gc
 import os
 
 import pytest
@@ -7,6 +9,27 @@ import pytest
 from fastnorm import _cuda
 
 from . import driver as fakes
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once():
+    """Compiling is most of what these tests do: each kernel once, and no garbage is looked for
+    among all that a session holds meanwhile."""
+    from fastnorm.cuda import compiler
+
+    compile_ = compiler.ptx_of
+
+    @functools.cache
+    def ptx_of(spec, capability):
+        gc.disable()
+        try:
+            return compile_(spec, capability)
+        finally:
+            gc.enable()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "ptx_of", ptx_of)
+        yield
 
 
 @pytest.fixture(scope="session")
