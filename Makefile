@@ -43,7 +43,8 @@ demo: .venv-demo/.installed-$(BUILD)
 	.venv-demo/bin/python -I -m fastnorm demo $(ARGS)
 
 test: .venv-test/.installed-$(BUILD)
-	$(TEST_ENVIRONMENT) .venv-test/bin/pytest --numprocesses=$(JOBS) --dist=loadfile $(ARGS)
+	$(TEST_ENVIRONMENT) .venv-test/bin/pytest --numprocesses=$(JOBS) --dist=loadfile \
+		--no-loadscope-reorder $(ARGS)
 
 # Beside the packages of the machine: torch, CuPy and Numba's CUDA parts go with its driver.
 test-gpu: .venv-gpu/.installed-$(BUILD)

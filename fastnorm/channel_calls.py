@@ -156,14 +156,17 @@ class ChannelCall(LaidReader):
 
     # ---- where units lie -------------------------------------------------------------------------
 
-    def layout(self, groups: int, per_sample: bool, given: bool) -> Layout:
-        """given: statistics are each channel's, so planes may go in the order they lie in."""
+    def layout(
+        self, groups: int, per_sample: bool, given: bool, one_sample: bool = False
+    ) -> Layout:
+        """given: statistics are each channel's, so planes may go in the order they lie in.
+        one_sample: no sample has numbers of its own, so rows of channels may go as one sample's."""
         channels, size, samples = self.channels, self.size, self.samples
-        if self.over_samples and self.is_last:
+        if (self.over_samples or one_sample) and self.is_last:
             samples, size = 1, samples * size
         elif self.over_samples and not given:
             return Layout(channels, size, samples, channels * size, 1, size, channels, 1)
-        units, planes = samples * groups, channels // groups
+        units, planes = samples * groups, channels // max(groups, 1)
         kinds = units if per_sample else groups
         step = channels if self.is_last else 1
         return Layout(units, planes * size, 1, 0, planes, size, kinds, step)

@@ -82,14 +82,16 @@ class ForwardCall(ChannelCall):
 
     def planes(self, found: np.ndarray, refused: Any, **options: Any) -> Any:
         mean, variance, rstd = found
+        given = self.given is not None
         if self.given:
             (mean, rstd), refused = self.given, None
             if self.per_sample:
                 mean, rstd = (np.tile(a, self.samples) for a in self.given)
+        layout = self.layout(self.groups, self.per_sample, given, given and not self.per_sample)
         return _core.channel_norm(
-            self.layout(self.groups, self.per_sample, self.given is not None), self.compute, self.x,
-            self.made, self.weight, self.bias, mean, variance, rstd, refused, self.eps,
-            self.activation_number, self.warm and self.made is self.target, **options,
+            layout, self.compute, self.x, self.made, self.weight, self.bias, mean, variance, rstd,
+            refused, self.eps, self.activation_number, self.warm and self.made is self.target,
+            **options,
         )  # fmt: skip
 
     def run(self) -> Any:

@@ -344,6 +344,8 @@ static void channel_norm_backward(const void *args, ptrdiff_t unit0, ptrdiff_t u
     const ptrdiff_t planes = l->planes, together = planes_together(l, a->stream),
                     size = fn_size_of(a->dtype);
     char *rooms = after_strip(scratch, a->dtype);
+    /* L1 has the last planes still; but lines that planes share are to be whole before they go past it. */
+    const int descending = !a->stream || l->plane * size % 64 == 0;
     plane_result result = {a->dx,   a->x_type, a->dtype, FN_NO_ACTIVATION,
                            scratch, a->stream, a->fetch, {{.line = NULL}}};
     ptrdiff_t kind = unit0 % l->kinds;
@@ -367,11 +369,11 @@ static void channel_norm_backward(const void *args, ptrdiff_t unit0, ptrdiff_t u
         for (ptrdiff_t row = 0; row < l->rows; row++) {
             const ptrdiff_t at = u * l->stride + row * l->row_stride;
             if (l->rows > 1) load_rows(a, at, rooms, &x, &dy);
-            for (ptrdiff_t end = planes, n; end > 0; end -= n) { /* L1 has the last ones still */
-                n = end < together ? end : together;
+            for (ptrdiff_t done = 0, n; done < planes; done += n) {
+                n = planes - done < together ? planes - done : together;
+                const ptrdiff_t j = descending ? planes - done - n : done, from = j * l->plane;
                 for (ptrdiff_t k = 0; k < n; k++)
-                    terms[k][1] = rstd * number_at(a->weight, a->dtype, first + end - n + k, 1);
-                const ptrdiff_t from = (end - n) * l->plane;
+                    terms[k][1] = rstd * number_at(a->weight, a->dtype, first + j + k, 1);
                 const char *x_planes = x + from * size, *dy_planes = dy + from * size;
                 if (a->given) /* x has no part in it */
                     finish_planes(&result, dy_planes, NULL, at + from, l->plane, n, terms);

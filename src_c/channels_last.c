@@ -268,7 +268,7 @@ static void forward_numbers(const last_call *c, const sample_room *room, ptrdiff
     double *const *to = room->numbers;
     ptrdiff_t u = sample * c->groups, kind = u % c->layout.kinds;
     for (ptrdiff_t j = 0; j < c->cols; j += planes, u++) {
-        unit_moments m;
+        unit_moments m = {0, 0, 0, 0};
         int fits = 1;
         if (a->given)
             m = fn_given_moments(a, kind);

@@ -25,8 +25,8 @@ typedef struct {
     ptrdiff_t from, to;
 } fn_held_line;
 
-/* Two are held at a time: what a plane begins with and what it ends with, so that planes may come in
- * ascending or in descending order. */
+/* Two are held at a time: what a plane begins with, if it is not what the one before ended with, and what
+ * it ends with. So planes that share lines are to come in ascending order. */
 enum { FN_HELD_LINES = 2 };
 
 void fn_let_go(fn_held_line *held);

@@ -60,11 +60,16 @@ static void take(block *b)
     b->freed_at = 0;
 }
 
+static void unmap(block *b)
+{
+    munmap(b->data, b->capacity);
+    *b = (block){0};
+}
+
 static void drop(block *b)
 {
     take(b);
-    munmap(b->data, b->capacity);
-    *b = (block){0};
+    unmap(b);
 }
 
 static void keep(block *b)
@@ -165,8 +170,10 @@ void fn_pool_free(void *data)
     lock();
     block *b = block_at(data);
     if (b) {
-        keep(b);
-        if (b->capacity > limit) drop(b); /* itself, not all others */
+        if (b->capacity <= limit)
+            keep(b);
+        else
+            unmap(b); /* itself, not all others */
         keep_within(limit);
     }
     unlock();

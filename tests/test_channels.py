@@ -684,3 +684,12 @@ def test_gradients_are_differences(case):
             e[place] = step
             difference = (loss(**{array: before + e}) - loss(**{array: before - e})) / (2 * step)
             np.testing.assert_allclose(gradient[place], difference, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 0), (0, 0), (2, 0, 4), (2, 3, 0)])
+@pytest.mark.parametrize("axis", [1, -1])
+def test_arrays_without_elements_are_explained(shape, axis):
+    x = np.zeros(shape, np.float32)
+    statistics = np.zeros(shape[axis], np.float32), np.ones(shape[axis], np.float32)
+    assert fastnorm.explain("instance_norm", x, channel_axis=axis).threads == 1
+    assert fastnorm.explain("batch_norm", x, *statistics, channel_axis=axis).threads == 1
