@@ -38,17 +38,6 @@ fn_held_line *fn_held_line_at(fn_held_line held[FN_HELD_LINES], char *line, ptrd
 
 /* ---- planes ----------------------------------------------------------------------------------- */
 
-/* What becomes of x (and dy) by plane_pass, an activation after it, as another type where asked for. */
-typedef struct {
-    void *y;
-    fn_dtype y_type, dtype;
-    fn_activation activation;
-    char *strip;
-    int stream;
-    ptrdiff_t ahead; /* elements to what is to be fetched meanwhile; 0: nothing */
-    fn_held_line held[FN_HELD_LINES];
-} plane_result;
-
 /* Short planes that are done by one call, and share a strip; else 1. */
 static ptrdiff_t planes_together(const fn_channels *l, int stream)
 {
@@ -58,7 +47,7 @@ static ptrdiff_t planes_together(const fn_channels *l, int stream)
 }
 
 /* Into a strip first: `count` planes of n elements, or one of any length. */
-static void convert_planes(plane_result *r, const char *x, const char *dy, char *y, ptrdiff_t n,
+static void convert_planes(fn_plane_result *r, const char *x, const char *dy, char *y, ptrdiff_t n,
                            ptrdiff_t count, const double (*terms)[4])
 {
     const fn_channel_table *table = &fn_active_isa->channels;
@@ -76,9 +65,8 @@ static void convert_planes(plane_result *r, const char *x, const char *dy, char 
     }
 }
 
-/* `count` planes of n elements, of which element i of all is the first. */
-static void finish_planes(plane_result *r, const char *x, const char *dy, ptrdiff_t i, ptrdiff_t n,
-                          ptrdiff_t count, const double (*terms)[4])
+void fn_finish_planes(fn_plane_result *r, const char *x, const char *dy, ptrdiff_t i, ptrdiff_t n,
+                      ptrdiff_t count, const double (*terms)[4])
 {
     const fn_channel_table *table = &fn_active_isa->channels;
     char *y = (char *)r->y + i * fn_size_of(r->y_type);
@@ -185,7 +173,7 @@ static void forward_terms(const fn_channel_norm_args *a, ptrdiff_t i, const unit
 
 /* Short planes of known statistics, one after the other. */
 static void given_planes(const fn_channel_norm_args *a, ptrdiff_t plane0, ptrdiff_t plane1,
-                         plane_result *result)
+                         fn_plane_result *result)
 {
     const ptrdiff_t n = a->layout.plane, size = fn_size_of(a->dtype);
     const ptrdiff_t together = planes_together(&a->layout, a->stream);
@@ -197,7 +185,7 @@ static void given_planes(const fn_channel_norm_args *a, ptrdiff_t plane0, ptrdif
             const unit_moments m = fn_given_moments(a, kind);
             forward_terms(a, kind, &m, terms[k]);
         }
-        finish_planes(result, (const char *)a->x + p * n * size, NULL, p * n, n, count, terms);
+        fn_finish_planes(result, (const char *)a->x + p * n * size, NULL, p * n, n, count, terms);
     }
 }
 
@@ -208,8 +196,13 @@ static void channel_norm(const void *args, ptrdiff_t unit0, ptrdiff_t unit1, voi
     const ptrdiff_t planes = l->planes, together = planes_together(l, a->stream),
                     size = fn_size_of(a->dtype);
     char *room = after_strip(scratch, a->dtype);
-    plane_result result = {a->y,    a->y_type, a->dtype, a->activation,
-                           scratch, a->stream, a->fetch, {{.line = NULL}}};
+    fn_plane_result result = {.y = a->y,
+                              .y_type = a->y_type,
+                              .dtype = a->dtype,
+                              .activation = a->activation,
+                              .strip = scratch,
+                              .stream = a->stream,
+                              .ahead = a->fetch};
     if (a->given && together > 1 && a->x_type == a->dtype && planes * l->rows == 1 &&
         l->stride == l->plane) {
         given_planes(a, unit0, unit1, &result);
@@ -228,8 +221,8 @@ static void channel_norm(const void *args, ptrdiff_t unit0, ptrdiff_t unit1, voi
                 double terms[FN_PLANES][4];
                 n = planes - j < together ? planes - j : together;
                 for (ptrdiff_t k = 0; k < n; k++) forward_terms(a, first + j + k, &m, terms[k]);
-                finish_planes(&result, (const char *)x + j * l->plane * size, NULL,
-                              at + j * l->plane, l->plane, n, terms);
+                fn_finish_planes(&result, (const char *)x + j * l->plane * size, NULL,
+                                 at + j * l->plane, l->plane, n, terms);
             }
         }
     }
@@ -346,8 +339,12 @@ static void channel_norm_backward(const void *args, ptrdiff_t unit0, ptrdiff_t u
     char *rooms = after_strip(scratch, a->dtype);
     /* L1 has the last planes still; but lines that planes share are to be whole before they go past it. */
     const int descending = !a->stream || l->plane * size % 64 == 0;
-    plane_result result = {a->dx,   a->x_type, a->dtype, FN_NO_ACTIVATION,
-                           scratch, a->stream, a->fetch, {{.line = NULL}}};
+    fn_plane_result result = {.y = a->dx,
+                              .y_type = a->x_type,
+                              .dtype = a->dtype,
+                              .strip = scratch,
+                              .stream = a->stream,
+                              .ahead = a->fetch};
     ptrdiff_t kind = unit0 % l->kinds;
     for (ptrdiff_t u = unit0; u < unit1; u++, kind = kind + 1 < l->kinds ? kind + 1 : 0) {
         const ptrdiff_t first = kind * planes, own = a->given ? kind : u;
@@ -376,9 +373,9 @@ static void channel_norm_backward(const void *args, ptrdiff_t unit0, ptrdiff_t u
                     terms[k][1] = rstd * number_at(a->weight, a->dtype, first + j + k, 1);
                 const char *x_planes = x + from * size, *dy_planes = dy + from * size;
                 if (a->given) /* x has no part in it */
-                    finish_planes(&result, dy_planes, NULL, at + from, l->plane, n, terms);
+                    fn_finish_planes(&result, dy_planes, NULL, at + from, l->plane, n, terms);
                 else
-                    finish_planes(&result, x_planes, dy_planes, at + from, l->plane, n, terms);
+                    fn_finish_planes(&result, x_planes, dy_planes, at + from, l->plane, n, terms);
             }
         }
     }

@@ -38,6 +38,22 @@ static inline size_t bytes_of(ptrdiff_t elements, fn_dtype dtype)
     return ((size_t)elements * (size_t)fn_size_of(dtype) + 63) / 64 * 64;
 }
 
+/* What becomes of x (and dy) by plane_pass, an activation after it, as another type where asked for. */
+typedef struct {
+    void *y;
+    fn_dtype y_type, dtype;
+    fn_activation activation;
+    char *strip;
+    int stream;
+    ptrdiff_t ahead; /* elements to what is to be fetched meanwhile; 0: nothing */
+    fn_held_line held[FN_HELD_LINES];
+} fn_plane_result;
+
+/* `count` planes of n elements, more than one of them only if they are short and share a strip; element i
+ * of all is their first. (channels.c) */
+void fn_finish_planes(fn_plane_result *r, const char *x, const char *dy, ptrdiff_t i, ptrdiff_t n,
+                      ptrdiff_t count, const double (*terms)[4]);
+
 /* What was written past the cache is there for all threads that wait for this one; so is what was `held`
  * back of lines that nothing more came for. */
 static inline void end_stream(int stream, fn_held_line *held)

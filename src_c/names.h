@@ -18,8 +18,6 @@
 #define UNROLL_FULLY _Pragma("GCC unroll 16")
 #endif
 
-#define UNROLL_FOUR _Pragma("GCC unroll 4")
-
 #define FN_PASTE_(a, b) a##_##b
 #define FN_PASTE(a, b) FN_PASTE_(a, b)
 #define FN_OF_T(word) FN_PASTE(word, T)

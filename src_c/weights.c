@@ -117,25 +117,6 @@ static char *gathered(const fn_weight_norm_args *a, const void *data, fn_dtype t
     return room;
 }
 
-/* n elements from v (and dw) on, which are to lie at `at`. */
-static void finish_run(const fn_weight_norm_args *a, ptrdiff_t at, const char *v, const char *dw,
-                       ptrdiff_t n, const double terms[4], char *strip, fn_held_line *held)
-{
-    const fn_channel_table *table = &fn_active_isa->channels;
-    const ptrdiff_t size = fn_size_of(a->dtype);
-    char *w = (char *)a->w + at * fn_size_of(a->w_type);
-    if (a->w_type == a->dtype) {
-        table->plane_pass[a->dtype](v, dw, w, n, terms, a->stream ? held : NULL, 0);
-        return;
-    }
-    for (ptrdiff_t m; n > 0; n -= m, v += m * size, w += m * fn_size_of(a->w_type)) {
-        m = n < FN_GROUP_COLS ? n : FN_GROUP_COLS;
-        table->plane_pass[a->dtype](v, dw, strip, m, terms, NULL, 0);
-        table->store_elements[a->dtype](w, a->w_type, strip, m, FN_NO_ACTIVATION);
-        if (dw) dw += m * size;
-    }
-}
-
 /* `count` short vectors, one after the other, from u on. */
 static void finish_short(const fn_weight_norm_args *a, ptrdiff_t u, ptrdiff_t count,
                          const vector_bounds *b)
@@ -178,7 +159,11 @@ static void weight_rows(const void *args, ptrdiff_t u0, ptrdiff_t u1, void *scra
     const fn_dtype dtype = a->dtype;
     const ptrdiff_t n = length_of(a), size = fn_size_of(dtype);
     const vector_bounds b = bounds_of(a);
-    fn_held_line held[FN_HELD_LINES] = {{.line = NULL}};
+    fn_plane_result result = {.y = a->w,
+                              .y_type = a->w_type,
+                              .dtype = dtype,
+                              .strip = scratch,
+                              .stream = a->stream};
     if (!scratch && n <= FN_SHORT_PLANE && !a->stream) {
         for (ptrdiff_t u = u0; u < u1; u += FN_PLANES)
             finish_short(a, u, u1 - u < FN_PLANES ? u1 - u : FN_PLANES, &b);
@@ -194,21 +179,21 @@ static void weight_rows(const void *args, ptrdiff_t u0, ptrdiff_t u1, void *scra
             v = gathered(a, a->v, a->v_type, at, room);
             if (dw) dw = gathered(a, a->dw, a->dw_type, at, room + fn_room_stride(n) * size);
         }
-        double dots[3], terms[4] = {0, 0, -0.0, 0}; /* to which 0 adds its sign */
+        double dots[3], terms[1][4] = {{0, 0, -0.0, 0}}; /* to which 0 adds its sign */
         vector_sums s = {.v = v, .dw = dw, .step = 1};
         if (!a->given) s.squares = table->row_squares[dtype](v, n);
         if (dw) {
             table->plane_dots[dtype](v, dw, n, 0, dots);
             s.dot = dots[2];
         }
-        if (!find_terms(a, u, &s, &b, &terms[1], &terms[3]) || !a->w) continue;
+        if (!find_terms(a, u, &s, &b, &terms[0][1], &terms[0][3]) || !a->w) continue;
         for (ptrdiff_t o = 0; o < a->outer; o++, at += a->kinds * a->inner) {
-            finish_run(a, at, v, dw, a->inner, terms, scratch, held);
+            fn_finish_planes(&result, v, dw, at, a->inner, 1, terms);
             v += a->inner * size;
             if (dw) dw += a->inner * size;
         }
     }
-    end_stream(a->stream, held);
+    end_stream(result.stream, result.held);
 }
 
 /* ---- vectors side by side ---------------------------------------------------------------------
