@@ -46,6 +46,12 @@ static void planes_dots(const void *x, const void *dy, ptrdiff_t n, int planes, 
 {
     const element *xs = x, *dys = dy;
     quarter part[3][FN_PLANES], q[3];
+    double dots[3];
+    for (int j = 0; VW == 1 && j < planes; j++) { /* takes less code */
+        plane_dots(xs + j * n, dys + j * n, n, pivot, dots);
+        for (int k = 0; k < 3; k++) sums[k * FN_PLANES + j] = dots[k];
+    }
+    if (VW == 1) return;
     for (int j = 0; j < planes; j++) {
         block_dots(xs + j * n, dys + j * n, NULL, n, v_set1((element)pivot), q);
         for (int k = 0; k < 3; k++) part[k][j] = q[k];

@@ -16,8 +16,13 @@
 /* Lines that are summed at a time: every QUARTERth of a block. */
 #define RUN (BLOCK / QUARTER)
 
-/* Vectors whose statistics registers have room for. */
-#define AFFINE_VECTORS (VW == 1 ? STRIP : 4)
+/* What of a strip L1 has room for besides the next one. */
+#define STRIP_BYTES (24 << 10)
+
+/* Vectors that are written at a time: of narrow strips a cache line's, of others what registers have
+ * room for the statistics of. */
+#define LINE_VECTORS (LINE / VW)
+#define WIDE_VECTORS (LINE_VECTORS < 4 ? 4 : LINE_VECTORS)
 
 #define column_strip FN_OF_T(column_strip)
 typedef struct {
@@ -28,8 +33,9 @@ typedef struct {
     ptrdiff_t w_step, b_step;
     const char *x_at, *x_next; /* where the first lines of this strip and the next one begin */
     char *y_at, *y_next;
-    ptrdiff_t rows; /* up to STRIP */
-    int direct;     /* x is read where it lies */
+    ptrdiff_t width; /* of a whole strip: up to STRIP */
+    ptrdiff_t rows;  /* up to that */
+    int direct;      /* x is read where it lies */
     element pivot[STRIP], rstd[STRIP], shift[STRIP];
     uint64_t careful; /* a bit for each row that needs careful_stats */
 } column_strip;
@@ -196,25 +202,25 @@ INLINE void add_block(const column_strip *s, ptrdiff_t first, column_sums *sum,
 }
 
 #define widen_block FN_OF_T(widen_block)
-OUTLINE void widen_block(column_sums *s, ptrdiff_t first)
+OUTLINE void widen_block(column_sums *s, ptrdiff_t first, ptrdiff_t rows)
 {
-    const element *from = s->block[0];
-    double *into = s->total[0];
-    if (!first) memset(into, 0, sizeof s->total);
-    for (int i = 0; i < QUARTER * STRIP; i += 8)
-        vd8_store_f64(into + i, vd8_add(vd8_load_f64(into + i), vd8_load_element(from + i)));
+    if (!first) memset(s->total, 0, sizeof s->total);
+    for (int j = 0; j < QUARTER; j++)
+        for (ptrdiff_t i = 0; i < rows; i += 8)
+            vd8_store_f64(s->total[j] + i, vd8_add(vd8_load_f64(s->total[j] + i),
+                                                   vd8_load_element(s->block[j] + i)));
 }
 
 /* The halving tree. */
 #define fold_lines FN_OF_T(fold_lines)
-OUTLINE void fold_lines(column_sums *s, ptrdiff_t n)
+OUTLINE void fold_lines(column_sums *s, ptrdiff_t n, ptrdiff_t rows)
 {
     double *p = s->total[0];
     for (int half = QUARTER / 2 * STRIP; n > BLOCK && half >= STRIP; half /= 2)
         for (int i = 0; i < half; i += 8)
             vd8_store_f64(p + i, vd8_add(vd8_load_f64(p + i), vd8_load_f64(p + half + i)));
     if (n > BLOCK) return;
-    for (int k = 0; k < STRIP; k += VW) {
+    for (ptrdiff_t k = 0; k < rows; k += VW) {
         vec v[QUARTER / 2];
         UNROLL for (int j = 0; j < QUARTER / 2; j++)
             v[j] = v_add(v_load(s->block[j] + k), v_load(s->block[j + QUARTER / 2] + k));
@@ -222,7 +228,8 @@ OUTLINE void fold_lines(column_sums *s, ptrdiff_t n)
             UNROLL for (int j = 0; j < half; j++) v[j] = v_add(v[j], v[j + half]);
         v_store(s->block[0] + k, v[0]);
     }
-    for (int i = 0; i < STRIP; i += 8) vd8_store_f64(p + i, vd8_load_element(s->block[0] + i));
+    for (ptrdiff_t i = 0; i < rows; i += 8)
+        vd8_store_f64(p + i, vd8_load_element(s->block[0] + i));
 }
 
 /* Sums of x - pivot, and of its squares where those are wanted. */
@@ -232,11 +239,11 @@ OUTLINE void add_all(const column_strip *s, column_sums *sum, column_sums *squar
     const ptrdiff_t n = s->a->shape.cols;
     for (ptrdiff_t first = 0; first < n; first += BLOCK) {
         add_block(s, first, sum, squares);
-        if (n > BLOCK) widen_block(sum, first);
-        if (n > BLOCK && squares) widen_block(squares, first);
+        if (n > BLOCK) widen_block(sum, first, s->rows);
+        if (n > BLOCK && squares) widen_block(squares, first, s->rows);
     }
-    fold_lines(sum, n);
-    if (squares) fold_lines(squares, n);
+    fold_lines(sum, n, s->rows);
+    if (squares) fold_lines(squares, n, s->rows);
 }
 
 /* ---- statistics ------------------------------------------------------------------------------ */
@@ -313,12 +320,12 @@ INLINE void set_parameters(column_strip *s, void *scratch, ptrdiff_t row)
     s->b_step = b != NULL;
 }
 
-/* From where x lies to where y lies: some vectors of every line, from row k on. */
+/* From where x lies to where y lies: `count` vectors of every line, from row k on. */
 #define finish_vectors FN_OF_T(finish_vectors)
-OUTLINE void finish_vectors(const column_strip *s, ptrdiff_t k, int stream)
+INLINE void finish_vectors(const column_strip *s, ptrdiff_t k, int stream, const int count)
 {
-    vec pivot[AFFINE_VECTORS], rstd[AFFINE_VECTORS], shift[AFFINE_VECTORS], out[AFFINE_VECTORS];
-    ptrdiff_t width[AFFINE_VECTORS];
+    vec pivot[WIDE_VECTORS], rstd[WIDE_VECTORS], shift[WIDE_VECTORS], out[WIDE_VECTORS];
+    ptrdiff_t width[WIDE_VECTORS];
     const element *x = (const element *)s->x_at + k, *w = s->w, *b = s->b;
     element *y = (element *)s->y_at + k;
     const char *x_next = (const char *)((const element *)s->x_next + k);
@@ -326,7 +333,7 @@ OUTLINE void finish_vectors(const column_strip *s, ptrdiff_t k, int stream)
     const char *y_next = stream ? x_next : (const char *)((const element *)s->y_next + k);
     const ptrdiff_t x_step = s->x_step, y_step = s->y_step, w_step = s->w_step, b_step = s->b_step;
     const ptrdiff_t y_next_step = stream ? x_step : y_step;
-    UNROLL for (int v = 0; v < AFFINE_VECTORS; v++) {
+    UNROLL for (int v = 0; v < count; v++) {
         width[v] = part_at(k + v * VW, s->rows);
         pivot[v] = v_load(s->pivot + k + v * VW);
         rstd[v] = v_load(s->rstd + k + v * VW);
@@ -334,17 +341,17 @@ OUTLINE void finish_vectors(const column_strip *s, ptrdiff_t k, int stream)
     }
     for (ptrdiff_t n = s->a->shape.cols; n > 0; n--, w += w_step, b += b_step) {
         const vec wv = v_set1(*w), bv = v_set1(*b);
-        UNROLL for (int v = 0; v < AFFINE_VECTORS; v++) {
+        UNROLL for (int v = 0; v < count; v++) {
             const vec d = HAS_MASKS ? v_loadn(x + v * VW, width[v]) : v_load(x + v * VW);
             out[v] = v_fma(normalise(d, pivot[v], rstd[v], shift[v]), wv, bv);
         }
         if (stream)
-            UNROLL for (int v = 0; v < AFFINE_VECTORS; v++) v_stream(y + v * VW, out[v]);
+            UNROLL for (int v = 0; v < count; v++) v_stream(y + v * VW, out[v]);
         else if (HAS_MASKS)
-            UNROLL for (int v = 0; v < AFFINE_VECTORS; v++) v_storen(y + v * VW, out[v], width[v]);
+            UNROLL for (int v = 0; v < count; v++) v_storen(y + v * VW, out[v], width[v]);
         else
-            UNROLL for (int v = 0; v < AFFINE_VECTORS; v++) v_store(y + v * VW, out[v]);
-        UNROLL for (int f = 0; f < AFFINE_VECTORS * VW; f += LINE) {
+            UNROLL for (int v = 0; v < count; v++) v_store(y + v * VW, out[v]);
+        UNROLL for (int f = 0; f < count * VW; f += LINE) {
             __builtin_prefetch((const element *)x_next + f, 0, 2);
             __builtin_prefetch((const element *)y_next + f, 1, 2);
         }
@@ -353,6 +360,18 @@ OUTLINE void finish_vectors(const column_strip *s, ptrdiff_t k, int stream)
         x_next += x_step;
         y_next += y_next_step;
     }
+}
+
+#define finish_wide FN_OF_T(finish_wide)
+OUTLINE void finish_wide(const column_strip *s, ptrdiff_t k, int stream)
+{
+    finish_vectors(s, k, stream, WIDE_VECTORS);
+}
+
+#define finish_narrow FN_OF_T(finish_narrow)
+OUTLINE void finish_narrow(const column_strip *s, ptrdiff_t k, int stream)
+{
+    finish_vectors(s, k, stream, LINE_VECTORS);
 }
 
 /* All else, line by line through a room. */
@@ -378,7 +397,7 @@ OUTLINE void finish_lines(const column_strip *s)
 INLINE int writes_direct(const column_strip *s)
 {
     return s->direct && s->y->dtype == FN_OWN_TYPE && s->y_step != FN_UNEVEN && !s->careful &&
-           (HAS_MASKS || s->rows == STRIP);
+           (HAS_MASKS || s->rows == s->width);
 }
 
 #define finish_rows FN_OF_T(finish_rows)
@@ -386,17 +405,33 @@ INLINE void finish_rows(const column_strip *s)
 {
     const fn_activation activation = s->a->steps->activation;
     const int aligned = ((uintptr_t)s->y_at | (uintptr_t)s->y_step) % 64 == 0;
-    const int stream = s->a->stream && aligned && s->rows == STRIP && !activation;
+    const int stream = s->a->stream && aligned && s->rows == s->width && !activation;
     if (!writes_direct(s)) {
         finish_lines(s);
         return;
     }
-    for (ptrdiff_t k = 0; k < s->rows; k += AFFINE_VECTORS * VW) finish_vectors(s, k, stream);
+    if (WIDE_VECTORS == LINE_VECTORS || s->width < STRIP)
+        for (ptrdiff_t k = 0; k < s->rows; k += LINE) finish_narrow(s, k, stream);
+    else
+        for (ptrdiff_t k = 0; k < s->rows; k += WIDE_VECTORS * VW) finish_wide(s, k, stream);
     for (ptrdiff_t i = 0; activation && i < s->a->shape.cols; i++)
         activate_strip((element *)(s->y_at + i * s->y_step), s->rows, activation);
 }
 
 /* ---- the kernel ------------------------------------------------------------------------------ */
+
+/* Strips that L1 holds until they are written: less wide where there are many lines. Not where lines
+ * would compete for the same few places in L1, nor what is converted first, by whole strips. */
+#define strip_width FN_OF_T(strip_width)
+INLINE ptrdiff_t strip_width(const column_strip *s)
+{
+    const fn_shape *shape = &s->a->shape;
+    const ptrdiff_t side_by_side = shape->outer_ndim ? shape->inner : shape->rows;
+    ptrdiff_t width = STRIP;
+    if (!s->direct || s->x_step % 2048 == 0 || side_by_side < 2 * STRIP) return STRIP;
+    while (width > LINE && shape->cols * width * (ptrdiff_t)sizeof(element) > STRIP_BYTES) width /= 2;
+    return width;
+}
 
 /* How many of the rows from `row` on make a strip. They lie side by side, and where there are many
  * of them, strips begin where cache lines of y do. */
@@ -409,8 +444,8 @@ INLINE ptrdiff_t rows_in_strip(const column_strip *s, ptrdiff_t row, ptrdiff_t e
         const ptrdiff_t side_by_side = shape->inner - row % shape->inner;
         if (side_by_side < left) left = side_by_side;
     }
-    if (left < 4 * STRIP || s->y_step % 64) return left < STRIP ? left : STRIP;
-    return STRIP - (ptrdiff_t)((uintptr_t)s->y_at % 64 / sizeof(element));
+    if (left < 4 * s->width || s->y_step % 64) return left < s->width ? left : s->width;
+    return s->width - (ptrdiff_t)((uintptr_t)s->y_at % 64 / sizeof(element));
 }
 
 #define layer_norm_columns FN_OF_T(layer_norm_columns)
@@ -421,6 +456,7 @@ static void layer_norm_columns(const void *args, ptrdiff_t row0, ptrdiff_t row1,
     s.x_step = even_step(&a->shape, s.x);
     s.y_step = even_step(&a->shape, s.y);
     s.direct = s.x->dtype == FN_OWN_TYPE && s.x_step != FN_UNEVEN;
+    s.width = strip_width(&s);
     s.x_next = row_begin(&a->shape, s.x, row0);
     s.y_next = row_begin(&a->shape, s.y, row0);
     set_parameters(&s, scratch, row0);

@@ -289,7 +289,7 @@ def test_drawn_layouts_backward(data):
 def test_channels_first(isa, kind, channels, rng):
     """Every number of pixels to 70, about the strips that are taken at a time, and a few more."""
     few = (1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 70, 130)
-    for pixels in few if channels < 300 else (1, 8, 9, 33, 65):
+    for pixels in few if channels < 300 else (1, 8, 9, 33, 65, 131, 192):
         x = values(rng, (2, channels, pixels), kind)
         w, b = cast(rng.standard_normal((2, channels)), kind)
         for parameters in ((None, None), (w, None), (w, b)):

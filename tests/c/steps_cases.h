@@ -63,7 +63,8 @@ static const recipe recipes[] = {
 
 /* Dimensions: outer and inner rows, outer and inner elements of a row. */
 static const ptrdiff_t step_shapes[][4] = {
-    {1, 1, 1, 1}, {1, 9, 7, 1}, {2, 70, 2, 3}, {3, 9, 16, 4}, {1, 8, 10, 103}, {1, 2, 15, 140},
+    {1, 1, 1, 1},    {1, 9, 7, 1},    {2, 70, 2, 3},   {3, 9, 16, 4},
+    {1, 8, 10, 103}, {1, 2, 15, 140}, {1, 135, 17, 6},
 };
 
 enum { MOST_ROWS = 140 };
