@@ -143,6 +143,18 @@ class BoundNorm:
 # that is computed in, `lead` the number of axes of rows.
 
 def register(name: str, handler: Callable[..., Any]) -> None: ...
+def register_names(types: Sequence[np.dtype[Any]], activations: dict[str | None, int]) -> None: ...
+def straight_adaptive(
+    x: _Input,
+    scale: _Input,
+    shift: _Input | None,
+    normalized_shape: _Shape,
+    eps: float,
+    out: _Input | None,
+    dtype: Any,
+    return_stats: bool,
+    activation: Any,
+) -> _Result | None: ...
 def set_bfloat16(dtype: np.dtype[Any]) -> None: ...
 def norm_rows(
     lead: int,
@@ -280,6 +292,7 @@ def straight_channel_norm(
     bias: _Input | None,
     eps: float,
     out: _Input | None,
+    activation: Any,
     last: bool,
 ) -> _Array | None: ...
 def straight_batch_inference(
@@ -290,6 +303,7 @@ def straight_batch_inference(
     bias: _Input | None,
     eps: float,
     out: _Input | None,
+    activation: Any,
     last: bool,
 ) -> _Array | None: ...
 def straight_batch_training(
@@ -298,6 +312,7 @@ def straight_batch_training(
     bias: _Input | None,
     eps: float,
     out: _Input | None,
+    activation: Any,
     last: bool,
 ) -> tuple[_Array, _Array, _Array] | None: ...
 def straight_channel_backward(

@@ -274,7 +274,8 @@ cdef inline bint is_channels(object x) noexcept:
     )
 
 
-def straight_batch_inference(x, running_mean, running_var, weight, bias, eps, out, bint last):
+def straight_batch_inference(x, running_mean, running_var, weight, bias, eps, out, activation,
+                             bint last):
     """y where all is plain, else None."""
     cdef Py_ssize_t channels
     cdef ndarray known
@@ -288,10 +289,10 @@ def straight_batch_inference(x, running_mean, running_var, weight, bias, eps, ou
             is_plain(out, cnp.PyArray_TYPE(<ndarray>x), C_ALIGNED_WRITEABLE)
             and apart(<ndarray>out, running_mean) and apart(<ndarray>out, running_var)):
         return None
-    return straight_channels(x, channels, weight, bias, eps, out, known, True, last)[0]
+    return straight_channels(x, channels, weight, bias, eps, out, activation, known, True, last)[0]
 
 
-def straight_channel_norm(x, groups, weight, bias, eps, out, bint last):
+def straight_channel_norm(x, groups, weight, bias, eps, out, activation, bint last):
     """Group norm (groups 0: instance norm): y where all is plain, else None."""
     cdef Py_ssize_t channels, count
     if (not is_channels(x) or not PyFloat_CheckExact(eps) or not eps >= 0
@@ -305,22 +306,24 @@ def straight_channel_norm(x, groups, weight, bias, eps, out, bint last):
         count = channels
     if channels % count:
         return None
-    return straight_channels(x, count, weight, bias, eps, out, None, False, last)[0]
+    return straight_channels(x, count, weight, bias, eps, out, activation, None, False, last)[0]
 
 
-def straight_batch_training(x, weight, bias, eps, out, bint last):
+def straight_batch_training(x, weight, bias, eps, out, activation, bint last):
     """(y, mean, variance) where all is plain, else None; both float64."""
     if not is_channels(x) or not PyFloat_CheckExact(eps) or not eps >= 0:
         return None
-    y, found = straight_channels(x, channels_of(<ndarray>x, last), weight, bias, eps, out, None,
-                                 True, last)
+    y, found = straight_channels(x, channels_of(<ndarray>x, last), weight, bias, eps, out,
+                                 activation, None, True, last)
     return None if y is None else (y, found[0], found[1])
 
 
 cdef tuple straight_channels(ndarray x, Py_ssize_t groups, object weight, object bias, double eps,
-                             object out, ndarray known, bint batch, bint last):
+                             object out, object activation, ndarray known, bint batch, bint last):
     """y, None where not all is plain, and the statistics that were found, (4, units). `known`: mean
-    and rstd of each channel, where they are given."""
+    and rstd of each channel, where they are given.
+
+    An activation after units that are put right is not this path's, and x must be there still."""
     cdef fn_channel_norm_args args
     cdef int typenum = cnp.PyArray_TYPE(x), warm = 0
     cdef Py_ssize_t channels = channels_of(x, last)
@@ -330,7 +333,11 @@ cdef tuple straight_channels(ndarray x, Py_ssize_t groups, object weight, object
         not is_channel_vector(weight, typenum, channels)
         or not is_channel_vector(bias, typenum, channels)
         or not (out is None or is_result(out, x, typenum, weight, bias))
+        or (activation is not None and (type(activation) is not str or out is not None))
     ):
+        return None, None
+    kind = activations.get(activation)
+    if kind is None:
         return None, None
     memset(&args, 0, sizeof(args))
     plain_layout(x, groups, batch, known is not None, last, &args.layout)
@@ -343,6 +350,7 @@ cdef tuple straight_channels(ndarray x, Py_ssize_t groups, object weight, object
     args.weight, args.bias = parameter_data(weight), parameter_data(bias)
     args.eps = eps
     args.y_is_warm = warm
+    args.activation = <fn_activation><int>kind
     if known is not None:
         args.given = 1
         args.mean = <double *>cnp.PyArray_DATA(known)
@@ -357,6 +365,8 @@ cdef tuple straight_channels(ndarray x, Py_ssize_t groups, object weight, object
     args.refused = <unsigned char *>(args.rstd + dims[1])
     call_channel_norm(&args, args.x_type)
     if memchr(args.refused, 1, dims[1]) is not NULL:
+        if kind:
+            return None, None
         refused = found[3].view(np.uint8)[: dims[1]]
         careful(as_tuple(&args.layout), x, y, weight, bias, found[:3], refused, eps)
     return y, found

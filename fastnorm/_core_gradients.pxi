@@ -64,10 +64,9 @@ axis=None, output_mask=(True, True, True), from_output=False, lengths=None, mask
     >>> dbias
     array([1., 1., 0.], dtype=float32)
     """
-    if (is_last(axis, normalized_shape) and from_output is False and lengths is None
-            and mask is None):
-        result = direct_backward(dy, x, normalized_shape, mean, rstd, weight, bias, 0,
-                                 wanted(output_mask, 3), False)
+    if from_output is False and lengths is None and mask is None:
+        result = plain_backward(dy, x, normalized_shape, axis, mean, rstd, weight, bias, 0,
+                                wanted(output_mask, 3), False)
         if result is not None:
             return result
     return handlers["layer_norm_backward"](dy, x, normalized_shape, mean, rstd, weight, bias, axis,
@@ -120,10 +119,9 @@ output_mask=(True, True), from_output=False, lengths=None, mask=None)
     (array([[ 0.98, -0.14]], dtype=float32), array([1., 0.], dtype=float32))
     """
     cdef double added = plain_offset(offset)
-    if (is_last(axis, normalized_shape) and from_output is False and lengths is None
-            and mask is None and added - added == 0):
-        result = direct_backward(dy, x, normalized_shape, None, rstd, weight, None, added,
-                                 wanted(output_mask, 2), True)
+    if from_output is False and lengths is None and mask is None and added - added == 0:
+        result = plain_backward(dy, x, normalized_shape, axis, None, rstd, weight, None, added,
+                                wanted(output_mask, 2), True)
         if result is not None:
             return result[:2]
     return handlers["rms_norm_backward"](dy, x, normalized_shape, rstd, weight, axis, offset,

@@ -58,7 +58,7 @@ cdef inline object direct_layer_norm(
 
 cdef struct options:
     # What an op asks for besides its arrays.
-    bint rms, adds, return_stats, round_before_weight, round_sum
+    bint rms, adds, return_stats, round_before_weight, round_sum, per_sample
     double offset
 
 

@@ -129,15 +129,16 @@ def batch_norm(
     (array([0.2, 0.5]), array([1.1, 0.9]))
     """
     last, done = _is_last(x, channel_axis), None
-    if last is None or dtype is not None or activation is not None or return_stats is not False:
+    if last is None or dtype is not None or return_stats is not False:
         pass
     elif training is True:
         done = _train_straight(
-            x, running_mean, running_var, weight, bias, eps, out, momentum, last, dialect
-        )
+            x, running_mean, running_var, weight, bias, eps, out, activation, momentum, last,
+            dialect,
+        )  # fmt: skip
     elif training is False and _are_plain(momentum, dialect):
         done = _core.straight_batch_inference(
-            x, running_mean, running_var, weight, bias, eps, out, last
+            x, running_mean, running_var, weight, bias, eps, out, activation, last
         )
     if done is not None:
         return done
@@ -149,7 +150,7 @@ def batch_norm(
 
 def _train_straight(
     x: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any, eps: Any, out: Any,
-    momentum: Any, last: bool, dialect: Any,
+    activation: Any, momentum: Any, last: bool, dialect: Any,
 ) -> Any:  # fmt: skip
     """The result where all is plain, else None."""
     arrays = [a for a in (running_mean, running_var) if a is not None]
@@ -159,7 +160,7 @@ def _train_straight(
         or (len(arrays) == 2 and np.may_share_memory(*arrays))
     ):  # fmt: skip
         return None
-    done = _core.straight_batch_training(x, weight, bias, eps, out, last)
+    done = _core.straight_batch_training(x, weight, bias, eps, out, activation, last)
     if done is None:
         return None
     y, mean, variance = done
@@ -307,9 +308,9 @@ def group_norm(
     last = _is_last(x, channel_axis)
     if (
         last is not None and type(num_groups) is int and num_groups > 0 and dtype is None
-        and activation is None and return_stats is False
+        and return_stats is False
     ):  # fmt: skip
-        done = _core.straight_channel_norm(x, num_groups, weight, bias, eps, out, last)
+        done = _core.straight_channel_norm(x, num_groups, weight, bias, eps, out, activation, last)
         if done is not None:
             return done
     return handlers["group_norm"](
@@ -431,9 +432,9 @@ def instance_norm(
     last = _is_last(x, channel_axis)
     if (
         last is not None and use_input_stats is True and running_mean is None
-        and running_var is None and dtype is None and activation is None and return_stats is False
+        and running_var is None and dtype is None and return_stats is False
     ):  # fmt: skip
-        done = _core.straight_channel_norm(x, 0, weight, bias, eps, out, last)
+        done = _core.straight_channel_norm(x, 0, weight, bias, eps, out, activation, last)
         if done is not None:
             return done
     return handlers["instance_norm"](

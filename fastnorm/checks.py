@@ -22,6 +22,8 @@ FLOAT16, FLOAT32, FLOAT64, INT8 = (np.dtype(t) for t in ("f2", "f4", "f8", "i1")
 COMPUTED = (FLOAT32, FLOAT64)
 # A type's number is the same in either byte order.
 _STORED = frozenset(t.num for t in (FLOAT16, *COMPUTED))
+#: NumPy's own of the types that results may be asked for as.
+RESULT_TYPES = (FLOAT16, *COMPUTED, INT8)
 
 ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4}  # as fastnorm.h has them
 

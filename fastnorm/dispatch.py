@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from . import _core, interop
+from . import _core, checks, interop
 from .backward import NormBackwardCall
 from .call import Call
 from .forward import MomentsCall, NormCall, Pair
@@ -275,3 +275,4 @@ def handler_of(call: Callable[..., Any]) -> Callable[..., Any]:
 handlers = {name: handler_of(call) for name, call in CALLS.items()}
 for _name in _core.STRAIGHT:
     _core.register(_name, handlers[_name])
+_core.register_names(checks.RESULT_TYPES, checks.ACTIVATIONS)

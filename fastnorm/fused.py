@@ -1,5 +1,5 @@
-"""Ops that are made of the kernels' steps and have no straight path of their own: adaptive and
-parallel layer norm, packed rows, and the gradients of the ops with a residual.
+"""Ops that are made of the kernels' steps and are no functions of _core: adaptive and parallel
+layer norm, packed rows, and the gradients of the ops with a residual.
 
 Shapes: D stands for the normalized (trailing) shape, B for the first axis of x.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypeAlias
 
+from . import _core
 from .dispatch import handlers
 
 Activation: TypeAlias = Literal["relu", "silu", "gelu", "gelu_tanh"] | None
@@ -68,6 +69,12 @@ def adaptive_layer_norm(
     array([[[ 3.,  9.],
             [ 6., 24.]]], dtype=float32)
     """
+    if gate is None and residual is None and sum_out is None:
+        done = _core.straight_adaptive(
+            x, scale, shift, normalized_shape, eps, out, dtype, return_stats, activation
+        )
+        if done is not None:
+            return done
     return handlers["adaptive_layer_norm"](
         x, scale, shift, normalized_shape, eps, gate, residual, out, sum_out, dtype, round_sum,
         return_stats, activation,

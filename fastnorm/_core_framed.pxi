@@ -1,0 +1,236 @@
+# Nearly straight: one norm of an array of any layout, along trailing axes or one other, with an
+# activation and a result of any type. It goes down as dispatch.py would send it, through norm_rows,
+# but is checked here, in a tenth of the time.
+
+#: Types that a result may be asked for as, by what NumPy calls them; the numbers of activations.
+cdef dict result_types = {}
+cdef dict activations = {}
+
+
+def register_names(types, kinds):
+    """Let results be asked for as these types, and activations by the names of `kinds`."""
+    for dtype in types:
+        result_types[dtype] = result_types[dtype.type] = dtype.num
+    activations.update(kinds)
+
+
+cdef inline bint is_loadable(object a) noexcept:
+    """Whether the kernels load this array's elements where they lie."""
+    return (
+        cnp.PyArray_CheckExact(a) and is_storage(cnp.PyArray_TYPE(<ndarray>a))
+        and cnp.PyArray_ISALIGNED(<ndarray>a) and cnp.PyArray_ISNOTSWAPPED(<ndarray>a)
+    )
+
+
+cdef inline int named_axis(ndarray x, object axis) noexcept:
+    """The axis that a plain int names; -1 where it does not."""
+    cdef int overflow, ndim = cnp.PyArray_NDIM(x)
+    cdef long long value
+    if not PyLong_CheckExact(axis):
+        return -1
+    value = PyLong_AsLongLongAndOverflow(axis, &overflow)
+    if value < 0:
+        value += ndim
+    return <int>value if overflow == 0 and 0 <= value < ndim else -1
+
+
+cdef object axis_last(ndarray a, int axis):
+    """The array with this axis moved to the end."""
+    cdef npy_intp order[MAX_OUTER]
+    cdef cnp.PyArray_Dims dims
+    cdef int d, ndim = cnp.PyArray_NDIM(a)
+    if axis == ndim - 1:
+        return a
+    for d in range(ndim - 1):
+        order[d] = d + (d >= axis)
+    order[ndim - 1] = axis
+    dims.ptr, dims.len = order, ndim
+    return cnp.PyArray_Transpose(a, &dims)
+
+
+cdef bint is_framed_parameter(object w, ndarray rows, int axes, int most) noexcept:
+    """None, or an array of any layout of rows' trailing shape, after up to `most` axes that
+    broadcast to its leading ones."""
+    cdef int d, before, lead = cnp.PyArray_NDIM(rows) - axes
+    cdef npy_intp length
+    if w is None:
+        return True
+    if not is_loadable(w):
+        return False
+    before = cnp.PyArray_NDIM(<ndarray>w) - axes
+    if before < 0 or before > most:
+        return False
+    for d in range(before + axes):
+        length = cnp.PyArray_DIM(<ndarray>w, d)
+        if length != cnp.PyArray_DIM(rows, lead - before + d) and not (d < before and length == 1):
+            return False
+    return True
+
+
+cdef object for_each_sample(object w, ndarray x, int axes):
+    """A parameter of a row for each sample, (B, *normalized), with its tokens' axes put in."""
+    cdef npy_intp shape[MAX_OUTER]
+    cdef cnp.PyArray_Dims dims
+    cdef int d, ndim = cnp.PyArray_NDIM(x)
+    if not is_loadable(w) or cnp.PyArray_NDIM(<ndarray>w) != axes + 1 or ndim <= axes + 1:
+        return w
+    shape[0] = cnp.PyArray_DIM(<ndarray>w, 0)
+    for d in range(1, ndim):
+        shape[d] = 1 if d < ndim - axes else cnp.PyArray_DIM(<ndarray>w, d - (ndim - axes) + 1)
+    dims.ptr, dims.len = shape, ndim
+    return cnp.PyArray_Newshape(<ndarray>w, &dims, cnp.NPY_CORDER)
+
+
+cdef object framed_norm(options *opt, object x_object, object normalized_shape, object axis,
+                        object weight, object bias, object eps, object out, object dtype,
+                        object activation):
+    """y, or (y, scale, mean, rstd) less what there is not; None where this path does not apply."""
+    cdef ndarray x, rows
+    cdef object y, scale = None, mean = None, rstd = None
+    cdef int typenum, compute, axes = 1, at, lead, most, warm = 1
+    cdef double epsilon
+    if not is_loadable(x_object) or cnp.PyArray_SIZE(<ndarray>x_object) == 0:
+        return None
+    if cnp.PyArray_NBYTES(<ndarray>x_object) >= <npy_intp>CONVERT_BYTES:
+        return None
+    if not (dtype is None or type(dtype) is type or isinstance(dtype, np.dtype)):
+        return None
+    if not (activation is None or type(activation) is str):
+        return None
+    x = <ndarray>x_object
+    at = cnp.PyArray_NDIM(x) - 1
+    if axis is None:
+        axes = trailing_axes(x, normalized_shape)
+    else:
+        at = named_axis(x, axis) if normalized_shape is None else -1
+    typenum = cnp.PyArray_TYPE(x) if dtype is None else result_types.get(dtype, -1)
+    kind = activations.get(activation)
+    compute = compute_type(cnp.PyArray_TYPE(x))
+    epsilon = eps_of(eps, compute)
+    if axes < 0 or at < 0 or typenum < 0 or kind is None or not epsilon >= 0:
+        return None
+    rows = axis_last(x, at)
+    lead = cnp.PyArray_NDIM(x) - axes
+    if opt.per_sample:
+        weight, bias = for_each_sample(weight, x, axes), for_each_sample(bias, x, axes)
+    most = lead if at == cnp.PyArray_NDIM(x) - 1 else 0
+    if not (is_framed_parameter(weight, rows, axes, most)
+            and is_framed_parameter(bias, rows, axes, most)):
+        return None
+    if out is None:
+        y = new_array(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), typenum, &warm)
+    elif is_plain(x, cnp.PyArray_TYPE(x), C_ALIGNED) and is_apart_result(out, x, typenum, weight,
+                                                                         bias):
+        y = out
+    else:
+        return None
+    if typenum == cnp.NPY_INT8:
+        scale = cnp.PyArray_EMPTY(lead, cnp.PyArray_DIMS(rows), cnp.NPY_FLOAT32, 0)
+    if opt.return_stats:
+        rstd = cnp.PyArray_EMPTY(lead, cnp.PyArray_DIMS(rows), compute, 0)
+        if not opt.rms:
+            mean = cnp.PyArray_EMPTY(lead, cnp.PyArray_DIMS(rows), compute, 0)
+    norm_rows(lead, cnp.PyArray_DescrFromType(compute), rows,
+              [(weight, bias, axis_last(<ndarray>y, at), scale)], epsilon, rms=opt.rms,
+              offset=opt.offset, round_before_weight=opt.round_before_weight, activation=kind,
+              mean=mean, rstd=rstd, warm=warm)
+    if scale is None and rstd is None:
+        return y
+    return tuple([part for part in (y, scale, mean, rstd) if part is not None])
+
+
+cdef inline bint is_apart_result(object out, ndarray x, int typenum, object weight,
+                                 object bias) noexcept:
+    """As is_result has it, where parameters may be of any layout."""
+    return (
+        (weight is None or cnp.PyArray_IS_C_CONTIGUOUS(<ndarray>weight))
+        and (bias is None or cnp.PyArray_IS_C_CONTIGUOUS(<ndarray>bias))
+        and is_result(out, x, typenum, weight, bias)
+    )
+
+
+cdef bint is_row_number(object a, int typenum, ndarray rows, int lead, ndarray x, int at) noexcept:
+    """A plain array of a number for each row: of the leading shape, or with torch's axes of length
+    1, which stand where those that are normalized do."""
+    cdef int d, ndim, axes = cnp.PyArray_NDIM(x) - lead
+    if not is_plain(a, typenum, C_ALIGNED):
+        return False
+    ndim = cnp.PyArray_NDIM(<ndarray>a)
+    if ndim == lead:
+        return cnp.PyArray_CompareLists(cnp.PyArray_DIMS(<ndarray>a), cnp.PyArray_DIMS(rows), lead)
+    if ndim != lead + axes:
+        return False
+    for d in range(ndim):
+        if cnp.PyArray_DIM(<ndarray>a, d) != (
+                1 if at - axes < d <= at else cnp.PyArray_DIM(x, d)):
+            return False
+    return True
+
+
+cdef object framed_backward(object dy, object x_object, object normalized_shape, object axis,
+                            object mean, object rstd, object weight, object bias, double offset,
+                            int mask, bint rms):
+    """(dx, dweight, dbias), None for what is not wanted; None where this path does not apply."""
+    cdef ndarray x, rows
+    cdef object dx = None, dweight = None, dbias = None, dx_rows = None
+    cdef int compute, axes = 1, at, lead, warm = 0
+    if mask <= 0 or not is_loadable(x_object) or not is_loadable(dy):
+        return None
+    x = <ndarray>x_object
+    if (cnp.PyArray_SIZE(x) == 0 or cnp.PyArray_NBYTES(x) >= <npy_intp>CONVERT_BYTES
+            or not same_shape(x, <ndarray>dy)):
+        return None
+    at = cnp.PyArray_NDIM(x) - 1
+    if axis is None:
+        axes = trailing_axes(x, normalized_shape)
+    else:
+        at = named_axis(x, axis) if normalized_shape is None else -1
+    if axes < 0 or at < 0:
+        return None
+    compute = compute_type(cnp.PyArray_TYPE(x))
+    rows = axis_last(x, at)
+    lead = cnp.PyArray_NDIM(x) - axes
+    if not (is_framed_parameter(weight, rows, axes, 0)
+            and is_framed_parameter(bias, rows, axes, 0)):
+        return None
+    if not (rms or is_row_number(mean, compute, rows, lead, x, at)):
+        return None
+    if not is_row_number(rstd, compute, rows, lead, x, at):
+        return None
+    if mask & 1:
+        dx = new_array(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), cnp.PyArray_TYPE(x), &warm)
+        dx_rows = axis_last(<ndarray>dx, at)
+    if mask & 2:
+        dweight = cnp.PyArray_EMPTY(axes, cnp.PyArray_DIMS(rows) + lead, compute, 0)
+    if mask & 4:
+        dbias = cnp.PyArray_EMPTY(axes, cnp.PyArray_DIMS(rows) + lead, compute, 0)
+    norm_backward_rows(lead, cnp.PyArray_DescrFromType(compute), axis_last(<ndarray>dy, at), rows,
+                       dx_rows, weight, None, None if rms else mean, rstd, dweight, dbias, rms=rms,
+                       offset=offset, warm=warm)
+    return dx, dweight, dbias
+
+
+cdef object plain_backward(object dy, object x, object normalized_shape, object axis, object mean,
+                           object rstd, object weight, object bias, double offset, int mask,
+                           bint rms):
+    """The straight path, or the nearly straight one; None where neither applies."""
+    result = None
+    if is_last(axis, normalized_shape):
+        result = direct_backward(dy, x, normalized_shape, mean, rstd, weight, bias, offset, mask,
+                                 rms)
+    if result is not None:
+        return result
+    return framed_backward(dy, x, normalized_shape, axis, mean, rstd, weight, bias, offset, mask,
+                           rms)
+
+
+def straight_adaptive(x, scale, shift, normalized_shape, eps, out, dtype, return_stats, activation):
+    """adaptive_layer_norm without a residual, on arrays; None where this path does not apply."""
+    cdef options opt
+    if scale is None or not is_bool(return_stats) or not PyFloat_CheckExact(eps):
+        return None
+    memset(&opt, 0, sizeof(opt))
+    opt.return_stats = return_stats is True
+    opt.per_sample = True
+    opt.offset = 1.0
+    return framed_norm(&opt, x, normalized_shape, None, scale, shift, eps, out, dtype, activation)
