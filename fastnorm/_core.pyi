@@ -144,6 +144,16 @@ class BoundNorm:
 
 def register(name: str, handler: Callable[..., Any]) -> None: ...
 def register_names(types: Sequence[np.dtype[Any]], activations: dict[str | None, int]) -> None: ...
+def straight_segments(
+    x: _Input,
+    offsets: _Input,
+    weight: _Input | None,
+    bias: _Input | None,
+    eps: float | None,
+    activation: Any,
+    rms: bool,
+    offset: float,
+) -> _Array | None: ...
 def straight_adaptive(
     x: _Input,
     scale: _Input,

@@ -81,9 +81,37 @@ cdef object for_each_sample(object w, ndarray x, int axes):
     return cnp.PyArray_Newshape(<ndarray>w, &dims, cnp.NPY_CORDER)
 
 
+cdef object checked_lengths(object lengths, ndarray rows, int lead):
+    """A copy of plain lengths, one for each row and in range; None where they are not. It is the
+    copy that is checked: another thread may write to the array meanwhile."""
+    cdef Py_ssize_t i, cols = 1
+    cdef const Py_ssize_t *length
+    cdef int d
+    if not (is_plain(lengths, cnp.NPY_INTP, C_ALIGNED)
+            and cnp.PyArray_NDIM(<ndarray>lengths) == lead
+            and cnp.PyArray_CompareLists(cnp.PyArray_DIMS(<ndarray>lengths),
+                                         cnp.PyArray_DIMS(rows), lead)):
+        return None
+    for d in range(lead, cnp.PyArray_NDIM(rows)):
+        cols *= cnp.PyArray_DIM(rows, d)
+    copied = cnp.PyArray_NewCopy(<ndarray>lengths, cnp.NPY_CORDER)
+    length = <const Py_ssize_t *>cnp.PyArray_DATA(<ndarray>copied)
+    for i in range(cnp.PyArray_SIZE(<ndarray>copied)):
+        if not 0 <= length[i] <= cols:
+            return None
+    return copied
+
+
+cdef inline bint is_element_mask(object mask, ndarray x) noexcept:
+    return (
+        cnp.PyArray_CheckExact(mask) and cnp.PyArray_TYPE(<ndarray>mask) == cnp.NPY_BOOL
+        and same_shape(<ndarray>mask, x)
+    )
+
+
 cdef object framed_norm(options *opt, object x_object, object normalized_shape, object axis,
                         object weight, object bias, object eps, object out, object dtype,
-                        object activation):
+                        object activation, object lengths, object mask):
     """y, or (y, scale, mean, rstd) less what there is not; None where this path does not apply."""
     cdef ndarray x, rows
     cdef object y, scale = None, mean = None, rstd = None
@@ -117,6 +145,19 @@ cdef object framed_norm(options *opt, object x_object, object normalized_shape, 
     if not (is_framed_parameter(weight, rows, axes, most)
             and is_framed_parameter(bias, rows, axes, most)):
         return None
+    if lengths is not None or mask is not None:
+        # Rows of length 0 leave what was in their statistics and scales.
+        if opt.return_stats or typenum == cnp.NPY_INT8 or (lengths is not None) == (
+                mask is not None) or out is not None:
+            return None
+        if lengths is None:
+            if not is_element_mask(mask, x):
+                return None
+            mask = axis_last(<ndarray>mask, at)
+        else:
+            lengths = checked_lengths(lengths, rows, lead)
+            if lengths is None:
+                return None
     if out is None:
         y = new_array(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), typenum, &warm)
     elif is_plain(x, cnp.PyArray_TYPE(x), C_ALIGNED) and is_apart_result(out, x, typenum, weight,
@@ -133,7 +174,7 @@ cdef object framed_norm(options *opt, object x_object, object normalized_shape, 
     norm_rows(lead, cnp.PyArray_DescrFromType(compute), rows,
               [(weight, bias, axis_last(<ndarray>y, at), scale)], epsilon, rms=opt.rms,
               offset=opt.offset, round_before_weight=opt.round_before_weight, activation=kind,
-              mean=mean, rstd=rstd, warm=warm)
+              lengths=lengths, mask=mask, mean=mean, rstd=rstd, warm=warm)
     if scale is None and rstd is None:
         return y
     return tuple([part for part in (y, scale, mean, rstd) if part is not None])
@@ -233,4 +274,24 @@ def straight_adaptive(x, scale, shift, normalized_shape, eps, out, dtype, return
     opt.return_stats = return_stats is True
     opt.per_sample = True
     opt.offset = 1.0
-    return framed_norm(&opt, x, normalized_shape, None, scale, shift, eps, out, dtype, activation)
+    return framed_norm(&opt, x, normalized_shape, None, scale, shift, eps, out, dtype, activation,
+                       None, None)
+
+
+cdef object framed_moments(object x_object, object axis):
+    """(mean, variance); None where this path does not apply."""
+    cdef ndarray x, rows
+    cdef int at, compute, lead
+    if not is_loadable(x_object) or cnp.PyArray_SIZE(<ndarray>x_object) == 0:
+        return None
+    x = <ndarray>x_object
+    lead = cnp.PyArray_NDIM(x) - 1
+    at = lead if axis is None else named_axis(x, axis)
+    if at < 0:
+        return None
+    compute = compute_type(cnp.PyArray_TYPE(x))
+    rows = axis_last(x, at)
+    mean = cnp.PyArray_EMPTY(lead, cnp.PyArray_DIMS(rows), compute, 0)
+    variance = cnp.PyArray_EMPTY(lead, cnp.PyArray_DIMS(rows), compute, 0)
+    moments_rows(lead, cnp.PyArray_DescrFromType(compute), rows, mean, variance)
+    return mean, variance

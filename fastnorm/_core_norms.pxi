@@ -93,8 +93,9 @@ out=None, dtype=None, return_stats=False, activation=None, lengths=None, mask=No
            [ 0.       ,  0.       ,  0.       ]], dtype=float32)
     """
     cdef options opt
-    cdef bint plain = (is_last(axis, normalized_shape) and dtype is None and activation is None)
-    if lengths is None and mask is None and is_bool(return_stats):
+    cdef bint plain = (is_last(axis, normalized_shape) and dtype is None and activation is None
+                       and lengths is None and mask is None)
+    if is_bool(return_stats):
         result = None
         if plain:
             result = direct_layer_norm(x, normalized_shape, weight, bias, eps, out,
@@ -107,7 +108,7 @@ out=None, dtype=None, return_stats=False, activation=None, lengths=None, mask=No
                                      None)
             if result is None:
                 result = framed_norm(&opt, x, normalized_shape, axis, weight, bias, eps, out,
-                                     dtype, activation)
+                                     dtype, activation, lengths, mask)
         if result is not None:
             return result
     return handlers["layer_norm"](x, normalized_shape, weight, bias, eps, axis, out, dtype,
@@ -162,8 +163,7 @@ lengths=None, mask=None)
            [0. , 0. ]], dtype=float32)
     """
     cdef options opt
-    if (lengths is None and mask is None and is_bool(return_stats)
-            and is_bool(round_before_weight)):
+    if is_bool(return_stats) and is_bool(round_before_weight):
         memset(&opt, 0, sizeof(opt))
         opt.rms = True
         opt.return_stats = return_stats is True
@@ -171,12 +171,13 @@ lengths=None, mask=None)
         opt.offset = plain_offset(offset)
         if opt.offset - opt.offset == 0:
             result = None
-            if is_last(axis, normalized_shape) and dtype is None and activation is None:
+            if (is_last(axis, normalized_shape) and dtype is None and activation is None
+                    and lengths is None and mask is None):
                 result = direct_norm(&opt, x, normalized_shape, weight, None, eps, out, None, None,
                                      None)
             if result is None:
                 result = framed_norm(&opt, x, normalized_shape, axis, weight, None, eps, out,
-                                     dtype, activation)
+                                     dtype, activation, lengths, mask)
             if result is not None:
                 return result
     return handlers["rms_norm"](x, normalized_shape, weight, eps, axis, out, dtype, offset,
@@ -335,4 +336,5 @@ def moments(x, axis=None):
     >>> fastnorm.moments(np.float32([[1, 3], [2, 8]]))
     (array([2., 5.], dtype=float32), array([1., 9.], dtype=float32))
     """
-    return handlers["moments"](x, axis)
+    result = framed_moments(x, axis)
+    return handlers["moments"](x, axis) if result is None else result

@@ -272,6 +272,10 @@ def segment_layer_norm(
     >>> fastnorm.segment_layer_norm(x, [0, 2, 6], eps=0.0).ravel()
     array([-1.,  1., -1.,  1., -1.,  1.], dtype=float32)
     """
+    if out is None and dtype is None and return_stats is False:
+        done = _core.straight_segments(x, offsets, weight, bias, eps, activation, False, 0.0)
+        if done is not None:
+            return done
     return handlers["segment_layer_norm"](
         x, offsets, weight, bias, eps, out, dtype, return_stats, activation
     )
@@ -331,6 +335,10 @@ def segment_rms_norm(
     >>> fastnorm.segment_rms_norm(np.float32([[1], [7], [3], [3], [3]]), [0, 2, 5]).ravel()
     array([0.2, 1.4, 1. , 1. , 1. ], dtype=float32)
     """
+    if out is None and dtype is None and return_stats is False:
+        done = _core.straight_segments(x, offsets, weight, None, eps, activation, True, offset)
+        if done is not None:
+            return done
     return handlers["segment_rms_norm"](
         x, offsets, weight, eps, offset, out, dtype, return_stats, activation
     )

@@ -209,3 +209,61 @@ def test_units_out_of_range_before_an_activation(rng):
     got = fastnorm.group_norm(far, 2, activation="relu", out=far)
     assert got is far
     assert_same_bits(far, want)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: np.dtype(k).name)
+def test_masks_lengths_and_moments(kind, rng, short):
+    for (name, x), axis in itertools.product(layouts(rng, kind), (None, 1)):
+        n = X[-1 if axis is None else axis]
+        lead = tuple(length for d, length in enumerate(X) if d != (3 if axis is None else axis))
+        mask = rng.random(X) < 0.6
+        lengths = rng.integers(0, n + 1, lead)
+        for given in ({"mask": mask}, {"mask": mask.T.copy().T}, {"lengths": lengths}):
+            got = short("layer_norm", x, axis=axis, **given)
+            want = dispatch.handlers["layer_norm"](
+                x, None, None, None, 1e-5, axis, None, None, False, None,
+                given.get("lengths"), given.get("mask"),
+            )  # fmt: skip
+            assert_same_bits(got, want, f"{name} {axis} {given.keys()}")
+        assert_same_bits(
+            short("moments", x, axis), dispatch.handlers["moments"](x, axis), f"{name} {axis}"
+        )
+
+
+@pytest.mark.parametrize("wrong", [-1, 9, 1 << 62])
+def test_wrong_lengths_are_an_error_still(wrong, rng):
+    x = rng.standard_normal((2, 8)).astype("f4")
+    with pytest.raises(ValueError, match="lengths: got values from"):
+        fastnorm.layer_norm(x, lengths=np.array([3, wrong]))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: np.dtype(k).name)
+def test_packed_rows(kind, rng, monkeypatch):
+    x = rng.standard_normal((20, 3)).astype(kind)
+    w, b = rng.standard_normal((2, 3)).astype("f8" if kind == "f8" else "f4")
+    offsets = np.array([0, 4, 4, 11, 20])
+    handlers = dict(dispatch.handlers)
+
+    def refuse(*_):
+        raise AssertionError("took the long way")
+
+    for name in ("segment_layer_norm", "segment_rms_norm"):
+        monkeypatch.setitem(dispatch.handlers, name, refuse)
+    for weight, activation in itertools.product((None, w), (None, "gelu")):
+        got = fastnorm.segment_layer_norm(x, offsets, weight, b, activation=activation)
+        want = handlers["segment_layer_norm"](
+            x, offsets, weight, b, 1e-5, None, None, False, activation
+        )
+        assert_same_bits(got, want)
+        got = fastnorm.segment_rms_norm(x, offsets, weight, offset=1.0, activation=activation)
+        want = handlers["segment_rms_norm"](
+            x, offsets, weight, None, 1.0, None, None, False, activation
+        )
+        assert_same_bits(got, want)
+
+
+@pytest.mark.parametrize("middle", [-1, 21, 12, 1 << 62])
+def test_wrong_offsets_are_an_error_still(middle, rng):
+    x = rng.standard_normal((20, 4)).astype("f4")
+    with pytest.raises(ValueError, match="offsets: got"):
+        fastnorm.segment_layer_norm(x, np.array([0, middle, 11, 20]))
