@@ -171,8 +171,9 @@ cdef inline void plain_layout(ndarray x, Py_ssize_t groups, bint batch, bint giv
     last = last or size == 1
     if batch and last:
         samples, size = 1, samples * size
-    l.rows, l.row_stride, l.step = 1, 0, channels if last else 1
     l.units, l.kinds, l.planes, l.plane = samples * groups, groups, channels // groups, size
+    # A unit of planes of one element is a row.
+    l.rows, l.row_stride, l.step = 1, 0, channels if last and (size > 1 or l.planes == 1) else 1
     l.stride = l.planes * size
     if batch and not given and not last:
         l.units = channels

@@ -168,5 +168,6 @@ class ChannelCall(LaidReader):
             return Layout(channels, size, samples, channels * size, 1, size, channels, 1)
         units, planes = samples * groups, channels // max(groups, 1)
         kinds = units if per_sample else groups
-        step = channels if self.is_last else 1
+        # A unit of planes of one element is a row.
+        step = channels if self.is_last and (size > 1 or planes == 1) else 1
         return Layout(units, planes * size, 1, 0, planes, size, kinds, step)

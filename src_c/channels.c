@@ -189,6 +189,31 @@ static void given_planes(const fn_channel_norm_args *a, ptrdiff_t plane0, ptrdif
     }
 }
 
+static const void *parameters_at(const void *data, fn_dtype dtype, ptrdiff_t i)
+{
+    return data ? at_element(data, dtype, i) : NULL;
+}
+
+/* A row of a unit of planes of one element, which lie side by side: m is what they share. */
+static void finish_elements(const fn_channel_norm_args *a, const unit_moments *m, ptrdiff_t first,
+                            const char *x, char *y)
+{
+    enum { SOME = 128 };
+    const fn_channel_table *table = &fn_active_isa->channels;
+    const ptrdiff_t size = fn_size_of(a->dtype), n = a->layout.planes;
+    const double shared[3] = {m->pivot, m->shift, m->rstd};
+    double room[3][SOME + 8];
+    void *terms[4] = {room[0], room[1], room[2], NULL};
+    for (ptrdiff_t j = 0, k; j < n; j += k) {
+        k = n - j < SOME ? n - j : SOME;
+        table->column_terms[a->dtype](shared, NULL, NULL,
+                                      parameters_at(a->weight, a->dtype, first + j),
+                                      parameters_at(a->bias, a->dtype, first + j), k, terms);
+        table->columns_pass[a->dtype](x + j * size, NULL, y + j * size, k,
+                                      (const void *const *)terms, 0);
+    }
+}
+
 static void channel_norm(const void *args, ptrdiff_t unit0, ptrdiff_t unit1, void *scratch)
 {
     const fn_channel_norm_args *a = args;
@@ -217,6 +242,10 @@ static void channel_norm(const void *args, ptrdiff_t unit0, ptrdiff_t unit1, voi
         for (ptrdiff_t row = 0; row < l->rows; row++) {
             const ptrdiff_t at = u * l->stride + row * l->row_stride;
             if (!x || l->rows > 1) x = as_computed(a->x, a->x_type, at, cols_of(l), a->dtype, room);
+            if (l->plane == 1 && a->y_type == a->dtype && !a->activation) {
+                finish_elements(a, &m, first, x, (char *)a->y + at * size);
+                continue;
+            }
             for (ptrdiff_t j = 0, n; j < planes; j += n) {
                 double terms[FN_PLANES][4];
                 n = planes - j < together ? planes - j : together;
@@ -269,7 +298,7 @@ static void dots_of_planes(const fn_channel_norm_backward_args *a, const char *x
 {
     const fn_channel_table *table = &fn_active_isa->channels;
     if (count > 1)
-        table->planes_dots[a->dtype](x, dy, a->layout.plane, (int)count, pivot, dots);
+        table->planes_dots[a->dtype](x, dy, a->layout.plane, (int)count, &pivot, 0, dots);
     else
         table->plane_dots[a->dtype](x, dy, a->layout.plane, pivot, dots);
 }
@@ -330,6 +359,82 @@ int fn_gradients_of_unit(const fn_channel_norm_backward_args *a, ptrdiff_t first
     return fits && fabs(terms[3]) <= most && fabs(terms[2]) <= most;
 }
 
+/* ---- backward of units of one short plane a row, which lie side by side -------------------------- */
+
+/* Batch norm's channels, instance norm's planes. */
+static int are_short_neighbours(const fn_channel_norm_backward_args *a)
+{
+    const fn_channels *l = &a->layout;
+    return l->planes == 1 && l->stride == l->plane && planes_together(l, a->stream) > 1 &&
+           a->x_type == a->dtype && a->dy_type == a->dtype;
+}
+
+/* The sums of `count` units of which the first begins at element `at`; those of x - pivot apart. */
+static void sums_of_neighbours(const fn_channel_norm_backward_args *a, ptrdiff_t at, int count,
+                               const double pivots[FN_PLANES], double *sums,
+                               double deviations[FN_PLANES])
+{
+    const fn_channels *l = &a->layout;
+    memset(sums, 0, 2 * (size_t)count * sizeof *sums);
+    for (int k = 0; k < count; k++) deviations[k] = 0;
+    for (ptrdiff_t row = 0; row < l->rows; row++, at += l->row_stride) {
+        double dots[3 * FN_PLANES];
+        fn_active_isa->channels.planes_dots[a->dtype](at_element(a->x, a->dtype, at),
+                                                      at_element(a->dy, a->dtype, at), l->plane,
+                                                      count, pivots, 1, dots);
+        for (int k = 0; k < count; k++) {
+            deviations[k] += dots[k];
+            sums[2 * k] += dots[2 * FN_PLANES + k];
+            sums[2 * k + 1] += dots[FN_PLANES + k];
+        }
+    }
+}
+
+/* dx of `count` units, of which none is refused. */
+static void finish_neighbours(const fn_channel_norm_backward_args *a, fn_plane_result *result,
+                              ptrdiff_t at, ptrdiff_t count, const double (*terms)[4])
+{
+    const fn_channels *l = &a->layout;
+    for (ptrdiff_t row = 0; row < l->rows; row++, at += l->row_stride) {
+        const char *x = at_element(a->x, a->dtype, at), *dy = at_element(a->dy, a->dtype, at);
+        fn_finish_planes(result, a->given ? dy : x, a->given ? NULL : dy, at, l->plane, count,
+                         terms);
+    }
+}
+
+static void neighbours_backward(const fn_channel_norm_backward_args *a, ptrdiff_t unit0,
+                                ptrdiff_t unit1, fn_plane_result *result)
+{
+    const fn_channels *l = &a->layout;
+    const ptrdiff_t together = planes_together(l, a->stream);
+    for (ptrdiff_t u = unit0, count; u < unit1; u += count) {
+        const ptrdiff_t kind = u % l->kinds, own = a->given ? kind : u;
+        double pivots[FN_PLANES], deviations[FN_PLANES], terms[FN_PLANES][4] = {{0}};
+        count = unit1 - u < together ? unit1 - u : together;
+        if (count > l->kinds - kind) count = l->kinds - kind;
+        for (ptrdiff_t k = 0; k < count; k++) pivots[k] = rounded(a->mean[own + k], a->dtype);
+        sums_of_neighbours(a, u * l->stride, (int)count, pivots, a->sums + 2 * u, deviations);
+        for (ptrdiff_t k = 0; k < count; k++) {
+            const double rstd = a->rstd[own + k];
+            terms[k][0] = pivots[k];
+            a->refused[u + k] = (unsigned char)!fn_gradients_of_unit(a, kind + k, a->mean[own + k],
+                                                                     rstd, deviations[k],
+                                                                     a->sums + 2 * (u + k),
+                                                                     terms[k]);
+            if (a->given) terms[k][0] = 0;
+            terms[k][1] = rstd * number_at(a->weight, a->dtype, kind + k, 1);
+        }
+        if (!a->dx) continue;
+        if (!memchr(a->refused + u, 1, (size_t)count))
+            finish_neighbours(a, result, u * l->stride, count, (const double (*)[4])terms);
+        else
+            for (ptrdiff_t k = 0; k < count; k++)
+                if (!a->refused[u + k])
+                    finish_neighbours(a, result, (u + k) * l->stride, 1,
+                                      (const double (*)[4])terms + k);
+    }
+}
+
 static void channel_norm_backward(const void *args, ptrdiff_t unit0, ptrdiff_t unit1, void *scratch)
 {
     const fn_channel_norm_backward_args *a = args;
@@ -345,6 +450,10 @@ static void channel_norm_backward(const void *args, ptrdiff_t unit0, ptrdiff_t u
                               .strip = scratch,
                               .stream = a->stream,
                               .ahead = a->fetch};
+    if (are_short_neighbours(a)) {
+        neighbours_backward(a, unit0, unit1, &result);
+        return;
+    }
     ptrdiff_t kind = unit0 % l->kinds;
     for (ptrdiff_t u = unit0; u < unit1; u++, kind = kind + 1 < l->kinds ? kind + 1 : 0) {
         const ptrdiff_t first = kind * planes, own = a->given ? kind : u;

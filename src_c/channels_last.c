@@ -324,18 +324,39 @@ static void hand_out_moments(const last_call *c, const sample_room *room, ptrdif
     }
 }
 
-/* Numbers as terms, repeated until they are long enough for a strip from any column on. */
+static int term_kinds(const last_call *c) { return c->dy ? 4 : 3; }
+
+/* Terms repeated until they are long enough for a strip from any column on. */
 static void lay_out_terms(const last_call *c, const sample_room *room)
 {
     const ptrdiff_t size = fn_size_of(c->dtype), all = term_count(c);
-    for (int k = 0; k < (c->dy ? 4 : 3); k++) {
+    for (int k = 0; k < term_kinds(c); k++) {
         char *t = room->terms[k];
-        fn_active_isa->narrow[c->dtype](t, room->numbers[k], c->cols);
         for (ptrdiff_t i = c->cols, n; i < all; i += n) {
             n = all - i < i ? all - i : i;
             memcpy(t + i * size, t, (size_t)(n * size));
         }
     }
+}
+
+/* Batch norm's inference: forward_numbers' arithmetic, by vectors. */
+static int takes_given_terms(const last_call *c, const sample_room *room)
+{
+    const fn_channel_norm_args *a = c->forward;
+    if (!a || !a->given || a->layout.planes > 1 || a->layout.kinds != c->cols) return 0;
+    fn_active_isa->channels.column_terms[c->dtype](NULL, a->mean, a->rstd, a->weight, a->bias,
+                                                   c->cols, (void *const *)room->terms);
+    return 1;
+}
+
+static void take_numbers(const last_call *c, const sample_room *room, ptrdiff_t sample)
+{
+    if (c->forward)
+        forward_numbers(c, room, sample);
+    else
+        backward_numbers(c, room, sample);
+    for (int k = 0; c->y && k < term_kinds(c); k++)
+        fn_active_isa->narrow[c->dtype](room->terms[k], room->numbers[k], c->cols);
 }
 
 /* From the sums to the terms. */
@@ -345,10 +366,7 @@ static void finish_sums(const last_call *c, const sample_room *room, ptrdiff_t s
         hand_out_moments(c, room, sample);
         return;
     }
-    if (c->forward)
-        forward_numbers(c, room, sample);
-    else
-        backward_numbers(c, room, sample);
+    if (!takes_given_terms(c, room)) take_numbers(c, room, sample);
     if (c->y) lay_out_terms(c, room);
 }
 

@@ -47,13 +47,16 @@ typedef struct {
     void (*plane_dots[FN_DTYPE_COUNT])(const void *x, const void *dy, ptrdiff_t n, double pivot,
                                        double sums[3]);
     void (*planes_dots[FN_DTYPE_COUNT])(const void *x, const void *dy, ptrdiff_t n, int planes,
-                                        double pivot, double sums[3 * FN_PLANES]);
+                                        const double *pivots, int step, double sums[3 * FN_PLANES]);
     void (*plane_pass[FN_DTYPE_COUNT])(const void *x, const void *dy, void *y, ptrdiff_t n,
                                        const double terms[4], fn_held_line *, ptrdiff_t ahead);
     void (*planes_pass[FN_DTYPE_COUNT])(const void *x, const void *dy, void *y, ptrdiff_t n,
                                         int planes, const double (*terms)[4]);
     void (*columns_pass[FN_DTYPE_COUNT])(const void *x, const void *dy, void *y, ptrdiff_t n,
                                          const void *const terms[4], int stream);
+    void (*column_terms[FN_DTYPE_COUNT])(const double m[3], const double *mean, const double *rstd,
+                                         const void *w, const void *b, ptrdiff_t n,
+                                         void *const terms[3]);
     void (*channel_sums[FN_DTYPE_COUNT])(const void *x, const void *dy, ptrdiff_t step,
                                          ptrdiff_t rows, ptrdiff_t cols, ptrdiff_t ahead,
                                          const void *pivots, void *into, ptrdiff_t apart);

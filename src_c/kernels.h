@@ -47,6 +47,7 @@ enum {
 #undef plane_pass
 #undef planes_pass
 #undef columns_pass
+#undef column_terms
 #undef channel_sums
 #define FN_KERNELS(op) .op = OF_EACH_TYPE(op),
 
@@ -65,5 +66,6 @@ const fn_isa FN_PASTE(fn_isa,
                                               .plane_pass = OF_EACH_TYPE(plane_pass),
                                               .planes_pass = OF_EACH_TYPE(planes_pass),
                                               .columns_pass = OF_EACH_TYPE(columns_pass),
+                                              .column_terms = OF_EACH_TYPE(column_terms),
                                               .channel_sums = OF_EACH_TYPE(channel_sums)},
                                  FN_OPS(FN_KERNELS)};

@@ -39,21 +39,22 @@ static void plane_dots(const void *x, const void *dy, ptrdiff_t n, double pivot,
     row_dots(x, dy, NULL, n, (element)pivot, NULL, NULL, NULL, sums);
 }
 
-/* The same of up to eight short planes of n elements, first all of the first kind. */
+/* The same of up to eight short planes of n elements, first all of the first kind; step 1: each has a pivot
+ * of its own, else 0. */
 #define planes_dots FN_OF_T(planes_dots)
-static void planes_dots(const void *x, const void *dy, ptrdiff_t n, int planes, double pivot,
-                        double sums[3 * FN_PLANES])
+static void planes_dots(const void *x, const void *dy, ptrdiff_t n, int planes,
+                        const double *pivots, int step, double sums[3 * FN_PLANES])
 {
     const element *xs = x, *dys = dy;
     quarter part[3][FN_PLANES], q[3];
     double dots[3];
     for (int j = 0; VW == 1 && j < planes; j++) { /* takes less code */
-        plane_dots(xs + j * n, dys + j * n, n, pivot, dots);
+        plane_dots(xs + j * n, dys + j * n, n, pivots[j * step], dots);
         for (int k = 0; k < 3; k++) sums[k * FN_PLANES + j] = dots[k];
     }
     if (VW == 1) return;
     for (int j = 0; j < planes; j++) {
-        block_dots(xs + j * n, dys + j * n, NULL, n, v_set1((element)pivot), q);
+        block_dots(xs + j * n, dys + j * n, NULL, n, v_set1((element)pivots[j * step]), q);
         for (int k = 0; k < 3; k++) part[k][j] = q[k];
     }
     for (int k = 0; k < 3; k++) {
@@ -237,6 +238,45 @@ static void columns_pass(const void *x, const void *dy, void *y, ptrdiff_t n,
     const ptrdiff_t i =
         dy ? columns_part(x, dy, y, n, t, stream) : columns_part(x, NULL, y, n, t, stream);
     if (i < n) v_storen((element *)y + i, columns_vector(x, dy, t, i, (n - i) % VW), n - i);
+}
+
+/* Up to eight numbers to double, from an array that may end there. */
+#define widen_some FN_OF_T(widen_some)
+INLINE vd8 widen_some(const element *x, ptrdiff_t left)
+{
+    element room[8] = {0};
+    if (left >= 8) return vd8_load_element(x);
+    memcpy(room, x, (size_t)left * sizeof(element));
+    return vd8_load_element(room);
+}
+
+#define load_doubles FN_OF_T(load_doubles)
+INLINE vd8 load_doubles(const double *x, ptrdiff_t left)
+{
+    double room[8] = {0};
+    if (left >= 8) return vd8_load_f64(x);
+    memcpy(room, x, (size_t)left * sizeof(double));
+    return vd8_load_f64(room);
+}
+
+/* Of n channels, pivot, factor and shift as columns_pass takes them, with room for eight beyond the last.
+ * m: what all of them have; NULL: mean and rstd of each. */
+#define column_terms FN_OF_T(column_terms)
+static void column_terms(const double m[3], const double *mean, const double *rstd, const void *w,
+                         const void *b, ptrdiff_t n, void *const terms[3])
+{
+    element *pivots = terms[0], *factors = terms[1], *shifts = terms[2];
+    NO_UNROLL for (ptrdiff_t i = 0; i < n; i += 8)
+    {
+        const vd8 center = m ? vd8_set1(m[0]) : load_doubles(mean + i, n - i);
+        vd8_store_element(pivots + i, center);
+        const vd8 shift = m ? vd8_set1(m[1]) : vd8_sub(center, vd8_load_element(pivots + i));
+        vd8 factor = m ? vd8_set1(m[2]) : load_doubles(rstd + i, n - i), y0 = vd8_set1(0);
+        if (w) factor = vd8_mul(factor, widen_some((const element *)w + i, n - i));
+        if (b) y0 = widen_some((const element *)b + i, n - i);
+        vd8_store_element(factors + i, factor);
+        vd8_store_element(shifts + i, vd8_sub(y0, vd8_mul(shift, factor)));
+    }
 }
 
 /* A block's sums of a channel have four lanes, rows 0 4 8 ..., 1 5 9 ..., in T, of which the first takes

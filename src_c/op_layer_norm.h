@@ -682,7 +682,7 @@ static void layer_norm(const void *args, ptrdiff_t row0, ptrdiff_t row1, void *s
         space.ahead = &ahead;
         space.stream = a->stream_rooms;
     }
-    if (!a->stream && row1 - row0 > 1) row0 = layer_norm_groups(a, &space, row0, row1);
+    if (VW > 1 && !a->stream && row1 - row0 > 1) row0 = layer_norm_groups(a, &space, row0, row1);
     layer_norm_rows(a, &space, row0, row1);
     if (a->stream || a->stream_rooms) v_fence();
 }

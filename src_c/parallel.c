@@ -270,7 +270,8 @@ static const char *regime_of(const fn_layer_norm_args *a, fn_dtype dtype, int st
     if (shape->cols <= fn_active_isa->narrow_cols[dtype] && shape->rows >= 8 &&
         !shape->outer_ndim && !a->steps && !a->rms)
         return "narrow";
-    return shape->cols <= 1024 && shape->rows > 1 ? "group" : "row";
+    const int has_groups = fn_active_isa->narrow_cols[dtype] > 0; /* not without vectors */
+    return has_groups && shape->cols <= 1024 && shape->rows > 1 ? "group" : "row";
 }
 
 fn_plan fn_plan_layer_norm(const fn_layer_norm_args *a, fn_dtype dtype, int threads)

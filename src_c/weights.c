@@ -124,12 +124,13 @@ static void finish_short(const fn_weight_norm_args *a, ptrdiff_t u, ptrdiff_t co
     const fn_channel_table *table = &fn_active_isa->channels;
     const ptrdiff_t n = length_of(a), size = n * fn_size_of(a->dtype);
     const char *v = (const char *)a->v + u * size, *dw = a->dw;
+    const double zero = 0; /* what they are summed about */
     double squares[3 * FN_PLANES], dots[3 * FN_PLANES], terms[FN_PLANES][4];
     int fits[FN_PLANES + 1];
     fits[count] = 0;
     if (dw) dw += u * size;
-    if (!a->given) table->planes_dots[a->dtype](v, v, n, (int)count, 0, squares);
-    if (dw) table->planes_dots[a->dtype](v, dw, n, (int)count, 0, dots);
+    if (!a->given) table->planes_dots[a->dtype](v, v, n, (int)count, &zero, 0, squares);
+    if (dw) table->planes_dots[a->dtype](v, dw, n, (int)count, &zero, 0, dots);
     for (ptrdiff_t k = 0; k < count; k++) {
         const vector_sums s = {.v = v + k * size,
                                .dw = dw ? dw + k * size : NULL,
