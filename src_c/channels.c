@@ -36,6 +36,9 @@ fn_held_line *fn_held_line_at(fn_held_line held[FN_HELD_LINES], char *line, ptrd
     return h;
 }
 
+/* Planes of one element that are done at a time. */
+enum { SOME_ELEMENTS = 128 };
+
 /* ---- planes ----------------------------------------------------------------------------------- */
 
 /* Short planes that are done by one call, and share a strip; else 1. */
@@ -76,6 +79,44 @@ void fn_finish_planes(fn_plane_result *r, const char *x, const char *dy, ptrdiff
         table->planes_pass[r->dtype](x, dy, y, n, (int)count, terms);
     else
         table->plane_pass[r->dtype](x, dy, y, n, *terms, r->stream ? r->held : NULL, r->ahead);
+}
+
+/* The same number as many terms. */
+static void repeat_term(const fn_plane_result *r, void *into, double term, ptrdiff_t n)
+{
+    double terms[SOME_ELEMENTS];
+    for (int i = 0; i < SOME_ELEMENTS; i++) terms[i] = term;
+    fn_active_isa->narrow[r->dtype](into, terms, n);
+}
+
+static const void *parameters_at(const void *data, fn_dtype dtype, ptrdiff_t i)
+{
+    return data ? at_element(data, dtype, i) : NULL;
+}
+
+/* A row of n planes of one element, side by side from element `at` on: shared is their unit's pivot, what
+ * the mean lies beyond it, and rstd; with dy, slope and shift are all planes' too. */
+static void finish_elements(fn_plane_result *r, const char *x, const char *dy, ptrdiff_t at,
+                            ptrdiff_t n, const double shared[3], const void *weight,
+                            const void *bias, const double shift_slope[2])
+{
+    const fn_channel_table *table = &fn_active_isa->channels;
+    const ptrdiff_t size = fn_size_of(r->dtype);
+    const int direct = r->y_type == r->dtype && !r->activation;
+    double room[5][SOME_ELEMENTS + 8];
+    void *terms[4] = {room[0], room[1], room[2], room[3]};
+    void *formed[3] = {room[0], room[1], dy ? room[4] : room[2]};
+    for (int t = 0; dy && t < 2; t++)
+        repeat_term(r, terms[2 + t], shift_slope[t], n < SOME_ELEMENTS ? n : SOME_ELEMENTS);
+    for (ptrdiff_t j = 0, k; j < n; j += k) {
+        char *y = (char *)r->y + (at + j) * fn_size_of(r->y_type), *to = direct ? y : r->strip;
+        k = n - j < SOME_ELEMENTS ? n - j : SOME_ELEMENTS;
+        table->column_terms[r->dtype](shared, NULL, NULL, parameters_at(weight, r->dtype, j),
+                                      parameters_at(bias, r->dtype, j), k, formed);
+        table->columns_pass[r->dtype](x + j * size, dy ? dy + j * size : NULL, to, k,
+                                      (const void *const *)terms, 0);
+        if (!direct) table->store_elements[r->dtype](y, r->y_type, to, k, r->activation);
+    }
 }
 
 /* ---- forward ---------------------------------------------------------------------------------- */
@@ -189,31 +230,6 @@ static void given_planes(const fn_channel_norm_args *a, ptrdiff_t plane0, ptrdif
     }
 }
 
-static const void *parameters_at(const void *data, fn_dtype dtype, ptrdiff_t i)
-{
-    return data ? at_element(data, dtype, i) : NULL;
-}
-
-/* A row of a unit of planes of one element, which lie side by side: m is what they share. */
-static void finish_elements(const fn_channel_norm_args *a, const unit_moments *m, ptrdiff_t first,
-                            const char *x, char *y)
-{
-    enum { SOME = 128 };
-    const fn_channel_table *table = &fn_active_isa->channels;
-    const ptrdiff_t size = fn_size_of(a->dtype), n = a->layout.planes;
-    const double shared[3] = {m->pivot, m->shift, m->rstd};
-    double room[3][SOME + 8];
-    void *terms[4] = {room[0], room[1], room[2], NULL};
-    for (ptrdiff_t j = 0, k; j < n; j += k) {
-        k = n - j < SOME ? n - j : SOME;
-        table->column_terms[a->dtype](shared, NULL, NULL,
-                                      parameters_at(a->weight, a->dtype, first + j),
-                                      parameters_at(a->bias, a->dtype, first + j), k, terms);
-        table->columns_pass[a->dtype](x + j * size, NULL, y + j * size, k,
-                                      (const void *const *)terms, 0);
-    }
-}
-
 static void channel_norm(const void *args, ptrdiff_t unit0, ptrdiff_t unit1, void *scratch)
 {
     const fn_channel_norm_args *a = args;
@@ -242,8 +258,11 @@ static void channel_norm(const void *args, ptrdiff_t unit0, ptrdiff_t unit1, voi
         for (ptrdiff_t row = 0; row < l->rows; row++) {
             const ptrdiff_t at = u * l->stride + row * l->row_stride;
             if (!x || l->rows > 1) x = as_computed(a->x, a->x_type, at, cols_of(l), a->dtype, room);
-            if (l->plane == 1 && a->y_type == a->dtype && !a->activation) {
-                finish_elements(a, &m, first, x, (char *)a->y + at * size);
+            if (l->plane == 1) {
+                const double shared[3] = {m.pivot, m.shift, m.rstd};
+                finish_elements(&result, x, NULL, at, planes, shared,
+                                parameters_at(a->weight, a->dtype, first),
+                                parameters_at(a->bias, a->dtype, first), NULL);
                 continue;
             }
             for (ptrdiff_t j = 0, n; j < planes; j += n) {
@@ -475,6 +494,12 @@ static void channel_norm_backward(const void *args, ptrdiff_t unit0, ptrdiff_t u
         for (ptrdiff_t row = 0; row < l->rows; row++) {
             const ptrdiff_t at = u * l->stride + row * l->row_stride;
             if (l->rows > 1) load_rows(a, at, rooms, &x, &dy);
+            if (l->plane == 1 && !a->given) {
+                const double shift_slope[2] = {shift, slope}, unit[3] = {pivot, 0, rstd};
+                finish_elements(&result, x, dy, at, planes, unit,
+                                parameters_at(a->weight, a->dtype, first), NULL, shift_slope);
+                continue;
+            }
             for (ptrdiff_t done = 0, n; done < planes; done += n) {
                 n = planes - done < together ? planes - done : together;
                 const ptrdiff_t j = descending ? planes - done - n : done, from = j * l->plane;
