@@ -93,6 +93,23 @@ def _finish(spec: Spec) -> Any:
     return finish
 
 
+def _row_of(spec: Spec) -> Any:
+    """``(index, count, group, div, mod)``: a group's row of this index, and whether there is one of
+    its `count`."""
+    grouped, adjoining = "grouped" in spec.flags, "adjoining" in spec.flags
+
+    @inlined
+    def row_of(index: int, count: int, group: int, div: int, mod: int) -> Any:
+        row = index
+        if adjoining:
+            row = group * div + index
+        elif grouped:
+            row = (index // div * mod + group) * div + index % div
+        return row, index < count
+
+    return row_of
+
+
 def backward(spec: Spec) -> Any:
     """Rows in registers; sums over rows too, or none."""
     threads, rows_at_once, vectors, elements = (
@@ -104,7 +121,7 @@ def backward(spec: Spec) -> Any:
     weight, dx = Parameter(spec, "weight"), Operand(spec, "dx")
     partial = Operand(spec, "dweight" if spec.has("dweight") else "dbias")
     rms, sums, grouped = "rms" in spec.flags, "sums" in spec.flags, "grouped" in spec.flags
-    ahead, adjoining = "ahead" in spec.flags, "adjoining" in spec.flags
+    row_of, ahead, adjoining = _row_of(spec), "ahead" in spec.flags, "adjoining" in spec.flags
     has_dx, has_dsum, has_shift = dx.there, dsum.there, spec.has("shift")
     has_dweight, has_dbias = spec.has("dweight") and sums, spec.has("dbias") and sums
     has_weight, own_weight, runs = weight.there, weight.own, "runs" in spec.flags
@@ -129,16 +146,6 @@ def backward(spec: Spec) -> Any:
     p_narrow, p_store = partial.narrow, partial.store
     x_word, dy_word, w_word, s_word = x.word, dy.word, weight.word, dsum.word
     dx_word, dx_words, p_word, p_words = dx.word, dx.words, partial.word, partial.words
-
-    @inlined
-    def row_of(index: int, count: int, group: int, div: int, mod: int) -> Any:
-        """The group's row of this index, and whether there is one."""
-        row = index
-        if adjoining:
-            row = group * div + index
-        elif grouped:
-            row = (index // div * mod + group) * div + index % div
-        return row, index < count
 
     @inlined
     def ask(xs: Any, dys: Any, x: Any, dy: Any, place: int, dy_place: int, left: int) -> None:
@@ -457,7 +464,7 @@ def columns(spec: Spec) -> Any:
     x, dy = Operand(spec, "x"), Operand(spec, "dy")
     has_dweight, has_dbias = spec.has("dweight"), spec.has("dbias")
     has_shift, has_mean, grouped = spec.has("shift"), spec.has("mean"), "grouped" in spec.flags
-    adjoining = "adjoining" in spec.flags
+    row_of = _row_of(spec)
     x_words, dy_words = x.words, dy.words
     x_count, dy_count = x_words * ROWS_IN_FLIGHT, dy_words * ROWS_IN_FLIGHT
     width, at_once, flight = COLUMN_CHUNKS * elements, COLUMN_ROWS, ROWS_IN_FLIGHT
@@ -509,27 +516,17 @@ def columns(spec: Spec) -> Any:
         start = rest * at_once + mine
         while start < count:
             for i in range(flight):
-                index = start + i * step
-                row = index
-                if adjoining:
-                    row = group * div + index
-                elif grouped:
-                    row = (index // div * mod + group) * div + index % div
-                there = has_columns and index < count
+                row, there = row_of(start + i * step, count, group, div, mod)
+                there = has_columns and there
                 if has_dweight:
                     x_fetch(xs, i * x_words, x, row * x_stride + column, there)
                 dy_fetch(dys, i * dy_words, dy, row * dy_stride + column, there)
             for i in range(flight):
-                index = start + i * step
-                row = index
-                if adjoining:
-                    row = group * div + index
-                elif grouped:
-                    row = (index // div * mod + group) * div + index % div
+                row, there = row_of(start + i * step, count, group, div, mod)
                 dy_widen(grads, 0, dys, i * dy_words)
                 if has_dweight:
                     x_widen(values, 0, xs, i * x_words)
-                    there, pivot, moved = index < count, real(0), real(0)
+                    pivot, moved = real(0), real(0)
                     root = root_of(rstd, row, there)
                     if root > most:
                         root = real(0)

@@ -22,6 +22,8 @@ import numpy as np
 from numba import types
 from numba.core import config
 
+from .plan import SIZES
+
 try:
     _extending = importlib.import_module("numba.cuda.extending")
 except ImportError:
@@ -47,7 +49,6 @@ def intrinsic(typing: Callable[..., Any]) -> Any:
     return _extending.intrinsic(typing)
 
 
-SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 #: How arrays travel: half types as their bits.
 TRAVELS = {
     "float16": types.uint16, "bfloat16": types.uint16,
