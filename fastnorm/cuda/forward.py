@@ -197,9 +197,10 @@ def forward(spec: Spec) -> Any:
     y, sums = Operand(spec, "y"), Operand(spec, "sum")
     held_count = vectors * elements
     # Rows of 16 bits stay as they came, which takes half the registers; what is computed with is
-    # made of them each time.
+    # made of them each time. Not those that are moved one at a time: each has a register anyway.
     held = sums if residual.there else x
-    packed = plan.SIZES[held.kind] == 2 and ("round_sum" in spec.flags or not residual.there)
+    packed = elements > 1 and plan.SIZES[held.kind] == 2
+    packed = packed and ("round_sum" in spec.flags or not residual.there)
     x_count = vectors * x.words
     h_count, h_words, h_word = vectors * held.words, held.words, held.word
     number_count = 1 if packed else held_count
@@ -209,12 +210,14 @@ def forward(spec: Spec) -> Any:
     loose = residual.there and not packed
     taken = held_count * (2 if compute == "float64" else 1) + needed
     hoisted = taken <= (HELD_AND_HOISTED_SUMS if loose else HELD_AND_HOISTED)
-    # Where rows are added, there are no registers for parameters of several chunks at a time; and
-    # ptxas asks for more where a wide weight is alone.
+    # Where rows are added, or chunks are many because rows are not aligned, there are no registers
+    # for parameters of several chunks at a time; and ptxas asks for more where a wide weight is
+    # alone.
     wide = "rms" in spec.flags and weight.registers > x.registers
-    if not hoisted and (residual.there or wide):
+    narrow = spec.access < 16
+    if not hoisted and (residual.there or wide or narrow):
         weight, bias = Parameter(spec, "weight", "own"), Parameter(spec, "bias", "own")
-    if loose:
+    if loose or narrow:
         gate, linear_bias = Operand(spec, "gate", "own"), Operand(spec, "linear_bias", "own")
     w_count = (vectors if hoisted and weight.there else 1) * weight.words
     b_count = (vectors if hoisted and bias.there else 1) * bias.words

@@ -536,7 +536,7 @@ def resident_blocks(spec: Spec) -> int:
 def _adding_threads(spec: Spec) -> int:
     """Of 16 bits, as many as spill nothing."""
     if _one_a_register(spec):
-        return 3 * 128
+        return 4 * 128
     numbers = SIZES[spec.type_of("x")] == 2 and "round_sum" not in spec.flags
     return 7 * 128 if numbers and spec.activation not in ("", "relu") else MAX_THREADS
 
