@@ -19,7 +19,7 @@ from typing import Any
 
 from .operands import Operand, Parameter, number
 from .plan import COLUMN_CHUNKS, COLUMN_ROWS, REDUCE_COLUMNS, REDUCE_LANES, Spec
-from .ptx import cuda, int32, int64
+from .ptx import cuda, int32, int64, uint32
 from .rows import (
     RANGE,
     REAL,
@@ -133,6 +133,8 @@ def backward(spec: Spec) -> Any:
     x_words, dy_words, w_words = x.words, dy.words, weight.words
     x_count, dy_count, s_count = vectors * x_words, vectors * dy_words, dsum.words
     w_count, w_step = (vectors * w_words, w_words) if kept else (w_words, 0)
+    # A wider dy is numbers as it came.
+    dy_anew = 0 if dy.kind == compute != x.kind else dy_count
     total = vectors * elements if sums else 1
     block, columns = threads * rows_at_once, threads * vectors * elements
     combined = columns * rows_at_once if sums and rows_at_once > 1 else 1
@@ -157,9 +159,10 @@ def backward(spec: Spec) -> Any:
     @inlined
     def write(
         target: Any, sums_of: Any, values: Any, words: Any, room: Any, first: int, cols: int,
-        left: int, lane: int, at_once: int,
+        left: int, thread: int,
     ) -> None:  # fmt: skip
         """A block's sums to where its slice has its own."""
+        lane, at_once = thread % threads, thread // threads
         if rows_at_once == 1:
             for k in range(vectors):
                 for j in range(elements):
@@ -174,11 +177,13 @@ def backward(spec: Spec) -> Any:
                     column = (k * threads + lane) * elements + j
                     room[at_once * columns + column] = sums_of[k * elements + j]
             cuda.syncthreads()
-            for column in range(this_thread(), cols, block):
+            column = thread
+            while column < cols:
                 value = room[column]
                 for each in range(1, rows_at_once):
                     value += room[each * columns + column]
                 target[first + column] = value
+                column += block
             cuda.syncthreads()
 
     def kernel(
@@ -301,7 +306,7 @@ def backward(spec: Spec) -> Any:
             # Else the numbers of the first pass are kept for the second, in twice the registers.
             for k in range(x_count):
                 xs[k] += nothing
-            for k in range(dy_count):
+            for k in range(dy_anew):
                 dys[k] += nothing
             moved, mean_g, mean_g_xh = coefficients(first, second, third, per_n)
             if has_shift and lane == 0 and this_inside:
@@ -336,12 +341,15 @@ def backward(spec: Spec) -> Any:
         if sums:
             together = cuda.shared.array(combined, real)
             first_of_slice = (group * blocks + block_index) * cols
+            # Known when the last row is done, and no sooner: else places in the room would be
+            # formed before the first one, and kept.
+            thread = int64(uint32(this_thread() + int64(start < 0)))
             if has_dweight:
                 write(dweight, dweights, values, sum_words, together, first_of_slice, cols, chunks,
-                      lane, at_once)  # fmt: skip
+                      thread)  # fmt: skip
             if has_dbias:
                 write(dbias, dbiases, values, sum_words, together, first_of_slice, cols, chunks,
-                      lane, at_once)  # fmt: skip
+                      thread)  # fmt: skip
 
     return kernel
 

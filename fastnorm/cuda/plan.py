@@ -392,10 +392,13 @@ class _Backward(NamedTuple):
         threads = power_of_two(up(self.chunks, elements // self.elements))
         if threads <= BACKWARD_THREADS:
             return Tile(threads, bucket(up(self.chunks, threads))), True
-        # Twice as many threads of 64 registers, or as many with twice the doubles.
-        threads = 2 * BACKWARD_THREADS // narrower
+        # Twice as many threads of 64 registers; or as many with twice the doubles, or with twice
+        # the elements that are moved one at a time, whose places take registers too.
+        alone = self.elements == 1
+        threads = BACKWARD_THREADS if alone else 2 * BACKWARD_THREADS // narrower
         vectors = bucket(up(self.chunks, threads))
-        if vectors * self.elements <= BACKWARD_ELEMENTS:
+        most = 2 * BACKWARD_ELEMENTS // narrower if alone else BACKWARD_ELEMENTS
+        if vectors * self.elements <= most:
             return Tile(threads, vectors), False
         return None
 
