@@ -117,11 +117,13 @@ def backward(spec: Spec) -> Any:
     )  # fmt: skip
     compute = spec.compute
     real, most = REAL[compute], RANGE[compute].most
-    x, dy, dsum = Operand(spec, "x"), Operand(spec, "dy"), Operand(spec, "dsum")
+    ahead = "ahead" in spec.flags
+    how = "ahead" if ahead else "once"
+    x, dy, dsum = Operand(spec, "x", how), Operand(spec, "dy", how), Operand(spec, "dsum")
     weight, dx = Parameter(spec, "weight"), Operand(spec, "dx")
     partial = Operand(spec, "dweight" if spec.has("dweight") else "dbias")
     rms, sums, grouped = "rms" in spec.flags, "sums" in spec.flags, "grouped" in spec.flags
-    row_of, ahead, adjoining = _row_of(spec), "ahead" in spec.flags, "adjoining" in spec.flags
+    row_of, adjoining = _row_of(spec), "adjoining" in spec.flags
     has_dx, has_dsum, has_shift = dx.there, dsum.there, spec.has("shift")
     has_dweight, has_dbias = spec.has("dweight") and sums, spec.has("dbias") and sums
     has_weight, own_weight, runs = weight.there, weight.own, "runs" in spec.flags
@@ -142,7 +144,8 @@ def backward(spec: Spec) -> Any:
     three = summing(threads, rows_at_once, 1 if rms else 3)
     pair, coefficients, finish = _product(spec), _coefficients(spec), _finish(spec)
     reciprocal_of = reciprocal(compute)
-    root_of, pivot_of = number(spec, "rstd"), number(spec, "mean")
+    how = "own" if ahead else "kept"
+    root_of, pivot_of = [number(spec, name, how=how) for name in ("rstd", "mean")]
     x_fetch, dy_fetch, w_fetch, s_fetch = x.fetch, dy.fetch, weight.fetch, dsum.fetch
     x_widen, dy_widen, w_widen, dx_store = x.widen, dy.widen, weight.widen, dx.store
     p_narrow, p_store = partial.narrow, partial.store
