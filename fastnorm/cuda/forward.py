@@ -219,6 +219,9 @@ def forward(spec: Spec) -> Any:
         weight, bias = Parameter(spec, "weight", "own"), Parameter(spec, "bias", "own")
     if loose or narrow:
         gate, linear_bias = Operand(spec, "gate", "own"), Operand(spec, "linear_bias", "own")
+    # A loop with so much in it may be left as one; what it found by its number would then be held
+    # in memory, not in registers.
+    turns = spec.activation == "gelu"
     w_count = (vectors if hoisted and weight.there else 1) * weight.words
     b_count = (vectors if hoisted and bias.there else 1) * bias.words
     w_step, b_step = (weight.words, bias.words) if hoisted else (0, 0)
@@ -265,6 +268,18 @@ def forward(spec: Spec) -> Any:
         if packed:
             for k in range(h_count):
                 words[k] += nothing
+
+    @inlined
+    def turn(held: Any, words: Any, weights: Any, biases: Any) -> None:
+        """The next chunk, and its parameters, to where the first one is."""
+        for i in range(number_count - elements):
+            held[i] = held[i + elements]
+        for i in range(h_count - h_words if packed else 0):
+            words[i] = words[i + h_words]
+        for i in range(w_count - w_step if hoisted and has_weight else 0):
+            weights[i] = weights[i + w_step]
+        for i in range(b_count - b_step if hoisted and has_bias else 0):
+            biases[i] = biases[i + b_step]
 
     @inlined
     def row_total(values: Any, held: Any, words: Any, room: Any, phase: int) -> Any:
@@ -450,11 +465,14 @@ def forward(spec: Spec) -> Any:
                     w_fetch(weights, 0, weight, weight_first, at, there, factor, places)
                 if has_bias:
                     b_fetch(biases, 0, bias, bias_first, at, there, factor, places)
+            chunk = 0 if turns else k
             if has_weight:
-                w_widen(factors, 0, weights, k * w_step)
+                w_widen(factors, 0, weights, chunk * w_step)
             if has_bias:
-                b_widen(terms, 0, biases, k * b_step)
-            numbers(values, held, words, k)
+                b_widen(terms, 0, biases, chunk * b_step)
+            numbers(values, held, words, chunk)
+            if turns:
+                turn(held, words, weights, biases)
             finish(values, factors, terms, pivot, root, shift, offset)
             y_narrow(results, 0, values)
             y_store(y, row * y_stride + column + step, results, 0, there)

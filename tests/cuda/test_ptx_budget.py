@@ -124,6 +124,9 @@ PLANS = {
     "adaptive and gelu_tanh unrounded bfloat16 16384": forward(
         "bfloat16", 16384, more=residual("bfloat16") | {"gate": "bfloat16"},
         per_row=OWN | {"gate": True}, offset=True, alike=True, activation="gelu_tanh"),
+    # Of a loop that is left as one.
+    "gelu float16 16384": forward("float16", 16384, activation="gelu"),
+    "gelu not aligned bfloat16 16383": forward("bfloat16", 16383, alignment=2, activation="gelu"),
     "add not aligned float16 4095": forward(
         "float16", 4095, alignment=2, more=residual("float16"), round_sum=True),
     "add of a linear layer, not aligned float16 16383": forward(
@@ -267,6 +270,6 @@ def test_promised_widths_spill_nothing():
     known = json.loads(BUDGET.read_text())
     promised = [name for name in KERNELS if int(re.search(r"\d+(?=:)", name)[0]) <= (
         8192 if "backward" in name else 16384)]  # fmt: skip
-    assert len(promised) >= 62
+    assert len(promised) >= 64
     for name in promised:
         assert [known[name][target][1] for target in TARGETS] == [0, 0, 0]
