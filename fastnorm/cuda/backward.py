@@ -19,7 +19,7 @@ from typing import Any
 
 from .operands import Operand, Parameter, number
 from .plan import COLUMN_CHUNKS, COLUMN_ROWS, REDUCE_COLUMNS, REDUCE_LANES, Spec
-from .ptx import cuda, int32, int64
+from .ptx import cuda, int32, int64, uint32
 from .rows import (
     RANGE,
     REAL,
@@ -93,6 +93,23 @@ def _finish(spec: Spec) -> Any:
     return finish
 
 
+def _row_of(spec: Spec) -> Any:
+    """``(index, count, group, div, mod)``: a group's row of this index, and whether there is one of
+    its `count`."""
+    grouped, adjoining = "grouped" in spec.flags, "adjoining" in spec.flags
+
+    @inlined
+    def row_of(index: int, count: int, group: int, div: int, mod: int) -> Any:
+        row = index
+        if adjoining:
+            row = group * div + index
+        elif grouped:
+            row = (index // div * mod + group) * div + index % div
+        return row, index < count
+
+    return row_of
+
+
 def backward(spec: Spec) -> Any:
     """Rows in registers; sums over rows too, or none."""
     threads, rows_at_once, vectors, elements = (
@@ -100,11 +117,13 @@ def backward(spec: Spec) -> Any:
     )  # fmt: skip
     compute = spec.compute
     real, most = REAL[compute], RANGE[compute].most
-    x, dy, dsum = Operand(spec, "x"), Operand(spec, "dy"), Operand(spec, "dsum")
+    ahead = "ahead" in spec.flags
+    how = "ahead" if ahead else "once"
+    x, dy, dsum = Operand(spec, "x", how), Operand(spec, "dy", how), Operand(spec, "dsum")
     weight, dx = Parameter(spec, "weight"), Operand(spec, "dx")
     partial = Operand(spec, "dweight" if spec.has("dweight") else "dbias")
     rms, sums, grouped = "rms" in spec.flags, "sums" in spec.flags, "grouped" in spec.flags
-    ahead, adjoining = "ahead" in spec.flags, "adjoining" in spec.flags
+    row_of, adjoining = _row_of(spec), "adjoining" in spec.flags
     has_dx, has_dsum, has_shift = dx.there, dsum.there, spec.has("shift")
     has_dweight, has_dbias = spec.has("dweight") and sums, spec.has("dbias") and sums
     has_weight, own_weight, runs = weight.there, weight.own, "runs" in spec.flags
@@ -116,6 +135,8 @@ def backward(spec: Spec) -> Any:
     x_words, dy_words, w_words = x.words, dy.words, weight.words
     x_count, dy_count, s_count = vectors * x_words, vectors * dy_words, dsum.words
     w_count, w_step = (vectors * w_words, w_words) if kept else (w_words, 0)
+    # A wider dy is numbers as it came.
+    dy_anew = 0 if dy.kind == compute != x.kind else dy_count
     total = vectors * elements if sums else 1
     block, columns = threads * rows_at_once, threads * vectors * elements
     combined = columns * rows_at_once if sums and rows_at_once > 1 else 1
@@ -123,22 +144,13 @@ def backward(spec: Spec) -> Any:
     three = summing(threads, rows_at_once, 1 if rms else 3)
     pair, coefficients, finish = _product(spec), _coefficients(spec), _finish(spec)
     reciprocal_of = reciprocal(compute)
-    root_of, pivot_of = number(spec, "rstd"), number(spec, "mean")
+    how = "own" if ahead else "kept"
+    root_of, pivot_of = [number(spec, name, how=how) for name in ("rstd", "mean")]
     x_fetch, dy_fetch, w_fetch, s_fetch = x.fetch, dy.fetch, weight.fetch, dsum.fetch
     x_widen, dy_widen, w_widen, dx_store = x.widen, dy.widen, weight.widen, dx.store
     p_narrow, p_store = partial.narrow, partial.store
     x_word, dy_word, w_word, s_word = x.word, dy.word, weight.word, dsum.word
     dx_word, dx_words, p_word, p_words = dx.word, dx.words, partial.word, partial.words
-
-    @inlined
-    def row_of(index: int, count: int, group: int, div: int, mod: int) -> Any:
-        """The group's row of this index, and whether there is one."""
-        row = index
-        if adjoining:
-            row = group * div + index
-        elif grouped:
-            row = (index // div * mod + group) * div + index % div
-        return row, index < count
 
     @inlined
     def ask(xs: Any, dys: Any, x: Any, dy: Any, place: int, dy_place: int, left: int) -> None:
@@ -150,9 +162,10 @@ def backward(spec: Spec) -> Any:
     @inlined
     def write(
         target: Any, sums_of: Any, values: Any, words: Any, room: Any, first: int, cols: int,
-        left: int, lane: int, at_once: int,
+        left: int, thread: int,
     ) -> None:  # fmt: skip
         """A block's sums to where its slice has its own."""
+        lane, at_once = thread % threads, thread // threads
         if rows_at_once == 1:
             for k in range(vectors):
                 for j in range(elements):
@@ -167,11 +180,13 @@ def backward(spec: Spec) -> Any:
                     column = (k * threads + lane) * elements + j
                     room[at_once * columns + column] = sums_of[k * elements + j]
             cuda.syncthreads()
-            for column in range(this_thread(), cols, block):
+            column = thread
+            while column < cols:
                 value = room[column]
                 for each in range(1, rows_at_once):
                     value += room[each * columns + column]
                 target[first + column] = value
+                column += block
             cuda.syncthreads()
 
     def kernel(
@@ -294,7 +309,7 @@ def backward(spec: Spec) -> Any:
             # Else the numbers of the first pass are kept for the second, in twice the registers.
             for k in range(x_count):
                 xs[k] += nothing
-            for k in range(dy_count):
+            for k in range(dy_anew):
                 dys[k] += nothing
             moved, mean_g, mean_g_xh = coefficients(first, second, third, per_n)
             if has_shift and lane == 0 and this_inside:
@@ -329,12 +344,15 @@ def backward(spec: Spec) -> Any:
         if sums:
             together = cuda.shared.array(combined, real)
             first_of_slice = (group * blocks + block_index) * cols
+            # Known when the last row is done, and no sooner: else places in the room would be
+            # formed before the first one, and kept.
+            thread = int64(uint32(this_thread() + int64(start < 0)))
             if has_dweight:
                 write(dweight, dweights, values, sum_words, together, first_of_slice, cols, chunks,
-                      lane, at_once)  # fmt: skip
+                      thread)  # fmt: skip
             if has_dbias:
                 write(dbias, dbiases, values, sum_words, together, first_of_slice, cols, chunks,
-                      lane, at_once)  # fmt: skip
+                      thread)  # fmt: skip
 
     return kernel
 
@@ -457,7 +475,7 @@ def columns(spec: Spec) -> Any:
     x, dy = Operand(spec, "x"), Operand(spec, "dy")
     has_dweight, has_dbias = spec.has("dweight"), spec.has("dbias")
     has_shift, has_mean, grouped = spec.has("shift"), spec.has("mean"), "grouped" in spec.flags
-    adjoining = "adjoining" in spec.flags
+    row_of = _row_of(spec)
     x_words, dy_words = x.words, dy.words
     x_count, dy_count = x_words * ROWS_IN_FLIGHT, dy_words * ROWS_IN_FLIGHT
     width, at_once, flight = COLUMN_CHUNKS * elements, COLUMN_ROWS, ROWS_IN_FLIGHT
@@ -509,27 +527,17 @@ def columns(spec: Spec) -> Any:
         start = rest * at_once + mine
         while start < count:
             for i in range(flight):
-                index = start + i * step
-                row = index
-                if adjoining:
-                    row = group * div + index
-                elif grouped:
-                    row = (index // div * mod + group) * div + index % div
-                there = has_columns and index < count
+                row, there = row_of(start + i * step, count, group, div, mod)
+                there = has_columns and there
                 if has_dweight:
                     x_fetch(xs, i * x_words, x, row * x_stride + column, there)
                 dy_fetch(dys, i * dy_words, dy, row * dy_stride + column, there)
             for i in range(flight):
-                index = start + i * step
-                row = index
-                if adjoining:
-                    row = group * div + index
-                elif grouped:
-                    row = (index // div * mod + group) * div + index % div
+                row, there = row_of(start + i * step, count, group, div, mod)
                 dy_widen(grads, 0, dys, i * dy_words)
                 if has_dweight:
                     x_widen(values, 0, xs, i * x_words)
-                    there, pivot, moved = index < count, real(0), real(0)
+                    pivot, moved = real(0), real(0)
                     root = root_of(rstd, row, there)
                     if root > most:
                         root = real(0)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from . import plan
-from .plan import Plan, Spec, Step
+from .plan import Plan, Spec, Step, up
 
 #: Threads of a block that sums planes, at least; of a plane, at most.
 PLANE_BLOCK, PLANE_THREADS = 128, 256
@@ -83,10 +83,6 @@ def _kinds(types: Mapping[str, str], *names: str) -> dict[str, str]:
     return {name: types[name] for name in names if name in types}
 
 
-def _up(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 # ---- rows: group and instance norm, channels first -----------------------------------------------
 
 
@@ -146,13 +142,13 @@ def _plane_spec(
     kinds: dict[str, str], compute: str, planes: int, run: int, alignment: int, *flags: str
 ) -> tuple[Spec, int]:
     elements = plan.chunk(run, kinds, alignment)
-    threads = min(plan.power_of_two(max(1, _up(run, 2 * elements))), PLANE_THREADS)
+    threads = min(plan.power_of_two(max(1, up(run, 2 * elements))), PLANE_THREADS)
     at_once = max(1, PLANE_BLOCK // threads)
     spec = Spec(
         "plane_sums", tuple(kinds.items()), compute, threads, at_once, 1, elements,
         plan.access(elements, kinds, alignment), flags,
     )  # fmt: skip
-    return spec, _up(planes, at_once)
+    return spec, up(planes, at_once)
 
 
 # ---- statistics that are not of rows -------------------------------------------------------------
@@ -224,7 +220,7 @@ def _moments(
         known, "weight", "bias", "running_mean", "running_var", "mean", "rstd", "coefficients"
     )
     spec = _merging("merge", kinds, flag)
-    grid = _up(layout.outer * groups, plan.REDUCE_COLUMNS)
+    grid = up(layout.outer * groups, plan.REDUCE_COLUMNS)
     b.launch(spec, grid, outer=layout.outer, groups=groups, channels=layout.width // groups,
              parts=parts.number, count=parts.each, last=parts.last)  # fmt: skip
     return kernel
@@ -248,20 +244,20 @@ def _column_moments(b: Builder, layout: Layout, kind: str, alignment: int) -> Pa
     chunks = layout.cols // elements
     threads, at_once = _columns(chunks, COLUMN_CHUNKS)
     part_rows = at_once * HELD
-    number = _up(layout.rows, part_rows)
+    number = up(layout.rows, part_rows)
     spec = Spec(
         "column_moments", tuple(kinds.items()), plan.compute_type(kind), threads, at_once, HELD,
         elements, plan.access(elements, {"x": kind}, alignment),
     )  # fmt: skip
     b.room("moments", 3 * layout.outer * number * layout.width, "float64")
-    b.launch(spec, layout.outer * number * _up(chunks, threads), rows=layout.rows, cols=layout.cols,
+    b.launch(spec, layout.outer * number * up(chunks, threads), rows=layout.rows, cols=layout.cols,
              x_stride=layout.cols, parts=number, part_rows=part_rows)  # fmt: skip
     return Parts(number, part_rows, layout.rows - (number - 1) * part_rows)
 
 
 def _prepare(b: Builder, layout: Layout, kinds: dict[str, str], *flags: str) -> None:
     spec = Spec("prepare", tuple(kinds.items()), "float64", plan.FILL_BLOCK, 1, 1, 1, 16, flags)
-    b.launch(spec, _up(layout.width, plan.FILL_BLOCK), channels=layout.width)
+    b.launch(spec, up(layout.width, plan.FILL_BLOCK), channels=layout.width)
 
 
 def _apply(
@@ -277,7 +273,7 @@ def _apply(
         kernel, tuple(kinds.items()), compute, threads, at_once, flight, elements,
         plan.access(elements, kinds, alignment), (*flags, *runs), activation,
     )  # fmt: skip
-    grid = layout.outer * _up(layout.rows, at_once * flight) * _up(chunks, threads)
+    grid = layout.outer * up(layout.rows, at_once * flight) * up(chunks, threads)
     strides = {f"{name}_stride": layout.cols for name in kinds if name in plan.ROW_OPERANDS}
     b.launch(spec, grid, names, rows=layout.rows, cols=layout.cols, outer=layout.outer,
              width=layout.width, channels=layout.width, **plan.run_numbers(layout.run),
@@ -354,13 +350,13 @@ def _sums(
         chunks = layout.cols // elements
         threads, at_once = _columns(chunks, COLUMN_CHUNKS)
         part_rows = at_once * SUMMED
-        number = _up(layout.rows, part_rows)
+        number = up(layout.rows, part_rows)
         spec = Spec(
             "column_sums", tuple(arrays.items()), compute, threads, at_once, 1, elements,
             plan.access(elements, arrays, alignment), flags,
         )  # fmt: skip
         b.room("sums", kinds * layout.outer * number * layout.width, compute)
-        b.launch(spec, layout.outer * number * _up(chunks, threads), rows=layout.rows,
+        b.launch(spec, layout.outer * number * up(chunks, threads), rows=layout.rows,
                  cols=layout.cols, x_stride=layout.cols, dy_stride=layout.cols, parts=number,
                  part_rows=part_rows, channels=layout.width // groups)  # fmt: skip
     named = ["weight", "dweight", "dbias", *["coefficients"] * applied]
@@ -371,7 +367,7 @@ def _sums(
         name: f"{name}_partials" for name in ("dweight", "dbias") if name in types and several
     }
     b.launch(_merging("merge_sums", arrays, *flags, "pairs" if pairs else ""),
-             _up(layout.outer * groups, plan.REDUCE_COLUMNS), partials, outer=layout.outer,
+             up(layout.outer * groups, plan.REDUCE_COLUMNS), partials, outer=layout.outer,
              groups=groups, channels=layout.width // groups, parts=number,
              count=layout.rows * layout.run)  # fmt: skip
     for name in partials.values():

@@ -197,9 +197,10 @@ def forward(spec: Spec) -> Any:
     y, sums = Operand(spec, "y"), Operand(spec, "sum")
     held_count = vectors * elements
     # Rows of 16 bits stay as they came, which takes half the registers; what is computed with is
-    # made of them each time.
+    # made of them each time. Not those that are moved one at a time: each has a register anyway.
     held = sums if residual.there else x
-    packed = plan.SIZES[held.kind] == 2 and ("round_sum" in spec.flags or not residual.there)
+    packed = elements > 1 and plan.SIZES[held.kind] == 2
+    packed = packed and ("round_sum" in spec.flags or not residual.there)
     x_count = vectors * x.words
     h_count, h_words, h_word = vectors * held.words, held.words, held.word
     number_count = 1 if packed else held_count
@@ -209,13 +210,18 @@ def forward(spec: Spec) -> Any:
     loose = residual.there and not packed
     taken = held_count * (2 if compute == "float64" else 1) + needed
     hoisted = taken <= (HELD_AND_HOISTED_SUMS if loose else HELD_AND_HOISTED)
-    # Where rows are added, there are no registers for parameters of several chunks at a time; and
-    # ptxas asks for more where a wide weight is alone.
+    # Where rows are added, or chunks are many because rows are not aligned, there are no registers
+    # for parameters of several chunks at a time; and ptxas asks for more where a wide weight is
+    # alone.
     wide = "rms" in spec.flags and weight.registers > x.registers
-    if not hoisted and (residual.there or wide):
+    narrow = spec.access < 16
+    if not hoisted and (residual.there or wide or narrow):
         weight, bias = Parameter(spec, "weight", "own"), Parameter(spec, "bias", "own")
-    if loose:
+    if loose or narrow:
         gate, linear_bias = Operand(spec, "gate", "own"), Operand(spec, "linear_bias", "own")
+    # A loop with so much in it may be left as one; what it found by its number would then be held
+    # in memory, not in registers.
+    turns = spec.activation == "gelu"
     w_count = (vectors if hoisted and weight.there else 1) * weight.words
     b_count = (vectors if hoisted and bias.there else 1) * bias.words
     w_step, b_step = (weight.words, bias.words) if hoisted else (0, 0)
@@ -262,6 +268,18 @@ def forward(spec: Spec) -> Any:
         if packed:
             for k in range(h_count):
                 words[k] += nothing
+
+    @inlined
+    def turn(held: Any, words: Any, weights: Any, biases: Any) -> None:
+        """The next chunk, and its parameters, to where the first one is."""
+        for i in range(number_count - elements):
+            held[i] = held[i + elements]
+        for i in range(h_count - h_words if packed else 0):
+            words[i] = words[i + h_words]
+        for i in range(w_count - w_step if hoisted and has_weight else 0):
+            weights[i] = weights[i + w_step]
+        for i in range(b_count - b_step if hoisted and has_bias else 0):
+            biases[i] = biases[i + b_step]
 
     @inlined
     def row_total(values: Any, held: Any, words: Any, room: Any, phase: int) -> Any:
@@ -447,11 +465,14 @@ def forward(spec: Spec) -> Any:
                     w_fetch(weights, 0, weight, weight_first, at, there, factor, places)
                 if has_bias:
                     b_fetch(biases, 0, bias, bias_first, at, there, factor, places)
+            chunk = 0 if turns else k
             if has_weight:
-                w_widen(factors, 0, weights, k * w_step)
+                w_widen(factors, 0, weights, chunk * w_step)
             if has_bias:
-                b_widen(terms, 0, biases, k * b_step)
-            numbers(values, held, words, k)
+                b_widen(terms, 0, biases, chunk * b_step)
+            numbers(values, held, words, chunk)
+            if turns:
+                turn(held, words, weights, biases)
             finish(values, factors, terms, pivot, root, shift, offset)
             y_narrow(results, 0, values)
             y_store(y, row * y_stride + column + step, results, 0, there)

@@ -245,7 +245,7 @@ class Call:
         """A new array, of the kind that the main one is of; `steps` as Operand's div and mod."""
         source = "new", len(self.new)
         self.new.append((shape, "uint16" if self.bits and kind == "bfloat16" else kind))
-        alignment = math.gcd(16, self.cols * _SIZES[kind])
+        alignment = math.gcd(16, self.cols * plan.SIZES[kind])
         self.operands[known_as] = Operand(
             source, kind, math.prod(shape), self.cols, alignment, *steps
         )
@@ -321,22 +321,19 @@ class Call:
             )
             for step in self.plan.steps
         ]
-        sizes = [count * _SIZES[kind] for _, count, kind in self.plan.workspace]
+        sizes = [count * plan.SIZES[kind] for _, count, kind in self.plan.workspace]
         return _cuda.Entry(steps, self.new, sizes, self.result)
 
     def arguments(self) -> dict[str, Any]:
         """What kernels may ask for, by name."""
         values: dict[str, Any] = {"rows": self.rows, "cols": self.cols, **self.numbers}
         for name, operand in self.operands.items():
-            values[name] = (*operand.source, operand.span, _SIZES[operand.type])
+            values[name] = (*operand.source, operand.span, plan.SIZES[operand.type])
             values[f"{name}_stride"] = operand.stride
             values[f"{name}_div"], values[f"{name}_mod"] = operand.div, operand.mod
         for i, (name, count, kind) in enumerate(self.plan.workspace):
-            values[name] = "work", i, count, _SIZES[kind]
+            values[name] = "work", i, count, plan.SIZES[kind]
         return values
-
-
-_SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
 class Forward(Call):
@@ -488,7 +485,7 @@ def reasons(call: Call) -> Iterator[str]:
     for step in call.plan.steps:
         yield f"{step.spec.kernel}: {step.grid} blocks of {step.block} threads"
     for name, count, kind in call.plan.workspace:
-        yield f"{name}: {count * _SIZES[kind]:,} bytes, for the time of the call"
+        yield f"{name}: {count * plan.SIZES[kind]:,} bytes, for the time of the call"
 
 
 # ---- layout -------------------------------------------------------------------------------------

@@ -207,18 +207,19 @@ def row_tile(chunks: int, elements: int, most: int, wanted: int) -> Tile | None:
     Some lanes of a warp, or a warp, for narrow rows: several rows a warp, no barrier. Then as many
     threads as have the elements that are wanted.
     """
-    narrow = power_of_two(_up(chunks, max(1, min(most, NARROW_ELEMENTS) // elements)))
+    narrow = power_of_two(up(chunks, max(1, min(most, NARROW_ELEMENTS) // elements)))
     if narrow <= WARP:
-        return Tile(narrow, bucket(_up(chunks, narrow)))
-    if _up(chunks, WARP) * elements <= most:
-        return Tile(WARP, bucket(_up(chunks, WARP)))
-    wide = power_of_two(_up(chunks, max(1, min(most, wanted) // elements)))
+        return Tile(narrow, bucket(up(chunks, narrow)))
+    if up(chunks, WARP) * elements <= most:
+        return Tile(WARP, bucket(up(chunks, WARP)))
+    wide = power_of_two(up(chunks, max(1, min(most, wanted) // elements)))
     threads = min(max(wide, 2 * WARP), MAX_THREADS)
-    vectors = bucket(_up(chunks, threads))
+    vectors = bucket(up(chunks, threads))
     return Tile(threads, vectors) if vectors * elements <= most else None
 
 
-def _up(a: int, b: int) -> int:
+def up(a: int, b: int) -> int:
+    """a/b, rounded up."""
     return -(-a // b)
 
 
@@ -286,7 +287,7 @@ def forward(
         access(elements, types, alignment), _flags(found, parameters_of(per_row)),
         activation or "",
     )  # fmt: skip
-    step = make_step(spec, _up(rows, spec.rows))
+    step = make_step(spec, up(rows, spec.rows))
     return Plan((step,), (), _in_words(spec), alignment, _why(spec))
 
 
@@ -388,13 +389,16 @@ class _Backward(NamedTuple):
         they have registers to ask for the next row ahead."""
         narrower = 1 if self.compute == "float32" else 2
         elements = max(2 * self.elements, BACKWARD_ELEMENTS // narrower)
-        threads = power_of_two(_up(self.chunks, elements // self.elements))
+        threads = power_of_two(up(self.chunks, elements // self.elements))
         if threads <= BACKWARD_THREADS:
-            return Tile(threads, bucket(_up(self.chunks, threads))), True
-        # Twice as many threads of 64 registers, or as many with twice the doubles.
-        threads = 2 * BACKWARD_THREADS // narrower
-        vectors = bucket(_up(self.chunks, threads))
-        if vectors * self.elements <= BACKWARD_ELEMENTS:
+            return Tile(threads, bucket(up(self.chunks, threads))), True
+        # Twice as many threads of 64 registers; or as many with twice the doubles, or with twice
+        # the elements that are moved one at a time, whose places take registers too.
+        alone = self.elements == 1
+        threads = BACKWARD_THREADS if alone else 2 * BACKWARD_THREADS // narrower
+        vectors = bucket(up(self.chunks, threads))
+        most = 2 * BACKWARD_ELEMENTS // narrower if alone else BACKWARD_ELEMENTS
+        if vectors * self.elements <= most:
             return Tile(threads, vectors), False
         return None
 
@@ -442,7 +446,7 @@ class _Backward(NamedTuple):
             spec = call.spec("backward_wide", Tile(MAX_THREADS, 1), 1, names)
         else:
             spec = call.spec("backward", tile, max(1, BLOCK // tile.threads), names)
-        return spec, make_step(spec, _up(self.rows, spec.rows))
+        return spec, make_step(spec, up(self.rows, spec.rows))
 
     def without_sums(self) -> Plan:
         spec, step = self.rowwise({})
@@ -460,9 +464,9 @@ class _Backward(NamedTuple):
             names |= {"x", "mean", "rstd", *shift}
         spec = call.spec("backward_columns", Tile(COLUMN_CHUNKS, 1), COLUMN_ROWS, names,
                          *self.grouped())  # fmt: skip
-        strips = _up(self.chunks, COLUMN_CHUNKS)
+        strips = up(self.chunks, COLUMN_CHUNKS)
         threads = COLUMN_CHUNKS * COLUMN_ROWS
-        slices = self.slices(COLUMN_ROWS, _up(2 * RESIDENT_THREADS // threads, strips))
+        slices = self.slices(COLUMN_ROWS, up(2 * RESIDENT_THREADS // threads, strips))
         more, workspace = self.in_slices(spec, slices, slices * strips)
         workspace = (*[(name, self.rows, kind) for name, kind in shift.items()], *workspace)
         return Plan(
@@ -500,7 +504,7 @@ def reduction(
         "reduce", tuple([(name, compute) for name in places]), compute, REDUCE_COLUMNS,
         REDUCE_LANES, 1, 1, SIZES[compute],
     )  # fmt: skip
-    grid = len(partials) * groups * _up(cols, REDUCE_COLUMNS)
+    grid = len(partials) * groups * up(cols, REDUCE_COLUMNS)
     return make_step(spec, grid, places | {"cols": known_as})
 
 
@@ -535,7 +539,7 @@ def resident_blocks(spec: Spec) -> int:
 def _adding_threads(spec: Spec) -> int:
     """Of 16 bits, as many as spill nothing."""
     if _one_a_register(spec):
-        return 3 * 128
+        return 4 * 128
     numbers = SIZES[spec.type_of("x")] == 2 and "round_sum" not in spec.flags
     return 7 * 128 if numbers and spec.activation not in ("", "relu") else MAX_THREADS
 
@@ -560,7 +564,7 @@ def fills(arrays: Mapping[str, tuple[int, str, str]]) -> Plan:
             spec = Spec(
                 "fill", (("array", kind),), kind, FILL_BLOCK, 1, 1, 1, SIZES[kind], (value,)
             )
-            steps.append(make_step(spec, _up(count, FILL_BLOCK), {"array": name}))
+            steps.append(make_step(spec, up(count, FILL_BLOCK), {"array": name}))
     return Plan(tuple(steps), (), "fill", 0, "there are no elements to sum")
 
 

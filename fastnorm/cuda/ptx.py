@@ -22,6 +22,8 @@ import numpy as np
 from numba import types
 from numba.core import config
 
+from .plan import SIZES
+
 try:
     _extending = importlib.import_module("numba.cuda.extending")
 except ImportError:
@@ -47,7 +49,6 @@ def intrinsic(typing: Callable[..., Any]) -> Any:
     return _extending.intrinsic(typing)
 
 
-SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 #: How arrays travel: half types as their bits.
 TRAVELS = {
     "float16": types.uint16, "bfloat16": types.uint16,
@@ -111,11 +112,16 @@ def fetch(kind: str, count: int, access: int, how: str) -> Any:
 
     `how` is "once" for what is read once and would only push parameters out of the L1 cache,
     "kept" for parameters, "own" for arrays that the kernel also writes; and for parameters that
-    shall not be loaded ahead of a store that stands before them, where registers are few.
+    shall not be loaded ahead of a store that stands before them, where registers are few. "ahead"
+    is "once" for what is asked for long before it is used: loads of memory that nothing writes
+    (.nc), ptxas moves behind barriers and stores, to where they are first needed.
     """
     step, number, word, letter, suffix = _access(kind, count, access)
     size = SIZES[kind]
-    cached = {"once": "nc.L1::no_allocate.", "kept": "nc.", "own": ""}[how]
+    cached = {
+        "once": "nc.L1::no_allocate.", "ahead": "L1::no_allocate.", "kept": "nc.", "own": "",
+    }[how]  # fmt: skip
+    stays = how in ("own", "ahead")
     outputs = ", ".join(f"${i}" for i in range(number))
     operand = f"{{{outputs}}}" if number > 1 else outputs
     text = (
@@ -136,7 +142,7 @@ def fetch(kind: str, count: int, access: int, how: str) -> Any:
             zeros = [ir.Constant(word, 0)] * number
             for part in range(count * size // step):
                 place = builder.add(address, ir.Constant(_I64, part * step))
-                got = _asm(builder, result, [place, flag, *zeros], text, constraints, how == "own")
+                got = _asm(builder, result, [place, flag, *zeros], text, constraints, stays)
                 for i in range(number):
                     one = got if number == 1 else builder.extract_value(got, i)
                     one = builder.zext(one, _I32) if word is _I16 else one

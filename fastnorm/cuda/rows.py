@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numba.cuda
 
 from . import ptx
+from .plan import WARP
 from .ptx import cuda, float32, float64, int32, int64, uint32, uint64
 
-WARP = 32
 FULL = 0xFFFFFFFF
 REAL = {"float32": float32, "float64": float64}
 INTEGER = {"float32": int32, "float64": int64}
