@@ -97,8 +97,8 @@ OUTLINE void affine_strip(const element *x, element *y, const element *w, const 
     affine_pass(&a, 1, n);
 }
 
-/* affine_strip of n elements, but +0 where a mask leaves out. stream: past the cache; y begins with a line
- * then, and n are whole lines. */
+/* affine_strip of n elements, but +0 where a mask leaves out. stream: past the cache, but for what is
+ * less than a vector; y begins with a line then. */
 #define affine_kept FN_OF_T(affine_kept)
 OUTLINE void affine_kept(const element *x, element *y, const element *w, const element *b,
                          const unsigned char *mask, ptrdiff_t n, const row_stats *stats, int stream)
@@ -154,8 +154,8 @@ typedef struct {
     vec pivot, rstd, shift;
 } streamed;
 
-/* Elements i .. i + count - 1 into c->held[at ...], zeros from element n on. A weight of 1 and a bias of
- * -0 change no bit. */
+/* Elements i .. i + count - 1 into c->held[at ...], zeros from element n on. A weight of 1 and a
+ * bias of -0 change no bit. */
 #define hold_elements FN_OF_T(hold_elements)
 OUTLINE void hold_elements(carry *c, ptrdiff_t at, const streamed *s, ptrdiff_t i, ptrdiff_t n,
                            ptrdiff_t count)
@@ -188,8 +188,8 @@ INLINE ptrdiff_t stream_lines(const streamed *s, element *y, ptrdiff_t i, ptrdif
     return i;
 }
 
-/* From element i, which begins a line, on: what is left of n elements, and zeros up to `end`; meanwhile the
- * first ahead_n elements of s->ahead are fetched. */
+/* From element i, which begins a line, on: what is left of n elements, and zeros up to `end`;
+ * meanwhile the first ahead_n elements of s->ahead are fetched. */
 #define stream_zeros FN_OF_T(stream_zeros)
 OUTLINE void stream_zeros(const streamed *s, element *y, ptrdiff_t i, ptrdiff_t n, ptrdiff_t end,
                          ptrdiff_t ahead_n, carry *c)
@@ -208,8 +208,8 @@ OUTLINE void stream_zeros(const streamed *s, element *y, ptrdiff_t i, ptrdiff_t 
     }
 }
 
-/* A row of n elements, and zeros up to `end`. Meanwhile as many elements as a row has are fetched from
- * s->ahead, unless it is NULL: n, and where zeros follow, the first ahead_n. */
+/* A row of n elements, and zeros up to `end`. Meanwhile a row is fetched from s->ahead, unless it is
+ * NULL: n elements, and where zeros follow, the first ahead_n. */
 #define stream_pass FN_OF_T(stream_pass)
 INLINE void stream_pass(const streamed *s, element *y, ptrdiff_t n, ptrdiff_t end,
                         ptrdiff_t ahead_n, carry *c)

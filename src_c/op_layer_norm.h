@@ -445,16 +445,13 @@ OUTLINE void uneven_row(const fn_layer_norm_args *a, const group_pass *pass, ptr
     affine_strip(x, to, pass->w, pass->b, n, &state->stats, 0, 0);
 }
 
-#define is_uneven FN_OF_T(is_uneven)
-INLINE int is_uneven(const fn_steps *s) { return s->lengths || s->starts || s->mask.data; }
-
 #define step_group FN_OF_T(step_group)
 OUTLINE void step_group(const fn_layer_norm_args *a, workspace *space, ptrdiff_t row, int rows,
                         const group_stats *stats)
 {
     const fn_steps *s = a->steps;
     const fn_output *o = &s->outputs[0];
-    const int uneven = is_uneven(s);
+    const int uneven = s->lengths || s->starts || s->mask.data;
     const int past = space->stream && s->mask.data && !s->activation; /* straight past the cache */
     const int direct = is_direct(&o->y) && (past || !space->stream);
     const int fetch = a->fetch == FN_FETCH_IN_PASSES && is_direct(&s->x) && !has_sum(s) && !uneven;
@@ -470,7 +467,13 @@ OUTLINE void step_group(const fn_layer_norm_args *a, workspace *space, ptrdiff_t
         y[i] = step_row_at(&a->shape, s, &o->y, row + i);
         to[i] = direct ? (element *)y[i] : stats->room[i];
         if (uneven) {
-            const row_state state = {stats->x[i], stats->room[i], stats->n[i], stats_in_group(stats, i), 1};
+            row_state state; /* no more of it is asked for */
+            state.x = stats->x[i];
+            state.room = stats->room[i];
+            state.n = stats->n[i];
+            state.stats.pivot = stats->pivot[i];
+            state.stats.rstd = stats->rstd[i];
+            state.stats.shift = stats->shift[i];
             uneven_row(a, &pass, row + i, &state, to[i], past);
             fetch_share(space->ahead);
         }
@@ -562,7 +565,8 @@ INLINE void stream_row(const fn_layer_norm_args *a, workspace *space, ptrdiff_t 
     const ptrdiff_t cols = a->shape.cols, bytes = cols * (ptrdiff_t)sizeof(element);
     const ptrdiff_t ahead = row + (bytes > FETCH_DISTANCE / 2 ? 2 : FETCH_DISTANCE / bytes);
     const int zeros = steps && steps->lengths;
-    const int fetch = (!steps || zeros) && ahead < end && bytes <= FETCHED_ROW_BYTES;
+    const int fetch = (!steps || (zeros && is_direct(&steps->x))) && ahead < end &&
+                      bytes <= FETCHED_ROW_BYTES;
     const streamed s = {
         .x = state->x,
         .w = steps ? parameter(&a->shape, steps, space, &steps->outputs[0].weight, 0,
@@ -570,24 +574,29 @@ INLINE void stream_row(const fn_layer_norm_args *a, workspace *space, ptrdiff_t 
                    : a->weight,
         .b = steps ? parameter(&a->shape, steps, space, &steps->outputs[0].bias, 1, 0, row)
                    : a->bias,
-        .ahead = fetch ? row_at(&a->shape, &a->x, ahead) : NULL,
+        .ahead = fetch ? row_at(&a->shape, steps ? &steps->x : &a->x, ahead) : NULL,
         .pivot = v_set1(stats->pivot),
         .rstd = v_set1(stats->rstd),
         .shift = v_set1(stats->shift),
     };
     element *y = steps ? (element *)step_row_at(&a->shape, steps, &steps->outputs[0].y, row)
                        : row_at(&a->shape, &a->y, row);
-    stream_pass(&s, y, state->n, zeros ? cols : state->n, zeros && fetch ? steps->lengths[ahead] : 0, c);
+    stream_pass(&s, y, state->n, zeros ? cols : state->n,
+                zeros && fetch ? steps->lengths[ahead] : 0, c);
 }
 
-/* A row of one block, as step_group has them; false where it is of another kind. */
+/* A row of one block, or one that a mask packed and that goes straight from x to y, as step_group
+ * has them; false where it is of another kind. */
 #define step_row_finish FN_OF_T(step_row_finish)
 INLINE int step_row_finish(const fn_layer_norm_args *a, workspace *space, ptrdiff_t row,
                            const row_state *state)
 {
     const fn_steps *s = a->steps;
     const fn_output *o = &s->outputs[0];
-    if ((s->mask.data ? a->shape.cols : state->n) > BLOCK || !share_parameters(&a->shape, s, row, 1)) return 0;
+    const int straight = s->mask.data && !s->mask.col_strides && is_direct(&s->x) &&
+                         is_direct(&o->y) && !s->activation;
+    const ptrdiff_t most = s->mask.data ? a->shape.cols : state->n;
+    if ((most > BLOCK && !straight) || !share_parameters(&a->shape, s, row, 1)) return 0;
     char *y = step_row_at(&a->shape, s, &o->y, row);
     const int past = space->stream && s->mask.data && !s->activation;
     const int direct = is_direct(&o->y) && (past || !space->stream);
@@ -674,7 +683,7 @@ OUTLINE ptrdiff_t layer_norm_groups(const fn_layer_norm_args *a, workspace *spac
     }
     if (HAS_FOURS && n * (ptrdiff_t)sizeof(element) <= FN_FOUR_ROWS_BYTES)
         row = layer_norm_group(a, space, row, end, 4);
-    return n <= BLOCK && !(a->steps && a->steps->mask.data) ? layer_norm_group(a, space, row, end, 2) : row;
+    return n <= BLOCK ? layer_norm_group(a, space, row, end, 2) : row;
 }
 
 #define layer_norm FN_OF_T(layer_norm)

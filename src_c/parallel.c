@@ -229,7 +229,8 @@ static int is_common(const fn_shape *shape, const fn_rows *rows)
 }
 
 /* Of calls with steps: rows of one output in T, large enough and warm, may be written past the
- * cache, straight from the affine pass, or, where another step follows it, from a room. */
+ * cache, straight from the affine pass, or, where another step follows it, from a room. (Not packed
+ * rows whose parameters repeat: they go by tiles.) */
 static int step_streams(const fn_layer_norm_args *a, fn_dtype dtype)
 {
     const fn_steps *s = a->steps;
@@ -241,13 +242,13 @@ static int step_streams(const fn_layer_norm_args *a, fn_dtype dtype)
 
 static int has_late_steps(const fn_steps *s) { return s->activation || s->mask.data; }
 
-/* A room is written by whole lines: rows must begin with one. */
+/* What comes from a room or through a mask is written by whole lines: rows must begin with one. */
 static int streams_from_rooms(const fn_layer_norm_args *a, fn_dtype dtype)
 {
     if (!step_streams(a, dtype) || !has_late_steps(a->steps)) return 0;
     const fn_rows *y = &a->steps->outputs[0].y;
-    return a->shape.cols <= FN_GROUP_COLS && !y->outer_strides && y->stride % 64 == 0 &&
-           (uintptr_t)y->data % 64 == 0;
+    return (a->shape.cols <= FN_GROUP_COLS || !a->steps->activation) && !y->outer_strides &&
+           y->stride % 64 == 0 && (uintptr_t)y->data % 64 == 0;
 }
 
 /* Whether rows lie side by side, and nothing is asked that looks along a row but the statistics. */

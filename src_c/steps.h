@@ -311,8 +311,10 @@ static const element *sum_row(const fn_shape *shape, const fn_steps *s, ptrdiff_
     return into;
 }
 
-/* Packing leaves time for a line or so with each vector: of what lies some 8 KB further on, beyond the
- * rows in flight. How far that is where rows of T lie one stride apart. */
+/* Packing leaves time for a line or so with each vector: of what lies some 8 KB further on, beyond
+ * the rows in flight. How far that is where rows of T lie one stride apart. (Longer rows the CPU
+ * sees by itself.) */
+#define MOST_FETCHED (16 * BLOCK)
 #define fetch_while_packing FN_OF_T(fetch_while_packing)
 static packing_fetch fetch_while_packing(const fn_layer_norm_args *a, const char *x, ptrdiff_t row)
 {
@@ -341,7 +343,8 @@ static const element *masked_row(const fn_shape *shape, const fn_steps *s,
     const unsigned char *mask = row_at(shape, &s->mask, row);
     const ptrdiff_t n = shape->cols;
     packing_fetch ahead = {0};
-    if (a && a->fetch && is_direct(&s->x)) ahead = fetch_while_packing(a, x, row);
+    if (a && a->fetch && is_direct(&s->x) && n <= MOST_FETCHED)
+        ahead = fetch_while_packing(a, x, row);
     *length = 0;
     for (ptrdiff_t i = 0; i < n; i += BLOCK) {
         const ptrdiff_t m = block_length(n, i);
@@ -352,8 +355,8 @@ static const element *masked_row(const fn_shape *shape, const fn_steps *s,
     return room;
 }
 
-/* What the statistics see of a row: *length elements of T, where they lie or in `room`. a: NULL where
- * nothing is to be fetched meanwhile. */
+/* What the statistics see of a row: *length elements of T, where they lie or in `room`. a: NULL
+ * where nothing is to be fetched meanwhile. */
 #define prologue FN_OF_T(prologue)
 OUTLINE const element *prologue(const fn_shape *shape, const fn_steps *s,
                                 const fn_layer_norm_args *a, ptrdiff_t row, element *room,
