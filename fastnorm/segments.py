@@ -73,7 +73,8 @@ class SegmentNormCall(SegmentsCall):
             checks.check_apart("out", out, inputs)
         packed_x = self.packed("x", self.source)
         direct = out is not None and not self.is_copied("out", out)
-        self.y, warm = (out, True) if direct else self.new_result(y_type)
+        made: tuple[np.ndarray, bool] = (out, True) if direct else self.new_result(y_type)
+        self.y, warm = made
         self.out = self.y if out is None else out
         scale = self.scales(y_type)
         mean, rstd = self.statistics() if return_stats else (None, None)
