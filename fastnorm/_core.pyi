@@ -226,6 +226,7 @@ def norm_segments(
     activation: int = 0,
     mean: _Array | None = None,
     rstd: _Array | None = None,
+    warm: bool = False,
     plan: bool = False,
 ) -> Any: ...
 def norm_segments_backward(

@@ -2,7 +2,7 @@
 
 def norm_segments(object compute, ndarray x, ndarray starts, Py_ssize_t longest, weight, bias,
                   ndarray y, scale, double eps, *, bint rms=False, double offset=0.0,
-                  int activation=0, mean=None, rstd=None, bint plan=False):
+                  int activation=0, mean=None, rstd=None, bint warm=False, bint plan=False):
     """The forward kernel on packed rows: x and y contiguous, row r from element starts[r] (intp) to
     starts[r + 1], `longest` the most that one has; weight and bias of one length, which divides
     every row's."""
@@ -20,6 +20,7 @@ def norm_segments(object compute, ndarray x, ndarray starts, Py_ssize_t longest,
     args.rstd = <void *>parameter_data(rstd)
     args.eps = eps
     args.rms = rms
+    args.y_is_warm = warm
     args.steps = &steps
     if plan:
         return plan_dict(fn_plan_layer_norm(&args, dtype, 0), args.shape.rows, args.shape.cols)

@@ -73,7 +73,8 @@ class SegmentNormCall(SegmentsCall):
             checks.check_apart("out", out, inputs)
         packed_x = self.packed("x", self.source)
         direct = out is not None and not self.is_copied("out", out)
-        self.y = out if direct else self.new_result(y_type)[0]
+        made: tuple[np.ndarray, bool] = (out, True) if direct else self.new_result(y_type)
+        self.y, warm = made
         self.out = self.y if out is None else out
         scale = self.scales(y_type)
         mean, rstd = self.statistics() if return_stats else (None, None)
@@ -81,7 +82,7 @@ class SegmentNormCall(SegmentsCall):
             _core.norm_segments, self.compute, packed_x, self.starts,
             self.longest, w, b, self.y, scale, machine, rms=rms,
             offset=checks.as_offset(offset), activation=checks.as_activation(activation),
-            mean=None if rms else mean, rstd=rstd,
+            mean=None if rms else mean, rstd=rstd, warm=warm,
         )  # fmt: skip
         parts = [self.out if given is None else given, scale, None if rms else mean, rstd]
         kept = [part for part in parts if part is not None]

@@ -97,12 +97,11 @@ OUTLINE void affine_strip(const element *x, element *y, const element *w, const 
     affine_pass(&a, 1, n);
 }
 
-/* affine_strip of n elements, but +0 where a mask, if there is one, leaves out, and +0 from n to `end`.
- * stream: past the cache; y begins with a line then. */
+/* affine_strip of n elements, but +0 where a mask leaves out. stream: past the cache, but for what is
+ * less than a vector; y begins with a line then. */
 #define affine_kept FN_OF_T(affine_kept)
 OUTLINE void affine_kept(const element *x, element *y, const element *w, const element *b,
-                         const unsigned char *mask, ptrdiff_t n, ptrdiff_t end,
-                         const row_stats *stats, int stream)
+                         const unsigned char *mask, ptrdiff_t n, const row_stats *stats, int stream)
 {
     const vec pivot = v_set1(stats->pivot), rstd = v_set1(stats->rstd);
     const vec shift = v_set1(stats->shift);
@@ -111,21 +110,15 @@ OUTLINE void affine_kept(const element *x, element *y, const element *w, const e
     {
         /* A weight of 1 and a bias of -0 change no bit. */
         const vec wv = w ? v_load(w + i) : v_set1(1), bv = b ? v_load(b + i) : v_set1((element)-0.0);
-        vec v = v_fma(normalise(v_load(x + i), pivot, rstd, shift), wv, bv);
-        if (mask) v = v_keep(v, mask + i);
+        const vec v = v_keep(v_fma(normalise(v_load(x + i), pivot, rstd, shift), wv, bv), mask + i);
         if (stream)
             v_stream(y + i, v);
         else
             v_store(y + i, v);
     }
-    ALIGNED element rest[VW] = {0};
-    affine_strip(x + i, rest, w ? w + i : NULL, b ? b + i : NULL, n - i, stats, 0, 0);
-    if (mask) keep_strip(rest, mask + i, n - i);
-    for (vec v = v_load(rest); i < end; i += VW, v = v_zero())
-        if (stream && i + VW <= end)
-            v_stream(y + i, v);
-        else
-            store_some(y + i, v, end - i);
+    if (i == n) return;
+    affine_strip(x + i, y + i, w ? w + i : NULL, b ? b + i : NULL, n - i, stats, 0, 0);
+    keep_strip(y + i, mask + i, n - i);
 }
 
 /* ---- past the cache --------------------------------------------------------------------------- */
@@ -134,19 +127,25 @@ OUTLINE void affine_kept(const element *x, element *y, const element *w, const e
  * known. Writing its two parts apart would cost more than the rest of the row saves. */
 #define carry FN_OF_T(carry)
 typedef struct {
-    element held[LINE];
+    element held[2 * LINE]; /* a line, and what a vector leaves behind it */
     element *line;
     ptrdiff_t from, to;
 } carry;
 
+#define write_carry FN_OF_T(write_carry)
+OUTLINE void write_carry(carry *c)
+{
+    if (c->from == 0 && c->to == LINE)
+        UNROLL for (int k = 0; k < LINE; k += VW) v_stream(c->line + k, v_load(c->held + k));
+    else
+        NO_UNROLL for (ptrdiff_t i = c->from; i < c->to; i++) c->line[i] = c->held[i];
+    c->line = NULL;
+}
+
 #define release_carry FN_OF_T(release_carry)
 INLINE void release_carry(carry *c)
 {
-    if (c->line && c->from == 0 && c->to == LINE)
-        UNROLL for (int k = 0; k < LINE; k += VW) v_stream(c->line + k, v_load(c->held + k));
-    else if (c->line)
-        for (ptrdiff_t i = c->from; i < c->to; i++) c->line[i] = c->held[i];
-    c->line = NULL;
+    if (c->line) write_carry(c);
 }
 
 #define streamed FN_OF_T(streamed)
@@ -155,61 +154,91 @@ typedef struct {
     vec pivot, rstd, shift;
 } streamed;
 
-#define streamed_vector FN_OF_T(streamed_vector)
-INLINE vec streamed_vector(const streamed *s, ptrdiff_t i, ptrdiff_t left,
-                                  const int has_w, const int has_b)
-{
-    const vec wv = has_w ? load_some(s->w + i, left) : v_zero();
-    const vec bv = has_b ? load_some(s->b + i, left) : v_zero();
-    const vec h = normalise(load_some(s->x + i, left), s->pivot, s->rstd, s->shift);
-    return scale_and_shift(h, wv, bv, has_w, has_b);
-}
-
-/* Elements i .. i + count - 1 of the row into c->held[at ...]. */
+/* Elements i .. i + count - 1 into c->held[at ...], zeros from element n on. A weight of 1 and a
+ * bias of -0 change no bit. */
 #define hold_elements FN_OF_T(hold_elements)
-INLINE void hold_elements(carry *c, ptrdiff_t at, const streamed *s, ptrdiff_t i,
-                                 ptrdiff_t count, const int has_w, const int has_b)
+OUTLINE void hold_elements(carry *c, ptrdiff_t at, const streamed *s, ptrdiff_t i, ptrdiff_t n,
+                           ptrdiff_t count)
 {
-    for (ptrdiff_t k = 0; k < count; k += VW)
-        store_some(c->held + at + k, streamed_vector(s, i + k, count - k, has_w, has_b), count - k);
     c->to = at + count;
+    NO_UNROLL for (; at < LINE; at += VW, i += VW)
+    {
+        const ptrdiff_t left = part_at(i, n);
+        const vec w = s->w ? v_loadn(s->w + i, left) : v_set1(1);
+        const vec b = s->b ? v_loadn(s->b + i, left) : v_set1((element)-0.0);
+        const vec h = normalise(v_loadn(s->x + i, left), s->pivot, s->rstd, s->shift);
+        v_store(c->held + at, v_firstn(v_fma(h, w, b), left));
+    }
 }
 
-#define stream_pass_with FN_OF_T(stream_pass_with)
-INLINE void stream_pass_with(const streamed *s, element *y, ptrdiff_t n, carry *c,
-                                   const int has_w, const int has_b)
+/* Whole lines from element i on; returns the first element that is left. */
+#define stream_lines FN_OF_T(stream_lines)
+INLINE ptrdiff_t stream_lines(const streamed *s, element *y, ptrdiff_t i, ptrdiff_t n,
+                              const int has_w, const int has_b)
 {
-    ptrdiff_t i = 0;
+    for (; i + LINE <= n; i += LINE) {
+        if (s->ahead) __builtin_prefetch(s->ahead + i, 0, 2);
+        UNROLL for (int k = 0; k < LINE; k += VW) {
+            const vec w = has_w ? v_load(s->w + i + k) : v_zero();
+            const vec b = has_b ? v_load(s->b + i + k) : v_zero();
+            const vec h = normalise(v_load(s->x + i + k), s->pivot, s->rstd, s->shift);
+            v_stream(y + i + k, scale_and_shift(h, w, b, has_w, has_b));
+        }
+    }
+    return i;
+}
+
+/* From element i, which begins a line, on: what is left of n elements, and zeros up to `end`;
+ * meanwhile the first ahead_n elements of s->ahead are fetched. */
+#define stream_zeros FN_OF_T(stream_zeros)
+OUTLINE void stream_zeros(const streamed *s, element *y, ptrdiff_t i, ptrdiff_t n, ptrdiff_t end,
+                         ptrdiff_t ahead_n, carry *c)
+{
+    for (; i < end; i += LINE) {
+        const ptrdiff_t left = end - i;
+        if (i < ahead_n) __builtin_prefetch(s->ahead + i, 0, 2);
+        if (i >= n && left >= LINE) {
+            UNROLL for (int k = 0; k < LINE; k += VW) v_stream(y + i + k, v_zero());
+            continue;
+        }
+        c->line = y + i;
+        c->from = 0;
+        hold_elements(c, 0, s, i, n, left < LINE ? left : LINE);
+        if (left >= LINE) write_carry(c);
+    }
+}
+
+/* A row of n elements, and zeros up to `end`. Meanwhile a row is fetched from s->ahead, unless it is
+ * NULL: n elements, and where zeros follow, the first ahead_n. */
+#define stream_pass FN_OF_T(stream_pass)
+INLINE void stream_pass(const streamed *s, element *y, ptrdiff_t n, ptrdiff_t end,
+                        ptrdiff_t ahead_n, carry *c)
+{
     const ptrdiff_t offset = (ptrdiff_t)((uintptr_t)y % 64 / sizeof(element));
+    ptrdiff_t i = 0;
     if (offset) {
         if (c->line != y - offset || c->to != offset) {
             release_carry(c);
             c->line = y - offset;
             c->from = offset;
         }
-        i = n < LINE - offset ? n : LINE - offset;
-        hold_elements(c, offset, s, 0, i, has_w, has_b);
+        i = end < LINE - offset ? end : LINE - offset;
+        hold_elements(c, offset, s, 0, n, i);
         if (c->to < LINE) return;
     }
     release_carry(c);
-    for (; i + LINE <= n; i += LINE) {
-        if (s->ahead) __builtin_prefetch(s->ahead + i, 0, 2);
-        UNROLL for (int k = 0; k < LINE; k += VW)
-            v_stream(y + i + k, streamed_vector(s, i + k, VW, has_w, has_b));
+    if (s->w && s->b)
+        i = stream_lines(s, y, i, n, 1, 1);
+    else if (s->w)
+        i = stream_lines(s, y, i, n, 1, 0);
+    else
+        i = stream_lines(s, y, i, n, 0, s->b != NULL);
+    if (i == end) return;
+    if (n < end) {
+        stream_zeros(s, y, i, n, end, ahead_n, c);
+        return;
     }
-    if (i == n) return;
     c->line = y + i;
     c->from = 0;
-    hold_elements(c, 0, s, i, n - i, has_w, has_b);
-}
-
-#define stream_pass FN_OF_T(stream_pass)
-INLINE void stream_pass(const streamed *s, element *y, ptrdiff_t n, carry *c)
-{
-    if (s->w && s->b)
-        stream_pass_with(s, y, n, c, 1, 1);
-    else if (s->w)
-        stream_pass_with(s, y, n, c, 1, 0);
-    else
-        stream_pass_with(s, y, n, c, 0, s->b != NULL);
+    hold_elements(c, 0, s, i, n, n - i);
 }

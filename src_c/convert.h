@@ -162,6 +162,12 @@ OUTLINE void round_elements(char *p, fn_dtype type, fn_dtype to, ptrdiff_t n)
     }
 }
 
+/* How far ahead of a mask, of elements that it packs, and of their places in y lies what is fetched
+ * meanwhile, in bytes. Where nothing is, that is what is read. */
+typedef struct {
+    ptrdiff_t mask, x, y;
+} packing_fetch;
+
 #endif
 
 /* ---- any type, any stride --------------------------------------------------------------------- */
@@ -209,10 +215,16 @@ INLINE void round_strip(element *p, fn_dtype dtype, ptrdiff_t n)
  * more than is kept. */
 #define compress_strip FN_OF_T(compress_strip)
 OUTLINE ptrdiff_t compress_strip(element *into, const element *from, const unsigned char *mask,
-                                 ptrdiff_t n)
+                                 ptrdiff_t n, packing_fetch ahead)
 {
     ptrdiff_t i = 0, count = 0;
-    for (; i + VW <= n; i += VW) count += v_compress(into + count, v_load(from + i), mask + i);
+    NO_UNROLL for (; i + VW <= n; i += VW)
+    {
+        __builtin_prefetch(mask + i + ahead.mask, 0, 2);
+        __builtin_prefetch((const char *)(from + i) + ahead.x, 0, 2);
+        __builtin_prefetch((const char *)(from + i) + ahead.y, 1, 2);
+        count += v_compress(into + count, v_load(from + i), mask + i);
+    }
     for (; i < n; i++) {
         into[count] = from[i];
         count += mask[i] != 0;

@@ -294,7 +294,7 @@ OUTLINE int group_prologue(const fn_layer_norm_args *a, workspace *space, ptrdif
             sums[i] = half_sum(a, row + i, rows, stats->room[i]);
             stats->x[i] = stats->room[i];
         } else {
-            stats->x[i] = prologue(&a->shape, s, row + i, 0, stats->room[i], &stats->n[i]);
+            stats->x[i] = prologue(&a->shape, s, a, row + i, stats->room[i], &stats->n[i]);
         }
         fetch_share(space->ahead);
     }
@@ -409,34 +409,40 @@ INLINE void plain_group(const fn_layer_norm_args *a, ptrdiff_t row, int rows,
     group_affine_of(&pass, stats, y, rows, a->shape.cols);
 }
 
+/* A row on its way. */
+#define row_state FN_OF_T(row_state)
+typedef struct {
+    const element *x;
+    element *room;
+    ptrdiff_t n;
+    row_stats stats;
+    int plain;
+} row_state;
+
 /* One row of those that differ in length. What a mask packed is read again, with what it left out. */
 #define uneven_row FN_OF_T(uneven_row)
-static void uneven_row(const fn_layer_norm_args *a, const group_pass *pass, ptrdiff_t row,
-                       const group_stats *stats, int i, element *to, int stream)
+OUTLINE void uneven_row(const fn_layer_norm_args *a, const group_pass *pass, ptrdiff_t row,
+                        const row_state *state, element *to, int stream)
 {
     const fn_steps *s = a->steps;
-    const row_stats plain = stats_in_group(stats, i);
-    const element *x = stats->x[i];
-    ptrdiff_t n = stats->n[i];
+    const element *x = state->x;
+    ptrdiff_t n = state->n;
     if (s->mask.data) {
+        unsigned char mask_room[BLOCK];
         n = a->shape.cols;
-        x = part(&a->shape, &s->x, row_at(&a->shape, &s->x, row), 0, n, stats->room[i]);
+        x = part(&a->shape, &s->x, row_at(&a->shape, &s->x, row), 0, n, state->room);
+        const unsigned char *mask = mask_part(&a->shape, &s->mask, row_at(&a->shape, &s->mask, row),
+                                              0, n, mask_room);
+        affine_kept(x, to, pass->w, pass->b, mask, n, &state->stats, stream);
+        return;
     }
     if (s->starts) { /* packed rows begin anywhere: y by whole lines from the first on */
         const ptrdiff_t head = (ptrdiff_t)(-(uintptr_t)to % 64 / sizeof(element));
         const ptrdiff_t m = head < n ? head : n;
-        affine_strip(x, to, NULL, NULL, m, &plain, 0, 0);
+        affine_strip(x, to, NULL, NULL, m, &state->stats, 0, 0);
         x += m, to += m, n -= m;
     }
-    if (s->mask.data || stream) {
-        unsigned char mask_room[BLOCK];
-        const unsigned char *mask = s->mask.data ? row_at(&a->shape, &s->mask, row) : NULL;
-        if (mask) mask = mask_part(&a->shape, &s->mask, mask, 0, n, mask_room);
-        const ptrdiff_t end = stream ? a->shape.cols : n;
-        affine_kept(x, to, pass->w, pass->b, mask, n, end, &plain, stream);
-    } else {
-        affine_strip(x, to, pass->w, pass->b, n, &plain, 0, 0);
-    }
+    affine_strip(x, to, pass->w, pass->b, n, &state->stats, 0, 0);
 }
 
 #define step_group FN_OF_T(step_group)
@@ -446,7 +452,7 @@ OUTLINE void step_group(const fn_layer_norm_args *a, workspace *space, ptrdiff_t
     const fn_steps *s = a->steps;
     const fn_output *o = &s->outputs[0];
     const int uneven = s->lengths || s->starts || s->mask.data;
-    const int past = space->stream && uneven && !s->activation; /* straight past the cache */
+    const int past = space->stream && s->mask.data && !s->activation; /* straight past the cache */
     const int direct = is_direct(&o->y) && (past || !space->stream);
     const int fetch = a->fetch == FN_FETCH_IN_PASSES && is_direct(&s->x) && !has_sum(s) && !uneven;
     const group_pass pass = {
@@ -461,7 +467,14 @@ OUTLINE void step_group(const fn_layer_norm_args *a, workspace *space, ptrdiff_t
         y[i] = step_row_at(&a->shape, s, &o->y, row + i);
         to[i] = direct ? (element *)y[i] : stats->room[i];
         if (uneven) {
-            uneven_row(a, &pass, row + i, stats, i, to[i], past);
+            row_state state; /* no more of it is asked for */
+            state.x = stats->x[i];
+            state.room = stats->room[i];
+            state.n = stats->n[i];
+            state.stats.pivot = stats->pivot[i];
+            state.stats.rstd = stats->rstd[i];
+            state.stats.shift = stats->shift[i];
+            uneven_row(a, &pass, row + i, &state, to[i], past);
             fetch_share(space->ahead);
         }
     }
@@ -517,16 +530,6 @@ INLINE ptrdiff_t layer_norm_group(const fn_layer_norm_args *a, workspace *space,
 #define FETCHED_ROW_BYTES ((ptrdiff_t)1 << 17)
 #define FETCH_DISTANCE ((ptrdiff_t)15 << 10)
 
-/* A row on its way. */
-#define row_state FN_OF_T(row_state)
-typedef struct {
-    const element *x;
-    element *room;
-    ptrdiff_t n;
-    row_stats stats;
-    int plain;
-} row_state;
-
 #define row_start FN_OF_T(row_start)
 INLINE element row_start(const fn_layer_norm_args *a, workspace *space, ptrdiff_t row,
                          int now, row_state *state)
@@ -537,7 +540,7 @@ INLINE element row_start(const fn_layer_norm_args *a, workspace *space, ptrdiff_
         if (a->fetch == FN_FETCH_BETWEEN_PASSES && !is_direct(&a->steps->x))
             fetch_step_rows(space->ahead, a, row, 1);
         state->room = space->rooms + now * space->room_stride;
-        state->x = prologue(&a->shape, a->steps, row, a->stream, state->room, &state->n);
+        state->x = prologue(&a->shape, a->steps, a, row, state->room, &state->n);
     } else {
         state->x = row_at(&a->shape, &a->x, row);
     }
@@ -555,40 +558,53 @@ INLINE void row_middle(const fn_layer_norm_args *a, ptrdiff_t row, element pivot
 
 #define stream_row FN_OF_T(stream_row)
 INLINE void stream_row(const fn_layer_norm_args *a, workspace *space, ptrdiff_t row, ptrdiff_t end,
-                       const element *x, const row_stats *stats, carry *c)
+                       const row_state *state, carry *c)
 {
     const fn_steps *steps = a->steps;
-    const ptrdiff_t n = a->shape.cols, bytes = n * (ptrdiff_t)sizeof(element);
+    const row_stats *stats = &state->stats;
+    const ptrdiff_t cols = a->shape.cols, bytes = cols * (ptrdiff_t)sizeof(element);
     const ptrdiff_t ahead = row + (bytes > FETCH_DISTANCE / 2 ? 2 : FETCH_DISTANCE / bytes);
+    const int zeros = steps && steps->lengths;
+    const int fetch = (!steps || (zeros && is_direct(&steps->x))) && ahead < end &&
+                      bytes <= FETCHED_ROW_BYTES;
     const streamed s = {
-        .x = x,
+        .x = state->x,
         .w = steps ? parameter(&a->shape, steps, space, &steps->outputs[0].weight, 0,
                                steps->offset, row)
                    : a->weight,
         .b = steps ? parameter(&a->shape, steps, space, &steps->outputs[0].bias, 1, 0, row)
                    : a->bias,
-        .ahead = !steps && ahead < end && bytes <= FETCHED_ROW_BYTES ? row_at(&a->shape, &a->x, ahead) : NULL,
+        .ahead = fetch ? row_at(&a->shape, steps ? &steps->x : &a->x, ahead) : NULL,
         .pivot = v_set1(stats->pivot),
         .rstd = v_set1(stats->rstd),
         .shift = v_set1(stats->shift),
     };
-    stream_pass(&s, row_at(&a->shape, &a->y, row), n, c);
+    element *y = steps ? (element *)step_row_at(&a->shape, steps, &steps->outputs[0].y, row)
+                       : row_at(&a->shape, &a->y, row);
+    stream_pass(&s, y, state->n, zeros ? cols : state->n,
+                zeros && fetch ? steps->lengths[ahead] : 0, c);
 }
 
-/* A row of one block, as step_group has them; false where it is of another kind. */
+/* A row of one block, or one that a mask packed and that goes straight from x to y, as step_group
+ * has them; false where it is of another kind. */
 #define step_row_finish FN_OF_T(step_row_finish)
 INLINE int step_row_finish(const fn_layer_norm_args *a, workspace *space, ptrdiff_t row,
                            const row_state *state)
 {
     const fn_steps *s = a->steps;
     const fn_output *o = &s->outputs[0];
-    if (state->n > BLOCK || s->mask.data || !share_parameters(&a->shape, s, row, 1)) return 0;
+    const int straight = s->mask.data && !s->mask.col_strides && is_direct(&s->x) &&
+                         is_direct(&o->y) && !s->activation;
+    const ptrdiff_t most = s->mask.data ? a->shape.cols : state->n;
+    if ((most > BLOCK && !straight) || !share_parameters(&a->shape, s, row, 1)) return 0;
     char *y = step_row_at(&a->shape, s, &o->y, row);
-    const int direct = is_direct(&o->y) && !space->stream;
+    const int past = space->stream && s->mask.data && !s->activation;
+    const int direct = is_direct(&o->y) && (past || !space->stream);
     element *to = direct ? (element *)y : state->room;
-    affine_strip(state->x, to, parameter(&a->shape, s, space, &o->weight, 0, s->offset, row),
-                 parameter(&a->shape, s, space, &o->bias, 1, 0, row), state->n, &state->stats, 0, 0);
-    if (!direct || s->activation || s->lengths)
+    const group_pass pass = {.w = parameter(&a->shape, s, space, &o->weight, 0, s->offset, row),
+                             .b = parameter(&a->shape, s, space, &o->bias, 1, 0, row)};
+    uneven_row(a, &pass, row, state, to, past);
+    if (!past && (!direct || s->activation || s->lengths))
         store_row(&a->shape, s, row, space->stream, y, to);
     return 1;
 }
@@ -601,7 +617,7 @@ OUTLINE void row_finish(const fn_layer_norm_args *a, workspace *space, ptrdiff_t
         release_carry(c);
         careful_row(a, space, row, state->x, state->n);
     } else if (a->stream) {
-        stream_row(a, space, row, end, state->x, &state->stats, c);
+        stream_row(a, space, row, end, state, c);
     } else if (a->steps) {
         if (!step_row_finish(a, space, row, state))
             epilogue(&a->shape, a->steps, space, row, state->x, &state->stats, 0);

@@ -365,6 +365,7 @@ static ptrdiff_t summed_rows(const fn_layer_norm_backward_args *a, const workspa
     const unsigned char *mask = s->mask.data ? row_at(&a->shape, &s->mask, row) : NULL;
     element strip[BLOCK];
     unsigned char mask_room[BLOCK];
+    const packing_fetch nothing = {0};
     ptrdiff_t count = 0;
     for (ptrdiff_t i = 0, m; i < rows->n; i += m) {
         const ptrdiff_t at = i % space->tile, rest = space->tile - at;
@@ -374,8 +375,8 @@ static ptrdiff_t summed_rows(const fn_layer_norm_backward_args *a, const workspa
         add_strip(to, dy, rows->w ? rows->w + at : NULL, NULL, NULL, m);
         if (!mask) continue;
         const unsigned char *kept = mask_part(&a->shape, &s->mask, mask, i, m, mask_room);
-        compress_strip(g + count, strip, kept, m);
-        count += compress_strip(x + count, rows->x + i, kept, m);
+        compress_strip(g + count, strip, kept, m, nothing);
+        count += compress_strip(x + count, rows->x + i, kept, m, nothing);
     }
     return mask ? count : rows->n;
 }

@@ -8,7 +8,7 @@ static void moments(const void *args, ptrdiff_t row0, ptrdiff_t row1, void *scra
     if (a->steps) space = workspace_in(scratch, &a->shape, a->steps, 0);
     for (ptrdiff_t row = row0; row < row1; row++) {
         ptrdiff_t n = a->shape.cols;
-        const element *x = a->steps ? prologue(&a->shape, a->steps, row, 0, space.rooms, &n)
+        const element *x = a->steps ? prologue(&a->shape, a->steps, NULL, row, space.rooms, &n)
                                     : row_at(&a->shape, &a->x, row);
         row_stats stats;
         const element pivot = row_pivot(x, n);

@@ -173,11 +173,17 @@ int fn_planned_threads(ptrdiff_t bytes, ptrdiff_t units, int threads)
     return (int)(most < units ? most : units);
 }
 
-static int worth_streaming(const fn_shape *shape, const fn_rows *y, int warm, fn_dtype dtype)
+static ptrdiff_t elements_of(const fn_shape *shape, const fn_steps *s)
 {
-    const ptrdiff_t row = shape->cols * fn_size_of(dtype);
-    const ptrdiff_t bytes = row * shape->rows;
-    return y->data && warm && bytes >= STREAM_BYTES && row >= STREAM_ROW_BYTES(bytes) &&
+    return s && s->starts ? s->starts[shape->rows] - s->starts[0] : shape->rows * shape->cols;
+}
+
+static int worth_streaming(const fn_shape *shape, const fn_steps *s, const fn_rows *y, int warm,
+                           fn_dtype dtype)
+{
+    const ptrdiff_t bytes = elements_of(shape, s) * fn_size_of(dtype);
+    return y->data && warm && bytes >= STREAM_BYTES &&
+           bytes >= shape->rows * STREAM_ROW_BYTES(bytes) &&
            (uintptr_t)y->data % (uintptr_t)fn_size_of(dtype) == 0;
 }
 
@@ -190,11 +196,6 @@ static int worth_streaming_columns(const fn_layer_norm_args *a, fn_dtype dtype)
 }
 
 /* ---- calls with steps ------------------------------------------------------------------------- */
-
-static ptrdiff_t elements_of(const fn_shape *shape, const fn_steps *s)
-{
-    return s && s->starts ? s->starts[shape->rows] - s->starts[0] : shape->rows * shape->cols;
-}
 
 /* What they read and write, less the parameters: of packed rows what there is of them, of others
  * all that they may have. */
@@ -228,24 +229,26 @@ static int is_common(const fn_shape *shape, const fn_rows *rows)
 }
 
 /* Of calls with steps: rows of one output in T, large enough and warm, may be written past the
- * cache, straight from the affine pass, or, where another step follows it, from a room. */
+ * cache, straight from the affine pass, or, where another step follows it, from a room. (Not packed
+ * rows whose parameters repeat: they go by tiles.) */
 static int step_streams(const fn_layer_norm_args *a, fn_dtype dtype)
 {
     const fn_steps *s = a->steps;
     const fn_output *o = &s->outputs[0];
-    return s->output_count == 1 && o->y.dtype == dtype && !o->y.col_strides && !s->starts &&
-           worth_streaming(&a->shape, &o->y, a->y_is_warm, dtype);
+    return s->output_count == 1 && o->y.dtype == dtype && !o->y.col_strides &&
+           !(s->starts && s->param_cols) &&
+           worth_streaming(&a->shape, s, &o->y, a->y_is_warm, dtype);
 }
 
-static int has_late_steps(const fn_steps *s) { return s->activation || s->mask.data || s->lengths; }
+static int has_late_steps(const fn_steps *s) { return s->activation || s->mask.data; }
 
-/* A room is written by whole lines: rows must begin with one. */
+/* What comes from a room or through a mask is written by whole lines: rows must begin with one. */
 static int streams_from_rooms(const fn_layer_norm_args *a, fn_dtype dtype)
 {
     if (!step_streams(a, dtype) || !has_late_steps(a->steps)) return 0;
     const fn_rows *y = &a->steps->outputs[0].y;
-    return a->shape.cols <= FN_GROUP_COLS && !y->outer_strides && y->stride % 64 == 0 &&
-           (uintptr_t)y->data % 64 == 0;
+    return (a->shape.cols <= FN_GROUP_COLS || !a->steps->activation) && !y->outer_strides &&
+           y->stride % 64 == 0 && (uintptr_t)y->data % 64 == 0;
 }
 
 /* Whether rows lie side by side, and nothing is asked that looks along a row but the statistics. */
@@ -284,7 +287,7 @@ fn_plan fn_plan_layer_norm(const fn_layer_norm_args *a, fn_dtype dtype, int thre
         plan.regime = "columns";
     } else {
         plan.stream = a->steps ? step_streams(a, dtype) && !has_late_steps(a->steps)
-                               : worth_streaming(&a->shape, &a->y, a->y_is_warm, dtype);
+                               : worth_streaming(&a->shape, NULL, &a->y, a->y_is_warm, dtype);
         plan.regime = regime_of(a, dtype, plan.stream);
     }
     return plan;
@@ -313,7 +316,8 @@ fn_plan fn_plan_layer_norm_backward(const fn_layer_norm_backward_args *a, fn_dty
     const int aligned = (uintptr_t)a->dx.data % 64 == 0 && a->dx.stride % 64 == 0 &&
                         !a->shape.outer_ndim && !a->steps;
     return (fn_plan){.threads = fn_planned_threads(bytes, backward_blocks(a->shape.rows), threads),
-                     .stream = aligned && worth_streaming(&a->shape, &a->dx, a->dx_is_warm, dtype),
+                     .stream = aligned &&
+                               worth_streaming(&a->shape, NULL, &a->dx, a->dx_is_warm, dtype),
                      .regime = a->shape.rows > 1 && !a->steps ? "group" : "row",
                      .bytes = bytes};
 }

@@ -311,34 +311,60 @@ static const element *sum_row(const fn_shape *shape, const fn_steps *s, ptrdiff_
     return into;
 }
 
-/* The elements that the mask keeps, packed. */
+/* Packing leaves time for a line or so with each vector: of what lies some 8 KB further on, beyond
+ * the rows in flight. How far that is where rows of T lie one stride apart. (Longer rows the CPU
+ * sees by itself.) */
+#define MOST_FETCHED (16 * BLOCK)
+#define fetch_while_packing FN_OF_T(fetch_while_packing)
+static packing_fetch fetch_while_packing(const fn_layer_norm_args *a, const char *x, ptrdiff_t row)
+{
+    const fn_steps *s = a->steps;
+    const fn_rows *y = &s->outputs[0].y;
+    const ptrdiff_t rows = 2 + 8192 / (a->shape.cols * (ptrdiff_t)sizeof(element));
+    const ptrdiff_t x_ahead = rows * s->x.stride;
+    return (packing_fetch){
+        .mask = s->mask.col_strides ? 0 : rows * s->mask.stride,
+        .x = x_ahead,
+        .y = a->stream_rooms || !is_direct(y)
+                 ? x_ahead
+                 : (char *)y->data + (row + rows) * y->stride - x,
+    };
+}
+
+/* The elements that the mask keeps, packed. a: whose rows are fetched meanwhile; NULL: none. */
 #define masked_row FN_OF_T(masked_row)
-static const element *masked_row(const fn_shape *shape, const fn_steps *s, ptrdiff_t row,
-                                 element *room, ptrdiff_t *length)
+static const element *masked_row(const fn_shape *shape, const fn_steps *s,
+                                 const fn_layer_norm_args *a, ptrdiff_t row, element *room,
+                                 ptrdiff_t *length)
 {
     element x_room[BLOCK];
     unsigned char mask_room[BLOCK];
     const char *x = row_at(shape, &s->x, row);
     const unsigned char *mask = row_at(shape, &s->mask, row);
     const ptrdiff_t n = shape->cols;
+    packing_fetch ahead = {0};
+    if (a && a->fetch && is_direct(&s->x) && n <= MOST_FETCHED)
+        ahead = fetch_while_packing(a, x, row);
     *length = 0;
     for (ptrdiff_t i = 0; i < n; i += BLOCK) {
         const ptrdiff_t m = block_length(n, i);
         const element *from = part(shape, &s->x, x, i, m, x_room);
         *length += compress_strip(room + *length, from,
-                                  mask_part(shape, &s->mask, mask, i, m, mask_room), m);
+                                  mask_part(shape, &s->mask, mask, i, m, mask_room), m, ahead);
     }
     return room;
 }
 
-/* What the statistics see of a row: *length elements of T, where they lie or in `room`. */
+/* What the statistics see of a row: *length elements of T, where they lie or in `room`. a: NULL
+ * where nothing is to be fetched meanwhile. */
 #define prologue FN_OF_T(prologue)
-OUTLINE const element *prologue(const fn_shape *shape, const fn_steps *s, ptrdiff_t row,
-                                int stream, element *room, ptrdiff_t *length)
+OUTLINE const element *prologue(const fn_shape *shape, const fn_steps *s,
+                                const fn_layer_norm_args *a, ptrdiff_t row, element *room,
+                                ptrdiff_t *length)
 {
-    if (s->mask.data) return masked_row(shape, s, row, room, length);
+    if (s->mask.data) return masked_row(shape, s, a, row, room, length);
     *length = step_length(shape, s, row);
-    if (has_sum(s)) return sum_row(shape, s, row, stream, room);
+    if (has_sum(s)) return sum_row(shape, s, row, a && a->stream, room);
     const char *x = step_row_at(shape, s, &s->x, row);
     if (is_direct(&s->x)) return (const element *)x;
     load_part(room, shape, &s->x, x, 0, *length);

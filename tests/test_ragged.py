@@ -14,7 +14,7 @@ import pytest
 import fastnorm
 from fastnorm import accuracy, checks, reference
 
-from .helpers.arrays import assert_same_bits, guarded
+from .helpers.arrays import assert_same_bits, guarded, placed
 from .helpers.storage import STORAGE, cast, compute_type, special_rows
 
 # Regimes change behind each of these; rows of 1,024 and fewer go in groups.
@@ -331,6 +331,30 @@ def test_partitions(dtype, n, rng, partition):
             assert_same_bits(got, want_back, f"{parts} parts")
 
 
+@pytest.mark.parametrize("offset", [0, 16])
+@pytest.mark.parametrize("n", [768, 1500])
+def test_past_the_cache(isa, dtype, n, offset, rng, partition):
+    """Outputs that are written past the cache: as their pieces, which are not."""
+    rows = (9 << 20) // (n * dtype.itemsize)
+    x = np.resize(rows_of(rng, 200, n, dtype), (rows, n))
+    w, b = rng.standard_normal((2, n)).astype(dtype)
+    out = placed(np.full_like(x, 3), offset)
+    for given in ({"lengths": rng.integers(0, n + 1, rows)}, {"mask": rng.random(x.shape) < 0.6}):
+        if "lengths" in given:
+            plan = fastnorm.explain("layer_norm", x, n, w, b, out=out, **given)
+            assert plan.stream, str(plan)
+        pieces = []
+        for i in range(0, rows, 300):
+            own = {name: value[i : i + 300] for name, value in given.items()}
+            pieces.append(fastnorm.layer_norm(x[i : i + 300], n, w, b, **own))
+        want = np.concatenate(pieces)
+        for parts in (0, 3):
+            partition(parts)
+            got = fastnorm.layer_norm(x, n, w, b, out=out, **given)
+            assert_same_bits(got, want, f"{list(given)}, {parts} parts")
+        partition(0)
+
+
 @pytest.mark.parametrize(("size", "dy_size", "w_size"), [
     (1e20, 1e30, 1e10), (1e-20, 1e-30, 1e-15), (1.0, 1e20, 1e-30), (1e-30, 1e-10, 1e-35),
     (1e38, 1.0, 1.0), (1.0, 1e30, 1e30),
@@ -466,6 +490,22 @@ def test_gradients_of_segments(isa, dtype, name, features, rng):
                 assert_same_bits(a, b)
             else:
                 assert a is None
+
+
+@pytest.mark.parametrize("offset", [0, 16])
+@pytest.mark.parametrize("longest", [768, 1500])
+def test_segments_past_the_cache(isa, dtype, longest, offset, rng, partition):
+    """Neighbours share cache lines; careful and empty rows interrupt the stream."""
+    edges = np.cumsum([0, *rng.integers(0, longest + 1, (10 << 21) // (longest * dtype.itemsize))])
+    x = np.resize(rows_of(rng, 100, longest, dtype), edges[-1])
+    out = placed(np.full_like(x, 3), offset)
+    plan = fastnorm.explain("segment_layer_norm", x, edges, out=out)
+    assert plan.stream, str(plan)
+    pieces = [edges[i : i + 300 + 1] for i in range(0, len(edges) - 1, 300)]
+    want = np.concatenate([fastnorm.segment_layer_norm(x[p[0] : p[-1]], p - p[0]) for p in pieces])
+    for parts in (0, 3):
+        partition(parts)
+        assert_same_bits(fastnorm.segment_layer_norm(x, edges, out=out), want, f"{parts} parts")
 
 
 @segments
