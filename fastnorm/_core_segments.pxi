@@ -124,5 +124,5 @@ def straight_segments(x, offsets, weight, bias, eps, activation, bint rms, offse
         return None
     y = new_array(cnp.PyArray_NDIM(packed), cnp.PyArray_DIMS(packed), typenum, &warm)
     norm_segments(cnp.PyArray_DescrFromType(compute), packed, starts, longest, weight, bias, y,
-                  None, epsilon, rms=rms, offset=added, activation=kind)
+                  None, epsilon, rms=rms, offset=added, activation=kind, warm=warm)
     return y
