@@ -67,6 +67,15 @@ cdef bint is_framed_parameter(object w, ndarray rows, int axes, int most) noexce
     return True
 
 
+cdef inline bint is_worth_converting(ndarray x, int compute, object weight, object bias,
+                                     double offset) noexcept:
+    """Whether parameters of another type, or with an offset, had better be converted first."""
+    return cnp.PyArray_NBYTES(x) >= <npy_intp>CONVERT_BYTES and not (
+        (weight is None or (offset == 0 and cnp.PyArray_TYPE(<ndarray>weight) == compute))
+        and (bias is None or cnp.PyArray_TYPE(<ndarray>bias) == compute)
+    )
+
+
 cdef object for_each_sample(object w, ndarray x, int axes):
     """A parameter of a row for each sample, (B, *normalized), with its tokens' axes put in."""
     cdef npy_intp shape[MAX_OUTER]
@@ -119,8 +128,6 @@ cdef object framed_norm(options *opt, object x_object, object normalized_shape, 
     cdef double epsilon
     if not is_loadable(x_object) or cnp.PyArray_SIZE(<ndarray>x_object) == 0:
         return None
-    if cnp.PyArray_NBYTES(<ndarray>x_object) >= <npy_intp>CONVERT_BYTES:
-        return None
     if not (dtype is None or type(dtype) is type or isinstance(dtype, np.dtype)):
         return None
     if not (activation is None or type(activation) is str):
@@ -158,6 +165,8 @@ cdef object framed_norm(options *opt, object x_object, object normalized_shape, 
             lengths = checked_lengths(lengths, rows, lead)
             if lengths is None:
                 return None
+    if is_worth_converting(x, compute, weight, bias, opt.offset):
+        return None
     if out is None:
         y = new_array(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), typenum, &warm)
     elif is_plain(x, cnp.PyArray_TYPE(x), C_ALIGNED) and is_apart_result(out, x, typenum, weight,
@@ -218,8 +227,7 @@ cdef object framed_backward(object dy, object x_object, object normalized_shape,
     if mask <= 0 or not is_loadable(x_object) or not is_loadable(dy):
         return None
     x = <ndarray>x_object
-    if (cnp.PyArray_SIZE(x) == 0 or cnp.PyArray_NBYTES(x) >= <npy_intp>CONVERT_BYTES
-            or not same_shape(x, <ndarray>dy)):
+    if cnp.PyArray_SIZE(x) == 0 or not same_shape(x, <ndarray>dy):
         return None
     at = cnp.PyArray_NDIM(x) - 1
     if axis is None:
@@ -233,6 +241,8 @@ cdef object framed_backward(object dy, object x_object, object normalized_shape,
     lead = cnp.PyArray_NDIM(x) - axes
     if not (is_framed_parameter(weight, rows, axes, 0)
             and is_framed_parameter(bias, rows, axes, 0)):
+        return None
+    if is_worth_converting(x, compute, weight, None, offset):
         return None
     if not (rms or is_row_number(mean, compute, rows, lead, x, at)):
         return None
