@@ -267,3 +267,17 @@ def test_wrong_offsets_are_an_error_still(middle, rng):
     x = rng.standard_normal((20, 4)).astype("f4")
     with pytest.raises(ValueError, match="offsets: got"):
         fastnorm.segment_layer_norm(x, np.array([0, middle, 11, 20]))
+
+
+@pytest.mark.parametrize("kind", ["f4", "f2"])
+def test_large_calls_whose_parameters_are_of_another_type(kind, rng):
+    """From 8 MB of x on such parameters are converted first, on the long way: with the same bits."""
+    x = rng.standard_normal((2100, 1000)).astype("f4")
+    w, b = rng.standard_normal((2, 1000)).astype(kind)
+    for params, offset in (((w, b), 0.0), ((w, None), 1.0)):
+        got = fastnorm.layer_norm(x, 1000, *params, activation="relu")
+        part = fastnorm.layer_norm(x[:3].copy(), 1000, *params, activation="relu")
+        assert_same_bits(got[:3], part)
+        got = fastnorm.rms_norm(x, 1000, w, offset=offset, activation="relu")
+        part = fastnorm.rms_norm(x[:3].copy(), 1000, w, offset=offset, activation="relu")
+        assert_same_bits(got[:3], part)
