@@ -271,7 +271,7 @@ def test_wrong_offsets_are_an_error_still(middle, rng):
 
 @pytest.mark.parametrize("kind", ["f4", "f2"])
 def test_large_calls_whose_parameters_are_of_another_type(kind, rng):
-    """From 8 MB of x on such parameters are converted first, on the long way: with the same bits."""
+    """From 8 MB of x on such parameters are converted first, on the long way, to the same bits."""
     x = rng.standard_normal((2100, 1000)).astype("f4")
     w, b = rng.standard_normal((2, 1000)).astype(kind)
     for params, offset in (((w, b), 0.0), ((w, None), 1.0)):
