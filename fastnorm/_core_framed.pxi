@@ -2,6 +2,10 @@
 # activation and a result of any type. It goes down as dispatch.py would send it, through norm_rows,
 # but is checked here, in a tenth of the time.
 
+cdef enum:
+    #: From this size of x on, what the long way takes for its checks is soon made up for.
+    LONG_WAY_BYTES = 1 << 20
+
 #: Types that a result may be asked for as, by what NumPy calls them; the numbers of activations.
 cdef dict result_types = {}
 cdef dict activations = {}
@@ -32,6 +36,24 @@ cdef inline int named_axis(ndarray x, object axis) noexcept:
     if value < 0:
         value += ndim
     return <int>value if overflow == 0 and 0 <= value < ndim else -1
+
+
+cdef int normalized_axes(ndarray x, object normalized_shape, object axis, int *at) except -2:
+    """How many axes are normalized, of which at[0] is the last one; -1 where that is not plain."""
+    at[0] = cnp.PyArray_NDIM(x) - 1
+    if axis is None:
+        return trailing_axes(x, normalized_shape)
+    at[0] = named_axis(x, axis) if normalized_shape is None else -1
+    return 1 if at[0] >= 0 else -1
+
+
+cdef int result_type(ndarray x, object dtype) except -2:
+    """The number of the type that is asked for; -1 where that takes a closer look."""
+    if dtype is None:
+        return cnp.PyArray_TYPE(x)
+    if type(dtype) is type or (isinstance(dtype, np.dtype) and dtype.kind in "fi"):
+        return result_types.get(dtype, -1)
+    return -1
 
 
 cdef object axis_last(ndarray a, int axis):
@@ -69,10 +91,10 @@ cdef bint is_framed_parameter(object w, ndarray rows, int axes, int most) noexce
 
 cdef inline bint is_worth_converting(ndarray x, int compute, object weight, object bias,
                                      double offset) noexcept:
-    """Whether parameters of another type, or with an offset, had better be converted first."""
-    return cnp.PyArray_NBYTES(x) >= <npy_intp>CONVERT_BYTES and not (
-        (weight is None or (offset == 0 and cnp.PyArray_TYPE(<ndarray>weight) == compute))
-        and (bias is None or cnp.PyArray_TYPE(<ndarray>bias) == compute)
+    """Whether parameters that are not plain, or have an offset, had better be made so first."""
+    return cnp.PyArray_NBYTES(x) >= <npy_intp>LONG_WAY_BYTES and not (
+        (weight is None or (offset == 0 and is_plain(weight, compute, C_ALIGNED)))
+        and (bias is None or is_plain(bias, compute, C_ALIGNED))
     )
 
 
@@ -124,25 +146,19 @@ cdef object framed_norm(options *opt, object x_object, object normalized_shape, 
     """y, or (y, scale, mean, rstd) less what there is not; None where this path does not apply."""
     cdef ndarray x, rows
     cdef object y, scale = None, mean = None, rstd = None
-    cdef int typenum, compute, axes = 1, at, lead, most, warm = 1
+    cdef int typenum, compute, axes, at, lead, most, warm = 1
     cdef double epsilon
     if not is_loadable(x_object) or cnp.PyArray_SIZE(<ndarray>x_object) == 0:
-        return None
-    if not (dtype is None or type(dtype) is type or isinstance(dtype, np.dtype)):
         return None
     if not (activation is None or type(activation) is str):
         return None
     x = <ndarray>x_object
-    at = cnp.PyArray_NDIM(x) - 1
-    if axis is None:
-        axes = trailing_axes(x, normalized_shape)
-    else:
-        at = named_axis(x, axis) if normalized_shape is None else -1
-    typenum = cnp.PyArray_TYPE(x) if dtype is None else result_types.get(dtype, -1)
+    axes = normalized_axes(x, normalized_shape, axis, &at)
+    typenum = result_type(x, dtype)
     kind = activations.get(activation)
     compute = compute_type(cnp.PyArray_TYPE(x))
     epsilon = eps_of(eps, compute)
-    if axes < 0 or at < 0 or typenum < 0 or kind is None or not epsilon >= 0:
+    if axes < 0 or typenum < 0 or kind is None or not epsilon >= 0:
         return None
     rows = axis_last(x, at)
     lead = cnp.PyArray_NDIM(x) - axes
@@ -199,42 +215,20 @@ cdef inline bint is_apart_result(object out, ndarray x, int typenum, object weig
     )
 
 
-cdef bint is_row_number(object a, int typenum, ndarray rows, int lead, ndarray x, int at) noexcept:
-    """A plain array of a number for each row: of the leading shape, or with torch's axes of length
-    1, which stand where those that are normalized do."""
-    cdef int d, ndim, axes = cnp.PyArray_NDIM(x) - lead
-    if not is_plain(a, typenum, C_ALIGNED):
-        return False
-    ndim = cnp.PyArray_NDIM(<ndarray>a)
-    if ndim == lead:
-        return cnp.PyArray_CompareLists(cnp.PyArray_DIMS(<ndarray>a), cnp.PyArray_DIMS(rows), lead)
-    if ndim != lead + axes:
-        return False
-    for d in range(ndim):
-        if cnp.PyArray_DIM(<ndarray>a, d) != (
-                1 if at - axes < d <= at else cnp.PyArray_DIM(x, d)):
-            return False
-    return True
-
-
 cdef object framed_backward(object dy, object x_object, object normalized_shape, object axis,
                             object mean, object rstd, object weight, object bias, double offset,
                             int mask, bint rms):
     """(dx, dweight, dbias), None for what is not wanted; None where this path does not apply."""
     cdef ndarray x, rows
     cdef object dx = None, dweight = None, dbias = None, dx_rows = None
-    cdef int compute, axes = 1, at, lead, warm = 0
+    cdef int compute, axes, at, lead, warm = 0
     if mask <= 0 or not is_loadable(x_object) or not is_loadable(dy):
         return None
     x = <ndarray>x_object
     if cnp.PyArray_SIZE(x) == 0 or not same_shape(x, <ndarray>dy):
         return None
-    at = cnp.PyArray_NDIM(x) - 1
-    if axis is None:
-        axes = trailing_axes(x, normalized_shape)
-    else:
-        at = named_axis(x, axis) if normalized_shape is None else -1
-    if axes < 0 or at < 0:
+    axes = normalized_axes(x, normalized_shape, axis, &at)
+    if axes < 0:
         return None
     compute = compute_type(cnp.PyArray_TYPE(x))
     rows = axis_last(x, at)
@@ -296,8 +290,7 @@ cdef object framed_moments(object x_object, object axis):
         return None
     x = <ndarray>x_object
     lead = cnp.PyArray_NDIM(x) - 1
-    at = lead if axis is None else named_axis(x, axis)
-    if at < 0:
+    if normalized_axes(x, None, axis, &at) < 0:
         return None
     compute = compute_type(cnp.PyArray_TYPE(x))
     rows = axis_last(x, at)

@@ -186,16 +186,20 @@ cdef object direct_norm(
     return (y, rstd) if opt.rms else (y, mean, rstd)
 
 
-cdef inline bint is_statistic(object a, int typenum, ndarray x, int axes) noexcept:
-    """A plain array of x's leading shape, with or without torch's trailing ones."""
-    cdef int i, lead = cnp.PyArray_NDIM(x) - axes, ndim
+cdef bint is_row_number(object a, int typenum, ndarray rows, int lead, ndarray x, int at) noexcept:
+    """A plain array of a number for each row: of the leading shape, or with torch's axes of length
+    1, which stand where those that are normalized do."""
+    cdef int d, ndim, axes = cnp.PyArray_NDIM(x) - lead
     if not is_plain(a, typenum, C_ALIGNED):
         return False
     ndim = cnp.PyArray_NDIM(<ndarray>a)
-    if ndim != lead and ndim != cnp.PyArray_NDIM(x):
+    if ndim == lead:
+        return cnp.PyArray_CompareLists(cnp.PyArray_DIMS(<ndarray>a), cnp.PyArray_DIMS(rows), lead)
+    if ndim != lead + axes:
         return False
-    for i in range(ndim):
-        if cnp.PyArray_DIM(<ndarray>a, i) != (cnp.PyArray_DIM(x, i) if i < lead else 1):
+    for d in range(ndim):
+        if cnp.PyArray_DIM(<ndarray>a, d) != (
+                1 if at - axes < d <= at else cnp.PyArray_DIM(x, d)):
             return False
     return True
 
@@ -237,16 +241,16 @@ cdef object direct_backward(object dy_object, object x_object, object normalized
         return None
     if not is_parameter(weight, typenum, x, axes) or not is_parameter(bias, typenum, x, axes):
         return None
-    if not (rms or is_statistic(mean, typenum, x, axes)):
+    first = cnp.PyArray_NDIM(x) - axes
+    if not (rms or is_row_number(mean, typenum, x, first, x, cnp.PyArray_NDIM(x) - 1)):
         return None
-    if not is_statistic(rstd, typenum, x, axes):
+    if not is_row_number(rstd, typenum, x, first, x, cnp.PyArray_NDIM(x) - 1):
         return None
     stride = plain_rows(x, axes, &args.shape)
     if args.shape.rows == 0:
         return None
     if offset != 0:
         weight = converted(weight, x.dtype, offset)
-    first = cnp.PyArray_NDIM(x) - axes
     args.rms = rms
     args.dx_is_warm = 0
     args.steps = NULL

@@ -110,13 +110,15 @@ class NormBackwardCall(Call):
             arrays = [None if a is None else a[index] for a in arrays]
             stats = [None if s is None else np.ascontiguousarray(s[index]) for s in stats]
         places = [self._sums_of(total, index) for total in (self.dweight, self.dbias)]
-        sums = [None if place is None else np.zeros_like(place) for place in places]
+        sums = places
+        if index:
+            sums = [None if place is None else np.zeros_like(place) for place in places]
         said: Any = _core.norm_backward_rows(
             arrays[1].ndim - len(self.normalized), self.compute, *arrays, *stats, *sums,
             warm=self.warm, plan=plan, **(self.options | own),
         )  # fmt: skip
         for place, part in zip(places, sums, strict=True):
-            if place is not None and not plan:
+            if index and place is not None and not plan:
                 place += part  # which several parts share where the other parameter has more axes
         return said
 

@@ -31,7 +31,7 @@ class SegmentsCall(Call):
         dtype = array.dtype.newbyteorder("=")
         if self.explained:
             return stand_in(array.shape, dtype)
-        return np.ascontiguousarray(array, dtype=dtype)
+        return np.require(array, dtype, ("C", "A"))
 
     def is_copied(self, name: str, array: np.ndarray) -> bool:
         """Whether this is more than one run of elements that the kernels can load; notes why."""

@@ -36,9 +36,6 @@ fn_held_line *fn_held_line_at(fn_held_line held[FN_HELD_LINES], char *line, ptrd
     return h;
 }
 
-/* Planes of one element that are done at a time. */
-enum { SOME_ELEMENTS = 128 };
-
 /* ---- planes ----------------------------------------------------------------------------------- */
 
 /* Short planes that are done by one call, and share a strip; else 1. */
@@ -81,6 +78,9 @@ void fn_finish_planes(fn_plane_result *r, const char *x, const char *dy, ptrdiff
         table->plane_pass[r->dtype](x, dy, y, n, *terms, r->stream ? r->held : NULL, r->ahead);
 }
 
+/* Planes of one element that are done at a time. */
+enum { SOME_ELEMENTS = 128 };
+
 /* The same number as many terms. */
 static void repeat_term(const fn_plane_result *r, void *into, double term, ptrdiff_t n)
 {
@@ -94,11 +94,11 @@ static const void *parameters_at(const void *data, fn_dtype dtype, ptrdiff_t i)
     return data ? at_element(data, dtype, i) : NULL;
 }
 
-/* A row of n planes of one element, side by side from element `at` on: shared is their unit's pivot, what
- * the mean lies beyond it, and rstd; with dy, slope and shift are all planes' too. */
+/* A row of n planes of one element, side by side from element `at` on: unit is what they share, its pivot, what
+ * the mean lies beyond it, and rstd; with dy, slope and shift too. */
 static void finish_elements(fn_plane_result *r, const char *x, const char *dy, ptrdiff_t at,
-                            ptrdiff_t n, const double shared[3], const void *weight,
-                            const void *bias, const double shift_slope[2])
+                            ptrdiff_t n, const double unit[3], const void *weight, const void *bias,
+                            const double shift_slope[2])
 {
     const fn_channel_table *table = &fn_active_isa->channels;
     const ptrdiff_t size = fn_size_of(r->dtype);
@@ -111,7 +111,7 @@ static void finish_elements(fn_plane_result *r, const char *x, const char *dy, p
     for (ptrdiff_t j = 0, k; j < n; j += k) {
         char *y = (char *)r->y + (at + j) * fn_size_of(r->y_type), *to = direct ? y : r->strip;
         k = n - j < SOME_ELEMENTS ? n - j : SOME_ELEMENTS;
-        table->column_terms[r->dtype](shared, NULL, NULL, parameters_at(weight, r->dtype, j),
+        table->column_terms[r->dtype](unit, NULL, NULL, parameters_at(weight, r->dtype, j),
                                       parameters_at(bias, r->dtype, j), k, formed);
         table->columns_pass[r->dtype](x + j * size, dy ? dy + j * size : NULL, to, k,
                                       (const void *const *)terms, 0);
@@ -259,8 +259,8 @@ static void channel_norm(const void *args, ptrdiff_t unit0, ptrdiff_t unit1, voi
             const ptrdiff_t at = u * l->stride + row * l->row_stride;
             if (!x || l->rows > 1) x = as_computed(a->x, a->x_type, at, cols_of(l), a->dtype, room);
             if (l->plane == 1) {
-                const double shared[3] = {m.pivot, m.shift, m.rstd};
-                finish_elements(&result, x, NULL, at, planes, shared,
+                const double unit[3] = {m.pivot, m.shift, m.rstd};
+                finish_elements(&result, x, NULL, at, planes, unit,
                                 parameters_at(a->weight, a->dtype, first),
                                 parameters_at(a->bias, a->dtype, first), NULL);
                 continue;

@@ -245,7 +245,7 @@ static int has_late_steps(const fn_steps *s) { return s->activation || s->mask.d
 /* What comes from a room or through a mask is written by whole lines: rows must begin with one. */
 static int streams_from_rooms(const fn_layer_norm_args *a, fn_dtype dtype)
 {
-    if (!step_streams(a, dtype) || !has_late_steps(a->steps)) return 0;
+    if (!step_streams(a, dtype) || !has_late_steps(a->steps) || a->steps->starts) return 0;
     const fn_rows *y = &a->steps->outputs[0].y;
     return (a->shape.cols <= FN_GROUP_COLS || !a->steps->activation) && !y->outer_strides &&
            y->stride % 64 == 0 && (uintptr_t)y->data % 64 == 0;

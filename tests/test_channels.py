@@ -693,3 +693,55 @@ def test_arrays_without_elements_are_explained(shape, axis):
     statistics = np.zeros(shape[axis], np.float32), np.ones(shape[axis], np.float32)
     assert fastnorm.explain("instance_norm", x, channel_axis=axis).threads == 1
     assert fastnorm.explain("batch_norm", x, *statistics, channel_axis=axis).threads == 1
+
+
+def alone(a, c):
+    """Channel c of an array, by itself."""
+    return np.ascontiguousarray(a[:, c : c + 1])
+
+
+@pytest.mark.parametrize("planes", [(1,), (7, 7), (16, 16), (17, 16)], ids=str)
+def test_channels_that_are_done_together(isa, planes, dtype, rng, partition):
+    """Backward takes eight short planes by one call, each with the bits it has alone, also beside
+    one that is out of range."""
+    x, dy = rng.standard_normal((2, 3, 21, *planes)).astype(dtype)
+    x[:, 4] *= dtype.type(1e30 if dtype == np.float32 else 1e200)
+    w, b = rng.standard_normal((2, 21)).astype(dtype)
+    for parts in (0, 3):
+        partition(parts)
+        _, mean, rstd = fastnorm.batch_norm(x, None, None, training=True, return_stats=True)
+        got = fastnorm.batch_norm_backward(
+            dy, x, None, None, w, b, training=True, mean=mean, rstd=rstd
+        )
+        inference = fastnorm.batch_norm_backward(dy, x, b, np.abs(w), w, b)
+        for c in range(21):
+            one = slice(c, c + 1)
+            want = fastnorm.batch_norm_backward(
+                alone(dy, c), alone(x, c), None, None, w[one], b[one], training=True,
+                mean=mean[one], rstd=rstd[one],
+            )  # fmt: skip
+            if planes != (1,):  # which go as rows of channels, in another order
+                assert_same_bits(alone(got[0], c), want[0], f"channel {c}")
+                assert_same_bits((got[1][one], got[2][one]), want[1:], f"channel {c}")
+            np.testing.assert_allclose(alone(got[0], c), want[0], rtol=1e-4, atol=1e-5)
+            want = fastnorm.batch_norm_backward(
+                alone(dy, c), alone(x, c), b[one], np.abs(w[one]), w[one], b[one]
+            )
+            assert_same_bits(alone(inference[0], c), want[0], f"channel {c}")
+
+
+@pytest.mark.parametrize("channels", [6, 24, 132, 396])
+def test_groups_of_single_elements_are_rows(isa, channels, dtype, rng):
+    """(N, C) has the bits of (N, C, 1), and those of y as it is before an activation."""
+    x, dy = rng.standard_normal((2, 5, channels)).astype(dtype)
+    w, b = rng.standard_normal((2, channels)).astype(dtype)
+    for groups in (1, 2, 6):
+        y, mean, rstd = fastnorm.group_norm(x, groups, w, b, return_stats=True)
+        assert_same_bits(fastnorm.group_norm(x[..., None], groups, w, b)[..., 0], y)
+        activated = fastnorm.group_norm(x, groups, w, b, activation="relu")
+        np.testing.assert_array_equal(activated, np.maximum(y, 0))
+        exact = reference.group_norm(x.astype("f8"), groups, w.astype("f8"), b.astype("f8"))
+        np.testing.assert_allclose(y, exact, rtol=1e-5, atol=2e-5)
+        got = fastnorm.group_norm_backward(dy, x, groups, mean, rstd, w, b)
+        planes = fastnorm.group_norm_backward(dy[..., None], x[..., None], groups, mean, rstd, w, b)
+        assert_same_bits((got[0], *got[1:]), (planes[0][..., 0], *planes[1:]))

@@ -165,38 +165,38 @@ def test_outputs(rng, short):
         assert_same_bits(out, want)
 
 
-@pytest.mark.parametrize("activation", ["relu", "silu"])
-def test_activations_after_norms_of_channels(activation, rng, monkeypatch):
+@pytest.mark.parametrize("activation", ["relu", "silu", "gelu", "gelu_tanh"])
+def test_activations_after_norms_of_channels(activation, dtype, rng, monkeypatch):
     from fastnorm import channels
 
-    x = rng.standard_normal((2, 6, 5, 7)).astype("f4")
-    w, b, mean = rng.standard_normal((3, 6)).astype("f4")
-    var = np.float32([0.5, 1, 2, 3, 4, 5])
+    x = rng.standard_normal((2, 6, 5, 7)).astype(dtype)
+    w, b, mean = rng.standard_normal((3, 6)).astype(dtype)
+    var = np.array([0.5, 1, 2, 3, 4, 5], dtype)
+    rest = (None, None, False, activation)  # out, dtype, return_stats
     calls = {
-        "group_norm": lambda: fastnorm.group_norm(x, 3, w, b, activation=activation),
-        "instance_norm": lambda: fastnorm.instance_norm(x, None, None, w, b, activation=activation),
-        "batch_norm": lambda: fastnorm.batch_norm(x, mean, var, w, b, activation=activation),
-    }
-    want = {
-        "group_norm": channels.handlers["group_norm"](
-            x, 3, w, b, 1e-5, 1, None, None, False, activation
+        "group_norm": ((x, 3), (x, 3, w, b, 1e-5, 1, *rest), {}),
+        "instance_norm": (
+            (x, None, None), (x, None, None, w, b, True, 0.1, 1e-5, 1, "torch", *rest), {}
         ),
-        "instance_norm": channels.handlers["instance_norm"](
-            x, None, None, w, b, True, 0.1, 1e-5, 1, "torch", None, None, False, activation
+        "batch_norm": (
+            (x, mean, var), (x, mean, var, w, b, False, 0.1, 1e-5, 1, "torch", *rest), {}
         ),
-    }
-    plain = fastnorm.batch_norm(x, mean, var, w, b)
-    want["batch_norm"] = np.maximum(plain, 0) if activation == "relu" else None
+        "batch_norm in training": (
+            (x, None, None), (x, None, None, w, b, True, 0.1, 1e-5, 1, "torch", *rest),
+            {"training": True},
+        ),
+    }  # fmt: skip
+    handlers = dict(channels.handlers)
 
     def refuse(*_):
         raise AssertionError("took the long way")
 
-    for name, call in calls.items():
+    for name, (given, all_given, options) in calls.items():
+        op = name.split()[0]
         with monkeypatch.context() as patch:
-            patch.setitem(channels.handlers, name, refuse)
-            got = call()
-        if want[name] is not None:
-            assert_same_bits(got, want[name], name)
+            patch.setitem(channels.handlers, op, refuse)
+            got = getattr(fastnorm, op)(*given, w, b, activation=activation, **options)
+        assert_same_bits(got, handlers[op](*all_given), name)
 
 
 def test_units_out_of_range_before_an_activation(rng):
@@ -281,3 +281,15 @@ def test_large_calls_whose_parameters_are_of_another_type(kind, rng):
         got = fastnorm.rms_norm(x, 1000, w, offset=offset, activation="relu")
         part = fastnorm.rms_norm(x[:3].copy(), 1000, w, offset=offset, activation="relu")
         assert_same_bits(got[:3], part)
+
+
+def test_sums_that_underflow_have_one_sign(dtype):
+    """Both ways give what the kernel does, -0 as -0."""
+    tiny = np.finfo(dtype).tiny ** 0.8
+    x, dy = np.full((4, 3), tiny, dtype).T, np.full((3, 4), -tiny, dtype)
+    rstd = np.full(3, tiny, dtype)
+    got = fastnorm.rms_norm_backward(dy, x, 4, rstd)
+    want = dispatch.handlers["rms_norm_backward"](
+        dy, x, 4, rstd, None, None, 0.0, (True, True), False, None, None
+    )
+    assert_same_bits(got, want)

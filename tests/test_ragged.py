@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import fastnorm
-from fastnorm import accuracy, checks, reference
+from fastnorm import accuracy, checks, dispatch, reference
 
 from .helpers.arrays import assert_same_bits, guarded, placed
 from .helpers.storage import STORAGE, cast, compute_type, special_rows
@@ -506,6 +506,48 @@ def test_segments_past_the_cache(isa, dtype, longest, offset, rng, partition):
     for parts in (0, 3):
         partition(parts)
         assert_same_bits(fastnorm.segment_layer_norm(x, edges, out=out), want, f"{parts} parts")
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_large_packed_rows_keep_to_themselves(activation, dtype, rng, partition):
+    """With an activation too, with and without `out`: nothing beyond a row, nor beyond the last."""
+    lengths = rng.integers(600, 1001, (10 << 20) // (800 * dtype.itemsize))
+    edges = np.cumsum([0, *lengths])
+    x = np.resize(rows_of(rng, 100, 1000, dtype), edges[-1])
+    places = placed(np.full(len(x) + 2000, 7, dtype), 0)
+    want = np.concatenate([
+        fastnorm.layer_norm(x[edges[i] : edges[i + 1]], activation=activation)
+        for i in range(len(lengths))
+    ])  # fmt: skip
+    for parts in (0, 2, 5):
+        partition(parts)
+        out = places[: len(x)]
+        fastnorm.segment_layer_norm(x, edges, out=out, activation=activation)
+        assert_same_bits(out, want, f"{parts} parts")
+        assert (places[len(x) :] == 7).all()
+        for _ in range(3):  # the second has warm memory
+            got = fastnorm.segment_layer_norm(x, edges, activation=activation)
+            assert_same_bits(got, want, f"{parts} parts, new")
+            del got
+
+
+def test_packed_rows_that_are_not_aligned(dtype, rng):
+    x, dy = rng.standard_normal((2, 9)).astype(dtype)
+    memory = np.zeros((2, x.nbytes + 1), np.uint8)
+    odd = [row[1:].view(dtype) for row in memory]
+    odd[0][:], odd[1][:] = x, dy
+    edges = np.array([0, 4, 9])
+    want = fastnorm.segment_layer_norm(x, edges, return_stats=True)
+    got = fastnorm.segment_layer_norm(odd[0], edges, return_stats=True)
+    assert_same_bits(got, want)
+    plan = fastnorm.explain("segment_layer_norm", odd[0], edges)
+    assert plan.copies == ("x is copied: its elements are not aligned",)
+    call = dispatch.CALLS["segment_layer_norm"](
+        odd[0], edges, None, None, 1e-5, None, None, False, None
+    )
+    assert call.packed("x", odd[0]).flags.aligned
+    want = fastnorm.segment_layer_norm_backward(dy, x, edges, *want[1:])
+    assert_same_bits(fastnorm.segment_layer_norm_backward(odd[1], odd[0], edges, *got[1:]), want)
 
 
 @segments
