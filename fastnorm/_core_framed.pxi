@@ -255,10 +255,32 @@ cdef object framed_backward(object dy, object x_object, object normalized_shape,
     return dx, dweight, dbias
 
 
+cdef inline bint asks_no_more(object axis, object normalized_shape, object dtype,
+                              object activation, object lengths, object mask) noexcept:
+    """Whether a norm has no more to do than the straight paths do."""
+    return (
+        is_last(axis, normalized_shape) and dtype is None and activation is None
+        and lengths is None and mask is None
+    )
+
+
+cdef object plain_norm(options *opt, object x, object normalized_shape, object axis, object weight,
+                       object bias, object eps, object out, object dtype, object activation,
+                       object lengths, object mask):
+    """The straight path, or the nearly straight one; None where neither applies."""
+    result = None
+    if asks_no_more(axis, normalized_shape, dtype, activation, lengths, mask):
+        result = direct_norm(opt, x, normalized_shape, weight, bias, eps, out, None, None, None)
+    if result is not None:
+        return result
+    return framed_norm(opt, x, normalized_shape, axis, weight, bias, eps, out, dtype, activation,
+                       lengths, mask)
+
+
 cdef object plain_backward(object dy, object x, object normalized_shape, object axis, object mean,
                            object rstd, object weight, object bias, double offset, int mask,
                            bint rms):
-    """The straight path, or the nearly straight one; None where neither applies."""
+    """The same of gradients."""
     result = None
     if is_last(axis, normalized_shape):
         result = direct_backward(dy, x, normalized_shape, mean, rstd, weight, bias, offset, mask,

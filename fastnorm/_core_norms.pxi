@@ -93,22 +93,16 @@ out=None, dtype=None, return_stats=False, activation=None, lengths=None, mask=No
            [ 0.       ,  0.       ,  0.       ]], dtype=float32)
     """
     cdef options opt
-    cdef bint plain = (is_last(axis, normalized_shape) and dtype is None and activation is None
-                       and lengths is None and mask is None)
     if is_bool(return_stats):
         result = None
-        if plain:
+        if asks_no_more(axis, normalized_shape, dtype, activation, lengths, mask):
             result = direct_layer_norm(x, normalized_shape, weight, bias, eps, out,
                                        return_stats is True)
         if result is None and PyFloat_CheckExact(eps):
             memset(&opt, 0, sizeof(opt))
             opt.return_stats = return_stats is True
-            if plain:
-                result = direct_norm(&opt, x, normalized_shape, weight, bias, eps, out, None, None,
-                                     None)
-            if result is None:
-                result = framed_norm(&opt, x, normalized_shape, axis, weight, bias, eps, out,
-                                     dtype, activation, lengths, mask)
+            result = plain_norm(&opt, x, normalized_shape, axis, weight, bias, eps, out, dtype,
+                                activation, lengths, mask)
         if result is not None:
             return result
     return handlers["layer_norm"](x, normalized_shape, weight, bias, eps, axis, out, dtype,
@@ -170,14 +164,8 @@ lengths=None, mask=None)
         opt.round_before_weight = round_before_weight is True
         opt.offset = plain_offset(offset)
         if opt.offset - opt.offset == 0:
-            result = None
-            if (is_last(axis, normalized_shape) and dtype is None and activation is None
-                    and lengths is None and mask is None):
-                result = direct_norm(&opt, x, normalized_shape, weight, None, eps, out, None, None,
-                                     None)
-            if result is None:
-                result = framed_norm(&opt, x, normalized_shape, axis, weight, None, eps, out,
-                                     dtype, activation, lengths, mask)
+            result = plain_norm(&opt, x, normalized_shape, axis, weight, None, eps, out, dtype,
+                                activation, lengths, mask)
             if result is not None:
                 return result
     return handlers["rms_norm"](x, normalized_shape, weight, eps, axis, out, dtype, offset,

@@ -47,19 +47,23 @@ static void planes_dots(const void *x, const void *dy, ptrdiff_t n, int planes,
 {
     const element *xs = x, *dys = dy;
     quarter part[3][FN_PLANES], q[3];
-    double dots[3];
-    for (int j = 0; n == 1 && j < planes; j++) {
-        const element d = 0 + (xs[j] - (element)pivots[j * step]), g = 0 + dys[j];
-        sums[j] = (double)d;
-        sums[FN_PLANES + j] = (double)g;
-        sums[2 * FN_PLANES + j] = (double)(0 + g * d);
+    if (n == 1) {
+        for (int j = 0; j < planes; j++) { /* what is added to 0, as in longer planes, is not -0 */
+            const element d = 0 + (xs[j] - (element)pivots[j * step]), g = 0 + dys[j];
+            sums[j] = (double)d;
+            sums[FN_PLANES + j] = (double)g;
+            sums[2 * FN_PLANES + j] = (double)(0 + g * d);
+        }
+        return;
     }
-    if (n == 1) return;
-    for (int j = 0; VW == 1 && j < planes; j++) { /* takes less code */
-        plane_dots(xs + j * n, dys + j * n, n, pivots[j * step], dots);
-        for (int k = 0; k < 3; k++) sums[k * FN_PLANES + j] = dots[k];
+    if (VW == 1) { /* takes less code */
+        for (int j = 0; j < planes; j++) {
+            double dots[3];
+            plane_dots(xs + j * n, dys + j * n, n, pivots[j * step], dots);
+            for (int k = 0; k < 3; k++) sums[k * FN_PLANES + j] = dots[k];
+        }
+        return;
     }
-    if (VW == 1) return;
     for (int j = 0; j < planes; j++) {
         block_dots(xs + j * n, dys + j * n, NULL, n, v_set1((element)pivots[j * step]), q);
         for (int k = 0; k < 3; k++) part[k][j] = q[k];

@@ -242,7 +242,8 @@ static int step_streams(const fn_layer_norm_args *a, fn_dtype dtype)
 
 static int has_late_steps(const fn_steps *s) { return s->activation || s->mask.data; }
 
-/* What comes from a room or through a mask is written by whole lines: rows must begin with one. */
+/* What comes from a room or through a mask is written by whole lines: rows must begin with one, as
+ * packed rows do not. */
 static int streams_from_rooms(const fn_layer_norm_args *a, fn_dtype dtype)
 {
     if (!step_streams(a, dtype) || !has_late_steps(a->steps) || a->steps->starts) return 0;
