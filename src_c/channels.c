@@ -148,38 +148,13 @@ static int moments_of_unit(const fn_channel_norm_args *a, ptrdiff_t at, void *ro
     return 1;
 }
 
-/* Whether w*rstd has lost digits to the least numbers, though the weight is nowhere near them. */
-static int is_lost(double w, double rstd, fn_dtype dtype)
+/* Whether the planes' factors stay in range though all that they are made of does. */
+static int weights_fit(const fn_channel_norm_args *a, ptrdiff_t kind, double rstd)
 {
-    return fabs(w * rstd) < least_of(dtype) && fabs(w) >= (dtype == FN_F64 ? 0x1p-960 : 0x1p-100);
-}
-
-/* Whether a plane's factor stays in range though all that it is made of does. */
-static int weights_fit(const fn_channel_norm_args *a, ptrdiff_t first, double rstd)
-{
-    for (ptrdiff_t j = 0; a->weight && j < a->layout.planes; j++) {
-        const double w = number_at(a->weight, a->dtype, first + j, 1);
-        if (fabs(w * rstd) > largest_of(a->dtype) && fabs(w) <= DBL_MAX) return 0;
-        if (is_lost(w, rstd, a->dtype)) return 0;
-    }
+    const ptrdiff_t planes = a->layout.planes;
+    for (ptrdiff_t j = kind * planes; a->weight && j < (kind + 1) * planes; j++)
+        if (!weight_fits(number_at(a->weight, a->dtype, j, 1), rstd, a->dtype)) return 0;
     return 1;
-}
-
-int fn_moments_fit(const fn_channel_norm_args *a, ptrdiff_t kind, unit_moments *m)
-{
-    const double padded = m->variance + a->eps;
-    m->rstd = 1.0 / sqrt(padded);
-    return !(padded < least_variance(a->dtype) || m->variance > DBL_MAX) &&
-           weights_fit(a, kind * a->layout.planes, m->rstd);
-}
-
-void fn_keep_moments(const fn_channel_norm_args *a, ptrdiff_t u, int fits, const unit_moments *m)
-{
-    a->refused[u] = !fits;
-    if (!fits) return;
-    a->mean[u] = m->pivot + m->shift;
-    a->variance[u] = m->variance;
-    a->rstd[u] = m->rstd;
 }
 
 unit_moments fn_given_moments(const fn_channel_norm_args *a, ptrdiff_t kind)
@@ -191,13 +166,14 @@ unit_moments fn_given_moments(const fn_channel_norm_args *a, ptrdiff_t kind)
 static int find_moments(const fn_channel_norm_args *a, ptrdiff_t u, ptrdiff_t kind, void *room,
                         const void **x, unit_moments *m)
 {
+    *m = (unit_moments){0, 0, 0, 0};
     if (a->given) {
         *m = fn_given_moments(a, kind);
         return 1;
     }
-    const int fits = moments_of_unit(a, u * a->layout.stride, room, x, m) &&
-                     fn_moments_fit(a, kind, m);
-    fn_keep_moments(a, u, fits, m);
+    const int fits = moments_of_unit(a, u * a->layout.stride, room, x, m) && rstd_fits(a, m) &&
+                     weights_fit(a, kind, m->rstd);
+    keep_moments(a, u, fits, m);
     return fits;
 }
 
@@ -279,28 +255,6 @@ static void channel_norm(const void *args, ptrdiff_t unit0, ptrdiff_t unit1, voi
 
 /* ---- backward --------------------------------------------------------------------------------- */
 
-/* Square roots of variances within these bounds leave their squares, times a gradient, in range. */
-static double largest_rstd(fn_dtype dtype) { return dtype == FN_F64 ? 0x1p301 : 0x1p41; }
-
-/* Whether two sums of a plane, of dy and of dy times xh, lost nothing to either end of the range.
- * Products of dy and 1/rstd may underflow by half a least number each: next to `least`, that is
- * nothing. */
-static int sums_are_safe(double a, double b, double least, fn_dtype dtype)
-{
-    const double largest = larger(fabs(a), fabs(b));
-    if (a != a || b != b) return 0;
-    return largest == 0 || (largest >= larger(least, dtype == FN_F64 ? 0x1p-900 : 0x1p-90) &&
-                            largest <= largest_of(dtype));
-}
-
-/* Whether what dx takes besides dy*factor is rounded to T's digits, though T's least number stands in
- * the way; `sums`: the largest of the unit's n elements. */
-static int terms_are_safe(const double terms[4], double rstd, double sums, double n, fn_dtype dtype)
-{
-    const double least = smaller(rstd, rstd * rstd) * (sums / n);
-    return (terms[2] == 0 && terms[3] == 0) || least >= least_of(dtype) * sqrt(n);
-}
-
 /* The unit's rows as they are computed with. */
 static void load_rows(const fn_channel_norm_backward_args *a, ptrdiff_t at, char *rooms,
                       const char **x, const char **dy)
@@ -349,33 +303,17 @@ static double sums_of_unit(const fn_channel_norm_backward_args *a, ptrdiff_t at,
     return deviations;
 }
 
-int fn_gradients_of_unit(const fn_channel_norm_backward_args *a, ptrdiff_t first, double mean,
-                         double rstd, double deviations, double *sums, double terms[4])
+/* sums: of each plane, of dy (x - pivot), which becomes dweight, and of dy; deviations: of x - pivot over
+ * the unit; terms[0]: the pivot. Makes what dx takes besides dy*factor in terms; false where the unit is out
+ * of range. first: the unit's first weight. */
+static int gradients_of_unit(const fn_channel_norm_backward_args *a, const gradient_bounds *b,
+                             ptrdiff_t first, double mean, double rstd, double deviations,
+                             double *sums, double terms[4])
 {
-    const fn_channels *l = &a->layout;
-    const double n = (double)l->rows * (double)cols_of(l), per_n = 1.0 / n;
-    const double most = largest_of(a->dtype);
-    const double least = 4 * least_of(a->dtype) * rstd * (double)l->rows * (double)l->plane;
-    const double c = a->given ? mean - terms[0] : deviations * per_n;
-    double g = 0, gx = 0, largest = 0;
-    const double bound = largest_rstd(a->dtype);
-    int fits = 1 <= rstd * bound && rstd <= bound;
-    for (ptrdiff_t j = 0; j < l->planes; j++) {
-        const double w = number_at(a->weight, a->dtype, first + j, 1), dy = sums[2 * j + 1];
-        const double dyx = sums[2 * j] * rstd;
-        fits &= sums_are_safe(dy, dyx, least, a->dtype) && fabs(w * rstd) <= most &&
-                !is_lost(w, rstd, a->dtype);
-        largest = larger(largest, larger(fabs(dy), fabs(dyx)));
-        sums[2 * j] = (sums[2 * j] - c * dy) * rstd;
-        g += w * dy;
-        gx += w * sums[2 * j];
-    }
-    if (!a->given) {
-        terms[3] = -rstd * rstd * (gx * per_n);
-        terms[2] = -rstd * (g * per_n) - c * terms[3];
-        fits &= terms_are_safe(terms, rstd, largest, n, a->dtype);
-    }
-    return fits && fabs(terms[3]) <= most && fabs(terms[2]) <= most;
+    unit_gradients u = begun_gradients(a, b, mean, rstd, terms[0], deviations);
+    for (ptrdiff_t j = 0; j < a->layout.planes; j++)
+        add_plane(b, number_at(a->weight, a->dtype, first + j, 1), &u, sums + 2 * j);
+    return finish_gradients(a, b, &u, terms);
 }
 
 /* ---- backward of units of one short plane a row, which lie side by side -------------------------- */
@@ -426,6 +364,7 @@ static void neighbours_backward(const fn_channel_norm_backward_args *a, ptrdiff_
 {
     const fn_channels *l = &a->layout;
     const ptrdiff_t together = planes_together(l, a->stream);
+    const gradient_bounds bounds = gradient_bounds_of(a);
     for (ptrdiff_t u = unit0, count; u < unit1; u += count) {
         const ptrdiff_t kind = u % l->kinds, own = a->given ? kind : u;
         double pivots[FN_PLANES], deviations[FN_PLANES], terms[FN_PLANES][4] = {{0}};
@@ -436,10 +375,10 @@ static void neighbours_backward(const fn_channel_norm_backward_args *a, ptrdiff_
         for (ptrdiff_t k = 0; k < count; k++) {
             const double rstd = a->rstd[own + k];
             terms[k][0] = pivots[k];
-            a->refused[u + k] = (unsigned char)!fn_gradients_of_unit(a, kind + k, a->mean[own + k],
-                                                                     rstd, deviations[k],
-                                                                     a->sums + 2 * (u + k),
-                                                                     terms[k]);
+            a->refused[u + k] = (unsigned char)!gradients_of_unit(a, &bounds, kind + k,
+                                                                  a->mean[own + k], rstd,
+                                                                  deviations[k],
+                                                                  a->sums + 2 * (u + k), terms[k]);
             if (a->given) terms[k][0] = 0;
             terms[k][1] = rstd * number_at(a->weight, a->dtype, kind + k, 1);
         }
@@ -473,6 +412,7 @@ static void channel_norm_backward(const void *args, ptrdiff_t unit0, ptrdiff_t u
         neighbours_backward(a, unit0, unit1, &result);
         return;
     }
+    const gradient_bounds bounds = gradient_bounds_of(a);
     ptrdiff_t kind = unit0 % l->kinds;
     for (ptrdiff_t u = unit0; u < unit1; u++, kind = kind + 1 < l->kinds ? kind + 1 : 0) {
         const ptrdiff_t first = kind * planes, own = a->given ? kind : u;
@@ -481,8 +421,8 @@ static void channel_norm_backward(const void *args, ptrdiff_t unit0, ptrdiff_t u
         double terms[FN_PLANES][4];
         const char *x, *dy;
         const double deviations = sums_of_unit(a, u * l->stride, shared[0], rooms, &x, &dy, sums);
-        a->refused[u] = (unsigned char)!fn_gradients_of_unit(a, first, mean, rstd, deviations, sums,
-                                                             shared);
+        a->refused[u] = (unsigned char)!gradients_of_unit(a, &bounds, first, mean, rstd, deviations,
+                                                          sums, shared);
         if (a->refused[u] || !a->dx) continue;
         if (a->given) shared[0] = 0;
         const double pivot = shared[0], shift = shared[2], slope = shared[3];

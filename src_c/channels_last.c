@@ -24,6 +24,7 @@ enum { MOST_SUMS = 3 };
 typedef struct {
     fn_channels layout;
     ptrdiff_t samples, rows, cols, groups, blocks; /* rows, groups and blocks are of a sample */
+    double per_row, per_plane;
     const void *x, *dy;
     void *y; /* y or dx; NULL: not wanted */
     fn_dtype x_type, dy_type, y_type, dtype;
@@ -182,8 +183,9 @@ static void find_pivots(const last_call *c, const sample_room *room, ptrdiff_t s
     memset(room->terms[0], 0, (size_t)(c->cols * fn_size_of(c->dtype)));
     sum_rows(c, NULL, sample * c->rows, apart, rows, room->terms[0], scratch,
              tile_bytes(c) ? scratch + sum_bytes(c) : NULL);
+    const double per_row = 1.0 / (double)rows;
     fn_active_isa->widen_add[c->dtype](pivots, scratch, c->cols, 0);
-    for (ptrdiff_t j = 0; j < c->cols; j++) pivots[j] = rounded(pivots[j] / (double)rows, c->dtype);
+    for (ptrdiff_t j = 0; j < c->cols; j++) pivots[j] = rounded(pivots[j] * per_row, c->dtype);
     lay_out_pivots(c, room);
 }
 
@@ -201,9 +203,9 @@ typedef struct {
     double shift, squares;
 } column_moments;
 
-static column_moments moments_of_column(const last_call *c, const sample_room *room, ptrdiff_t j)
+FN_INLINE column_moments moments_of_column(const last_call *c, const sample_room *room, ptrdiff_t j)
 {
-    const double sum = room->numbers[0][j], shift = sum / (double)c->rows;
+    const double sum = room->numbers[0][j], shift = sum * c->per_row;
     const double squares = room->numbers[1][j] - shift * sum;
     return (column_moments){shift, squares < 0 ? 0 : squares};
 }
@@ -239,48 +241,71 @@ static void sum_sample(const last_call *c, const sample_room *room, ptrdiff_t sa
 
 /* ---- what a row takes ------------------------------------------------------------------------- */
 
-/* The channels of a unit are merged by their distance from the first one's pivot. */
-static int moments_of_unit(const last_call *c, const sample_room *room, ptrdiff_t j0,
-                           unit_moments *m)
+/* Channels are merged by their distance from the pivot of the first, whose moments are given. */
+static void merge_channels(const last_call *c, const sample_room *room, ptrdiff_t j0, double *mean,
+                           double *squares)
 {
-    const double n = (double)c->rows, planes = (double)c->layout.planes;
-    const double *pivots = pivots_of(room) + j0, first = pivots[0];
-    double *own = room->numbers[2] + j0, mean = 0, squares = 0;
-    for (ptrdiff_t j = 0; j < c->layout.planes; j++) {
+    const double n = (double)c->rows, *pivots = pivots_of(room) + j0;
+    double *own = room->numbers[2] + j0;
+    own[0] = *mean;
+    for (ptrdiff_t j = 1; j < c->layout.planes; j++) {
         const column_moments column = moments_of_column(c, room, j0 + j);
-        own[j] = (pivots[j] - first) + column.shift;
-        mean += own[j];
-        squares += column.squares;
+        own[j] = (pivots[j] - pivots[0]) + column.shift;
+        *mean += own[j];
+        *squares += column.squares;
     }
-    mean /= planes;
+    *mean *= c->per_plane;
     for (ptrdiff_t j = 0; j < c->layout.planes; j++)
-        squares += n * ((own[j] - mean) * (own[j] - mean));
-    m->pivot = rounded(first + mean, c->dtype);
-    m->shift = (first - m->pivot) + mean;
-    m->variance = squares / (n * planes);
-    return squares <= largest_squares(c->dtype);
+        *squares += n * ((own[j] - *mean) * (own[j] - *mean));
+}
+
+FN_INLINE int moments_of_unit(const last_call *c, const sample_room *room, ptrdiff_t j,
+                              unit_moments *m)
+{
+    const double first = pivots_of(room)[j];
+    column_moments all = moments_of_column(c, room, j);
+    if (c->layout.planes > 1) merge_channels(c, room, j, &all.shift, &all.squares);
+    m->pivot = rounded(first + all.shift, c->dtype);
+    m->shift = (first - m->pivot) + all.shift;
+    m->variance = all.squares * c->per_plane * c->per_row;
+    return all.squares <= largest_squares(c->dtype);
+}
+
+/* What a row takes of channel j, of parameter p. */
+FN_INLINE void channel_numbers(const last_call *c, const sample_room *room, ptrdiff_t j,
+                               ptrdiff_t p, const unit_moments *m)
+{
+    const fn_channel_norm_args *a = c->forward;
+    const double factor = m->rstd * number_at(a->weight, c->dtype, p, 1);
+    room->numbers[0][j] = m->pivot;
+    room->numbers[1][j] = factor;
+    room->numbers[2][j] = number_at(a->bias, c->dtype, p, 0) - m->shift * factor;
+}
+
+/* Found, from the sums: whether they are in range, and all weights times rstd. */
+FN_INLINE int unit_fits(const last_call *c, const sample_room *room, ptrdiff_t j, ptrdiff_t p,
+                        unit_moments *m)
+{
+    const fn_channel_norm_args *a = c->forward;
+    int fits = moments_of_unit(c, room, j, m) & rstd_fits(a, m);
+    for (ptrdiff_t k = 0; k < c->layout.planes; k++)
+        fits &= weight_fits(number_at(a->weight, c->dtype, p + k, 1), m->rstd, c->dtype);
+    return fits;
 }
 
 static void forward_numbers(const last_call *c, const sample_room *room, ptrdiff_t sample)
 {
     const fn_channel_norm_args *a = c->forward;
     const ptrdiff_t planes = c->layout.planes;
-    double *const *to = room->numbers;
     ptrdiff_t u = sample * c->groups, kind = u % c->layout.kinds;
     for (ptrdiff_t j = 0; j < c->cols; j += planes, u++) {
-        unit_moments m = {0, 0, 0, 0};
-        int fits = 1;
+        const ptrdiff_t p = kind * planes;
+        unit_moments m;
         if (a->given)
             m = fn_given_moments(a, kind);
         else
-            fits = moments_of_unit(c, room, j, &m) && fn_moments_fit(a, kind, &m);
-        if (!a->given) fn_keep_moments(a, u, fits, &m);
-        for (ptrdiff_t k = 0; k < planes; k++) {
-            const ptrdiff_t p = kind * planes + k;
-            to[0][j + k] = m.pivot;
-            to[1][j + k] = m.rstd * number_at(a->weight, c->dtype, p, 1);
-            to[2][j + k] = number_at(a->bias, c->dtype, p, 0) - m.shift * to[1][j + k];
-        }
+            keep_moments(a, u, unit_fits(c, room, j, p, &m), &m);
+        for (ptrdiff_t k = 0; k < planes; k++) channel_numbers(c, room, j + k, p + k, &m);
         kind = kind + 1 < c->layout.kinds ? kind + 1 : 0;
     }
 }
@@ -288,6 +313,7 @@ static void forward_numbers(const last_call *c, const sample_room *room, ptrdiff
 static void backward_numbers(const last_call *c, const sample_room *room, ptrdiff_t sample)
 {
     const fn_channel_norm_backward_args *a = c->backward;
+    const gradient_bounds bounds = gradient_bounds_of(a);
     const ptrdiff_t planes = c->layout.planes;
     double *const *to = room->numbers;
     ptrdiff_t u = sample * c->groups, kind = u % c->layout.kinds;
@@ -295,16 +321,18 @@ static void backward_numbers(const last_call *c, const sample_room *room, ptrdif
         const ptrdiff_t own = a->given ? kind : u;
         const double mean = a->mean[own], rstd = a->rstd[own];
         double terms[4] = {rounded(mean, c->dtype)}, *sums = a->sums + 2 * u * planes, total = 0;
+        for (ptrdiff_t k = 0; k < planes; k++) total += to[0][j + k];
+        unit_gradients unit = begun_gradients(a, &bounds, mean, rstd, terms[0], total);
         for (ptrdiff_t k = 0; k < planes; k++) {
-            total += to[0][j + k];
+            const double w = number_at(a->weight, c->dtype, kind * planes + k, 1);
             sums[2 * k] = to[1][j + k];
             sums[2 * k + 1] = to[2][j + k];
+            add_plane(&bounds, w, &unit, sums + 2 * k);
+            to[1][j + k] = rstd * w;
         }
-        a->refused[u] = (unsigned char)!fn_gradients_of_unit(a, kind * planes, mean, rstd, total,
-                                                             sums, terms);
+        a->refused[u] = (unsigned char)!finish_gradients(a, &bounds, &unit, terms);
         for (ptrdiff_t k = 0; k < planes; k++) {
             to[0][j + k] = a->given ? 0 : terms[0]; /* given: x has no part in it */
-            to[1][j + k] = rstd * number_at(a->weight, c->dtype, kind * planes + k, 1);
             to[2][j + k] = terms[2];
             to[3][j + k] = terms[3];
         }
@@ -538,6 +566,8 @@ static int run(last_call *c, fn_plan plan)
     c->groups = l->step / l->planes;
     c->samples = l->units / c->groups;
     c->rows = l->plane;
+    c->per_row = 1.0 / (double)c->rows;
+    c->per_plane = 1.0 / (double)l->planes;
     c->cols = l->step;
     c->blocks = (c->rows + FN_CHANNEL_ROWS - 1) / FN_CHANNEL_ROWS;
     c->stream = plan.stream;

@@ -8,6 +8,9 @@
 
 #include "split.h"
 
+/* Of what is short enough to be repeated, which -Os would not do. */
+#define FN_INLINE static inline __attribute__((always_inline))
+
 static inline const char *at_element(const void *data, fn_dtype type, ptrdiff_t i)
 {
     return (const char *)data + i * fn_size_of(type);
