@@ -293,11 +293,13 @@ def straight_batch_inference(x, running_mean, running_var, weight, bias, eps, ou
     return straight_channels(x, channels, weight, bias, eps, out, activation, known, True, last)[0]
 
 
-def straight_channel_norm(x, groups, weight, bias, eps, out, activation, bint last):
-    """Group norm (groups 0: instance norm): y where all is plain, else None."""
+def straight_channel_norm(x, groups, weight, bias, eps, out, activation, bint last, return_stats):
+    """Group norm (groups 0: instance norm): y where all is plain, else None; with statistics, mean
+    and rstd too, of x's type."""
     cdef Py_ssize_t channels, count
+    cdef npy_intp[2] dims
     if (not is_channels(x) or not PyFloat_CheckExact(eps) or not eps >= 0
-            or not PyLong_CheckExact(groups)):
+            or not PyLong_CheckExact(groups) or not is_bool(return_stats)):
         return None
     channels = channels_of(<ndarray>x, last)
     if groups < 0 or groups > channels:
@@ -307,16 +309,95 @@ def straight_channel_norm(x, groups, weight, bias, eps, out, activation, bint la
         count = channels
     if channels % count:
         return None
-    return straight_channels(x, count, weight, bias, eps, out, activation, None, False, last)[0]
+    y, found = straight_channels(x, count, weight, bias, eps, out, activation, None, False, last)
+    if y is None or return_stats is False:
+        return y
+    dims[0], dims[1] = cnp.PyArray_DIM(<ndarray>x, 0), count
+    return with_statistics(y, found, 2, dims, cnp.PyArray_TYPE(<ndarray>x))
 
 
-def straight_batch_training(x, weight, bias, eps, out, activation, bint last):
-    """(y, mean, variance) where all is plain, else None; both float64."""
-    if not is_channels(x) or not PyFloat_CheckExact(eps) or not eps >= 0:
+def straight_batch_training(x, running_mean, running_var, weight, bias, momentum, eps, out,
+                            activation, bint last, rules, return_stats):
+    """y where all is plain, else None; with statistics, mean and rstd too, both float64. rules: the
+    dialect, by which the running statistics are moved."""
+    cdef int typenum
+    cdef Py_ssize_t channels
+    cdef npy_intp dims
+    if (
+        not is_channels(x) or not PyFloat_CheckExact(eps) or not eps >= 0
+        or not PyFloat_CheckExact(momentum) or not isfinite(momentum) or rules is None
+        or not is_bool(return_stats)
+    ):
         return None
-    y, found = straight_channels(x, channels_of(<ndarray>x, last), weight, bias, eps, out,
-                                 activation, None, True, last)
-    return None if y is None else (y, found[0], found[1])
+    typenum, channels = cnp.PyArray_TYPE(<ndarray>x), channels_of(<ndarray>x, last)
+    if (
+        not (out is None or is_plain(out, typenum, C_ALIGNED_WRITEABLE))
+        or not is_running(running_mean, channels, out)
+        or not is_running(running_var, channels, out)
+        or (running_mean is not None and not apart(<ndarray>running_mean, running_var))
+    ):
+        return None
+    y, found = straight_channels(x, channels, weight, bias, eps, out, activation, None, True, last)
+    if y is None:
+        return None
+    if running_mean is not None or running_var is not None:
+        move_running(running_mean, running_var, found, momentum, rules,
+                     cnp.PyArray_SIZE(<ndarray>x) // channels)
+    if return_stats is False:
+        return y
+    dims = channels
+    return with_statistics(y, found, 1, &dims, cnp.NPY_FLOAT64)
+
+
+cdef inline bint is_running(object a, Py_ssize_t channels, object out) noexcept:
+    """Absent, or a plain array of the channels to be updated, which is no part of the result."""
+    return a is None or (
+        (is_plain(a, cnp.NPY_FLOAT32, C_ALIGNED_WRITEABLE)
+         or is_plain(a, cnp.NPY_FLOAT64, C_ALIGNED_WRITEABLE))
+        and cnp.PyArray_NDIM(<ndarray>a) == 1 and cnp.PyArray_DIM(<ndarray>a, 0) == channels
+        and (out is None or apart(<ndarray>out, a))
+    )
+
+
+cdef int move_running(object mean, object variance, ndarray found, double share, rules,
+                      Py_ssize_t count) except -1:
+    """The running statistics towards those found, of `count` elements a channel, whose variance is
+    scaled where it is to be unbiased. As Running.update of channel_calls.py has it."""
+    cdef double *batch = <double *>cnp.PyArray_DATA(found)
+    cdef Py_ssize_t i, n = cnp.PyArray_DIM(found, 1)
+    cdef double kept = share, taken = 1 - share, factor
+    if rules.momentum_is_of_new:
+        kept, taken = 1 - share, share
+    if rules.is_unbiased and count > 1:
+        factor = <double>count / <double>(count - 1)
+        for i in range(n, 2 * n):
+            batch[i] *= factor
+    if mean is not None:
+        move_plain(<ndarray>mean, batch, kept, taken)
+    if variance is not None:
+        move_plain(<ndarray>variance, batch + n, kept, taken)
+    return 0
+
+
+cdef tuple with_statistics(object y, ndarray found, int ndim, npy_intp *dims, int typenum):
+    """y, and copies of the mean and the rstd of what was found: mean, variance, rstd."""
+    cdef const double *at = <const double *>cnp.PyArray_DATA(found)
+    cdef Py_ssize_t n = cnp.PyArray_DIM(found, 1)
+    return y, numbers_as(at, n, ndim, dims, typenum), numbers_as(at + 2 * n, n, ndim, dims, typenum)
+
+
+cdef ndarray numbers_as(const double *numbers, Py_ssize_t n, int ndim, npy_intp *dims,
+                        int typenum):
+    """A new array of so many numbers, of float32 or float64."""
+    cdef ndarray array = cnp.PyArray_EMPTY(ndim, dims, typenum, 0)
+    cdef float *f = <float *>cnp.PyArray_DATA(array)
+    cdef Py_ssize_t i
+    if typenum == cnp.NPY_FLOAT64:
+        memcpy(f, numbers, n * sizeof(double))
+        return array
+    for i in range(n):
+        f[i] = <float>numbers[i]
+    return array
 
 
 cdef tuple straight_channels(ndarray x, Py_ssize_t groups, object weight, object bias, double eps,
@@ -378,13 +459,12 @@ def straight_channel_backward(dy, x, groups, mean, rstd, weight, bias, output_ma
     """(dx, dweight, dbias) where all is plain and nothing is refused, else None. groups: 0 for one
     a channel. running_var: `mean` and it normalised, and not the batch's own statistics."""
     cdef fn_channel_norm_backward_args args
-    cdef int typenum, warm = 0
-    cdef bint want_dx, want_dw, want_db, given = running_var is not None
+    cdef int typenum, warm = 0, mask = wanted(output_mask, 3)
+    cdef bint given = running_var is not None
     cdef Py_ssize_t samples, channels, count, i
     cdef ndarray known, sums, dx = None
     cdef npy_intp[2] dims
-    if (not is_channels(x) or not PyLong_CheckExact(groups)
-            or not PyTuple_CheckExact(output_mask) or PyTuple_GET_SIZE(output_mask) != 3):
+    if not is_channels(x) or not PyLong_CheckExact(groups) or mask < 0:
         return None
     typenum = cnp.PyArray_TYPE(<ndarray>x)
     samples, channels = cnp.PyArray_DIM(<ndarray>x, 0), channels_of(<ndarray>x, last)
@@ -405,15 +485,11 @@ def straight_channel_backward(dy, x, groups, mean, rstd, weight, bias, output_ma
         known = doubles_of(mean, rstd, 1 if batch else 2, samples, count)
     if known is None:
         return None
-    for flag in output_mask:
-        if not is_bool(flag):
-            return None
-    want_dx, want_dw, want_db = output_mask
     memset(&args, 0, sizeof(args))
     plain_layout(<ndarray>x, count, batch, given, last, &args.layout)
     dims[0] = args.layout.units * args.layout.planes
     dims[1] = 2
-    if want_dx:
+    if mask & 1:
         dx = new_array(cnp.PyArray_NDIM(<ndarray>x), cnp.PyArray_DIMS(<ndarray>x), typenum, &warm)
         args.dx = cnp.PyArray_DATA(dx)
     i = args.layout.units // 16 + 1  # room for a byte a unit
@@ -431,58 +507,64 @@ def straight_channel_backward(dy, x, groups, mean, rstd, weight, bias, output_ma
     call_channel_backward(&args, args.x_type)
     if memchr(args.refused, 1, args.layout.units) is not NULL:
         return None
-    totals = sample_totals(sums, (dims[0] - i) // channels, channels, typenum)
-    return dx, totals[1] if want_dw else None, totals[0] if want_db else None
+    i = (dims[0] - i) // channels
+    return (
+        dx,
+        sample_total(args.sums, i, channels, typenum) if mask & 2 else None,
+        sample_total(args.sums + 1, i, channels, typenum) if mask & 4 else None,
+    )
 
 
-cdef ndarray sample_totals(ndarray sums, Py_ssize_t lots, npy_intp channels, int typenum):
-    """dbias and dweight, (2, C), from pairs of dweight and dbias of each channel of each lot: added
-    in double, in order."""
-    cdef npy_intp[2] dims
-    cdef const double *at = <const double *>cnp.PyArray_DATA(sums)
-    cdef double dweight, dbias
+cdef ndarray sample_total(const double *sums, Py_ssize_t lots, npy_intp channels, int typenum):
+    """(C,), from every other number of `sums`, of each channel of each lot: added in double, in
+    order."""
+    cdef ndarray result = cnp.PyArray_EMPTY(1, &channels, typenum, 0)
+    cdef void *into = cnp.PyArray_DATA(result)
+    cdef double total
     cdef Py_ssize_t lot, j
-    cdef void *into
-    dims[0], dims[1] = 2, channels
-    result = cnp.PyArray_EMPTY(2, dims, typenum, 0)
-    into = cnp.PyArray_DATA(result)
     for j in range(channels):
-        dweight = dbias = 0
+        total = 0
         for lot in range(lots):
-            dweight += at[2 * (lot * channels + j)]
-            dbias += at[2 * (lot * channels + j) + 1]
+            total += sums[2 * (lot * channels + j)]
         if typenum == cnp.NPY_FLOAT64:
-            (<double *>into)[j] = dbias
-            (<double *>into)[channels + j] = dweight
+            (<double *>into)[j] = total
         else:
-            (<float *>into)[j] = <float>dbias
-            (<float *>into)[channels + j] = <float>dweight
+            (<float *>into)[j] = <float>total
     return result
 
 
 def total_over_samples(ndarray sums, compute):
-    """The same of (lots, C, 2): dbias and dweight, (2, C)."""
-    return sample_totals(sums, cnp.PyArray_DIM(sums, 0), cnp.PyArray_DIM(sums, 1), compute.num)
+    """dweight and dbias, (C,) each, from the pairs of each channel of each lot, (lots, C, 2)."""
+    cdef const double *at = <const double *>cnp.PyArray_DATA(sums)
+    cdef Py_ssize_t lots = cnp.PyArray_DIM(sums, 0), channels = cnp.PyArray_DIM(sums, 1)
+    return (
+        sample_total(at, lots, channels, compute.num),
+        sample_total(at + 1, lots, channels, compute.num),
+    )
 
 
 cdef tuple as_tuple(fn_channels *l):
     return l.units, l.stride, l.rows, l.row_stride, l.planes, l.plane, l.kinds, l.step
 
 
-def update_running(running, ndarray batch, double kept, double taken):
-    """running = kept*running + taken*batch, in place; batch: float64, of running's length."""
-    cdef Py_ssize_t i, n = cnp.PyArray_SIZE(batch)
-    cdef const double *b = <const double *>cnp.PyArray_DATA(batch)
-    cdef float *f
-    cdef double *d
-    if is_plain(running, cnp.NPY_FLOAT32, C_ALIGNED_WRITEABLE):
-        f = <float *>cnp.PyArray_DATA(<ndarray>running)
+cdef void move_plain(ndarray running, const double *batch, double kept, double taken) noexcept:
+    """running = kept*running + taken*batch, in place; running is float32 or float64."""
+    cdef Py_ssize_t i, n = cnp.PyArray_SIZE(running)
+    cdef float *f = <float *>cnp.PyArray_DATA(running)
+    cdef double *d = <double *>cnp.PyArray_DATA(running)
+    if cnp.PyArray_TYPE(running) == cnp.NPY_FLOAT32:
         for i in range(n):
-            f[i] = <float>(kept * f[i] + taken * b[i])
-    elif is_plain(running, cnp.NPY_FLOAT64, C_ALIGNED_WRITEABLE):
-        d = <double *>cnp.PyArray_DATA(<ndarray>running)
-        for i in range(n):
-            d[i] = kept * d[i] + taken * b[i]
+            f[i] = <float>(kept * f[i] + taken * batch[i])
     else:
-        with np.errstate(all="ignore"):
-            running[...] = kept * running.astype(np.float64) + taken * batch
+        for i in range(n):
+            d[i] = kept * d[i] + taken * batch[i]
+
+
+def update_running(running, ndarray batch, double kept, double taken):
+    """The same for a `running` of any kind; batch: float64, of running's length."""
+    if (is_plain(running, cnp.NPY_FLOAT32, C_ALIGNED_WRITEABLE)
+            or is_plain(running, cnp.NPY_FLOAT64, C_ALIGNED_WRITEABLE)):
+        move_plain(<ndarray>running, <const double *>cnp.PyArray_DATA(batch), kept, taken)
+        return
+    with np.errstate(all="ignore"):
+        running[...] = kept * running.astype(np.float64) + taken * batch

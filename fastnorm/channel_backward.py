@@ -106,7 +106,7 @@ class BackwardCall(ChannelCall):
 
     def gather(self, sums: np.ndarray) -> tuple[Any, Any, Any]:
         """Each parameter's gradient has its shape."""
-        dbias, dweight = _core.total_over_samples(sums, self.compute)
+        dweight, dbias = _core.total_over_samples(sums, self.compute)
         with np.errstate(all="ignore"):
             if self.weight_sums_per_sample:
                 dweight = np.ascontiguousarray(sums[..., 0].astype(self.compute))

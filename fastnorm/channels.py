@@ -129,14 +129,15 @@ def batch_norm(
     (array([0.2, 0.5]), array([1.1, 0.9]))
     """
     last, done = _is_last(x, channel_axis), None
-    if last is None or dtype is not None or return_stats is not False:
+    if last is None or dtype is not None:
         pass
     elif training is True:
-        done = _train_straight(
-            x, running_mean, running_var, weight, bias, eps, out, activation, momentum, last,
-            dialect,
+        rules = DIALECTS.get(dialect) if type(dialect) is str else None
+        done = _core.straight_batch_training(
+            x, running_mean, running_var, weight, bias, momentum, eps, out, activation, last,
+            rules, return_stats,
         )  # fmt: skip
-    elif training is False and _are_plain(momentum, dialect):
+    elif training is False and return_stats is False and _are_plain(momentum, dialect):
         done = _core.straight_batch_inference(
             x, running_mean, running_var, weight, bias, eps, out, activation, last
         )
@@ -145,37 +146,6 @@ def batch_norm(
     return handlers["batch_norm"](
         x, running_mean, running_var, weight, bias, training, momentum, eps, channel_axis, dialect,
         out, dtype, return_stats, activation,
-    )  # fmt: skip
-
-
-def _train_straight(
-    x: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any, eps: Any, out: Any,
-    activation: Any, momentum: Any, last: bool, dialect: Any,
-) -> Any:  # fmt: skip
-    """The result where all is plain, else None."""
-    arrays = [a for a in (running_mean, running_var) if a is not None]
-    if (
-        not _are_plain(momentum, dialect)
-        or not all(_is_running(a, x, -1 if last else 1, out) for a in arrays)
-        or (len(arrays) == 2 and np.may_share_memory(*arrays))
-    ):  # fmt: skip
-        return None
-    done = _core.straight_batch_training(x, weight, bias, eps, out, activation, last)
-    if done is None:
-        return None
-    y, mean, variance = done
-    running = Running(running_mean, running_var, momentum, DIALECTS[dialect])
-    running.update(mean, variance, x.size // mean.size)
-    return y
-
-
-def _is_running(array: Any, x: Any, axis: int, out: Any) -> bool:
-    """Whether this is a plain array to be updated, which shares no memory with the result."""
-    return (
-        type(array) is np.ndarray and array.dtype in checks.COMPUTED and array.dtype.isnative
-        and type(x) is np.ndarray and x.ndim > 1 and array.shape == (x.shape[axis],)
-        and array.flags.writeable and array.flags.c_contiguous
-        and (out is None or (type(out) is np.ndarray and not np.may_share_memory(array, out)))
     )  # fmt: skip
 
 
@@ -306,11 +276,10 @@ def group_norm(
     array([[-1.,  1.,  0.,  0.]], dtype=float32)
     """
     last = _is_last(x, channel_axis)
-    if (
-        last is not None and type(num_groups) is int and num_groups > 0 and dtype is None
-        and return_stats is False
-    ):  # fmt: skip
-        done = _core.straight_channel_norm(x, num_groups, weight, bias, eps, out, activation, last)
+    if last is not None and type(num_groups) is int and num_groups > 0 and dtype is None:
+        done = _core.straight_channel_norm(
+            x, num_groups, weight, bias, eps, out, activation, last, return_stats
+        )
         if done is not None:
             return done
     return handlers["group_norm"](
@@ -432,9 +401,11 @@ def instance_norm(
     last = _is_last(x, channel_axis)
     if (
         last is not None and use_input_stats is True and running_mean is None
-        and running_var is None and dtype is None and return_stats is False
+        and running_var is None and dtype is None
     ):  # fmt: skip
-        done = _core.straight_channel_norm(x, 0, weight, bias, eps, out, activation, last)
+        done = _core.straight_channel_norm(
+            x, 0, weight, bias, eps, out, activation, last, return_stats
+        )
         if done is not None:
             return done
     return handlers["instance_norm"](
