@@ -63,9 +63,11 @@ int fn_openmp_limit(void)
 #endif
 }
 
+/* The system is asked last, and only where its answer counts: asking takes 0.4 us. */
 int fn_max_threads(void)
 {
-    return least(least(least(fn_openmp_limit(), fn_cpu_affinity()), quota), requested);
+    const int most = least(least(fn_openmp_limit(), quota), requested);
+    return most > 1 ? least(most, fn_cpu_affinity()) : most;
 }
 
 /* ---- fork ------------------------------------------------------------------------------------- */
