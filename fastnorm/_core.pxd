@@ -158,6 +158,7 @@ cdef extern from "fastnorm.h" nogil:
     void *fn_pool_realloc(void *, size_t)
     void fn_pool_free(void *)
     int fn_pool_last_was_warm()
+    void fn_pool_set_next_offset(size_t)
     int fn_pool_has(size_t)
     void fn_pool_set_limit(size_t)
     size_t fn_pool_limit()

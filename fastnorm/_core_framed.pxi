@@ -184,7 +184,7 @@ cdef object framed_norm(options *opt, object x_object, object normalized_shape, 
     if is_worth_converting(x, compute, weight, bias, opt.offset):
         return None
     if out is None:
-        y = new_array(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), typenum, &warm)
+        y = new_array_for(x, at, typenum, &warm)
     elif is_plain(x, cnp.PyArray_TYPE(x), C_ALIGNED) and is_apart_result(out, x, typenum, weight,
                                                                          bias):
         y = out
@@ -203,6 +203,13 @@ cdef object framed_norm(options *opt, object x_object, object normalized_shape, 
     if scale is None and rstd is None:
         return y
     return tuple([part for part in (y, scale, mean, rstd) if part is not None])
+
+
+cdef inline ndarray new_array_for(ndarray x, int axis, int typenum, int *warm):
+    """For what is normalised along an axis: columns, or rows, for which a line's begin is best."""
+    if axis != cnp.PyArray_NDIM(x) - 1:
+        return new_array_beside(x, typenum, warm)
+    return new_array(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), typenum, warm)
 
 
 cdef inline bint is_apart_result(object out, ndarray x, int typenum, object weight,
@@ -243,7 +250,7 @@ cdef object framed_backward(object dy, object x_object, object normalized_shape,
     if not is_row_number(rstd, compute, rows, lead, x, at):
         return None
     if mask & 1:
-        dx = new_array(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), cnp.PyArray_TYPE(x), &warm)
+        dx = new_array_for(x, at, cnp.PyArray_TYPE(x), &warm)
         dx_rows = axis_last(<ndarray>dx, at)
     if mask & 2:
         dweight = cnp.PyArray_EMPTY(axes, cnp.PyArray_DIMS(rows) + lead, compute, 0)

@@ -43,6 +43,17 @@ cdef inline ndarray new_array(int ndim, npy_intp *dims, int typenum, int *warm):
     return pooled_array(ndim, dims, typenum, warm)
 
 
+cdef inline ndarray new_array_beside(ndarray x, int typenum, int *warm):
+    """The same of x's shape, where elements lie in lines as x's do, if they are as large: what goes
+    by columns reads whole lines of x and writes whole lines."""
+    cdef ndarray y
+    if size_of(typenum) == <size_t>cnp.PyArray_ITEMSIZE(x):
+        fn_pool_set_next_offset(<size_t>cnp.PyArray_DATA(x))
+    y = new_array(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), typenum, warm)
+    fn_pool_set_next_offset(0)
+    return y
+
+
 cdef ndarray pooled_array(int ndim, npy_intp *dims, int typenum, int *warm):
     cdef object before = PyDataMem_SetHandler(pool_capsule)
     try:

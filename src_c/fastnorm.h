@@ -281,10 +281,13 @@ void fn_force_partition(int parts); /* for tests: split every call into so many 
 /* ---- Memory for large results, kept for the next one (pool.c) ---------------------------------- */
 
 #define FN_POOL_LEAST ((size_t)1 << 20) /* smaller arrays gain nothing */
+#define FN_POOL_LINE ((size_t)64)       /* bytes of a line, where a block begins unless asked */
 
 void *fn_pool_alloc(size_t size); /* NULL: no memory */
 void *fn_pool_realloc(void *data, size_t size);
 void fn_pool_free(void *data);
+/* The next block that this thread gets begins so far beyond a line. */
+void fn_pool_set_next_offset(size_t bytes);
 int fn_pool_last_was_warm(void);      /* whether this thread's last block had its pages already */
 int fn_pool_has(size_t size);         /* whether a block would be warm */
 void fn_pool_set_limit(size_t bytes); /* the most that is kept; 0: nothing */

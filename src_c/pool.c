@@ -37,6 +37,7 @@ static size_t limit = (size_t)256 << 20, kept, unmarked;
 static unsigned long clock_ticks;
 static atomic_flag busy = ATOMIC_FLAG_INIT;
 static _Thread_local int last_was_warm;
+static _Thread_local size_t next_offset;
 
 static void lock(void)
 {
@@ -123,45 +124,56 @@ static void keep_within(size_t most)
     while (kept > most) drop(oldest_kept());
 }
 
-/* A block in a free place, or malloc's where there is none. */
-static void *new_block(size_t size)
+/* NULL: no place is free, or no memory. */
+static block *new_block(size_t size)
 {
     const size_t capacity = (size + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
     for (int i = 0; capacity >= size && i < MAX_BLOCKS; i++)
         if (!blocks[i].data) {
             char *data = map_huge(capacity);
             if (data) blocks[i] = (block){.data = data, .capacity = capacity};
-            return data;
+            return data ? &blocks[i] : NULL;
         }
-    return malloc(size);
+    return NULL;
+}
+
+/* A block's, or malloc's where there is none. */
+static void *new_memory(size_t size, size_t offset)
+{
+    const block *b = new_block(size + offset);
+    return b ? b->data + offset : malloc(size);
 }
 
 /* What is kept is given up before a result goes without. */
-static void *some_block(size_t size)
+static void *some_memory(size_t size, size_t offset)
 {
-    void *data = new_block(size);
+    void *data = new_memory(size, offset);
     if (data || !kept) return data;
     keep_within(0);
-    return new_block(size);
+    return new_memory(size, offset);
 }
 
 void *fn_pool_alloc(size_t size)
 {
+    const size_t offset = next_offset;
+    next_offset = 0;
     last_was_warm = 0;
     if (size < FN_POOL_LEAST) return malloc(size); /* a finaliser's, that ran meanwhile */
     lock();
-    block *b = kept_block(size);
+    block *b = kept_block(size + offset);
     last_was_warm = b != NULL;
     if (b) take(b);
-    void *data = b ? b->data : some_block(size);
+    void *data = b ? b->data + offset : some_memory(size, offset);
     unlock();
     return data;
 }
 
+static size_t offset_of(const void *data) { return (uintptr_t)data % FN_POOL_LINE; }
+
 static block *block_at(const void *data)
 {
     for (int i = 0; i < MAX_BLOCKS; i++)
-        if (blocks[i].data && blocks[i].data == data) return &blocks[i];
+        if (blocks[i].data && blocks[i].data + offset_of(data) == data) return &blocks[i];
     return NULL;
 }
 
@@ -185,7 +197,7 @@ void *fn_pool_realloc(void *data, size_t size)
 {
     lock();
     const block *b = data ? block_at(data) : NULL;
-    const size_t capacity = b ? b->capacity : 0;
+    const size_t capacity = b ? b->capacity - offset_of(data) : 0;
     unlock();
     if (data && !b) return realloc(data, size);
     if (capacity >= size && capacity) return data;
@@ -198,6 +210,8 @@ void *fn_pool_realloc(void *data, size_t size)
 }
 
 int fn_pool_last_was_warm(void) { return last_was_warm; }
+
+void fn_pool_set_next_offset(size_t bytes) { next_offset = bytes % FN_POOL_LINE; }
 
 int fn_pool_has(size_t size)
 {
@@ -231,6 +245,7 @@ void *fn_pool_alloc(size_t size) { return malloc(size); }
 void *fn_pool_realloc(void *data, size_t size) { return realloc(data, size); }
 void fn_pool_free(void *data) { free(data); }
 int fn_pool_last_was_warm(void) { return 0; }
+void fn_pool_set_next_offset(size_t bytes) { (void)bytes; }
 int fn_pool_has(size_t size)
 {
     (void)size;

@@ -208,6 +208,42 @@ def test_results_of_every_op_are_kept(op, storage):
         assert_same_bits(y, one)
 
 
+def aligned(shape, offset, dtype=np.float32):
+    """Ones, which begin so many bytes after a line."""
+    count = np.prod(shape)
+    room = np.ones(count + 128 // np.dtype(dtype).itemsize, dtype)
+    skipped = ((offset - address(room)) % 64) // room.itemsize
+    return room[skipped : skipped + count].reshape(shape)
+
+
+@pytest.mark.parametrize("offset", [0, 16, 60])
+def test_columns_are_written_where_they_lie_in_lines_as_x(offset):
+    """Rows begin with a line in any case; what is kept serves both."""
+    shape = (2, 3, 512, 512)
+    x = aligned(shape, offset)
+    _, mean, rstd = fastnorm.layer_norm(x, axis=1, return_stats=True)
+    for _ in range(2):
+        assert address(fastnorm.layer_norm(x, axis=1)) % 64 == offset
+        dx = fastnorm.layer_norm_backward(x, x, None, mean, rstd, axis=1)[0]
+        assert address(dx) % 64 == offset
+        assert address(fastnorm.layer_norm(x, axis=1, dtype=np.float16)) % 64 == 0
+        assert address(fastnorm.layer_norm(x)) % 64 == 0
+    del dx
+    assert kept() >= x.nbytes
+
+
+def test_resize_of_what_begins_within_a_line():
+    x = aligned((2, 3, 512, 512), 16)
+    y = fastnorm.layer_norm(x, bias=np.float32([1, 2, 3]), axis=1)
+    assert address(y) % 64 == 16
+    want = y.copy()
+    for count in (y.size // 2, 4 * y.size, 1):
+        same = min(count, want.size)
+        want = want.ravel()[:same].copy()
+        y.resize(count, refcheck=False)
+        assert_same_bits(y[:same], want)
+
+
 @pytest.mark.parametrize("rows", [2, 15, 17, 60])
 def test_resize(x, rows):
     y = fastnorm.layer_norm(x)
