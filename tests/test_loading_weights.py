@@ -156,6 +156,16 @@ def test_spectral_norm_of_flax(steps, rng):
     np.testing.assert_allclose(norm.weight_v, want[3], rtol=1e-10)
 
 
+def test_the_eps_of_flax_in_its_vectors():
+    """It shortens both, so that a small weight is divided by less."""
+    saved = {"d.kernel": np.float64([[3e-6], [4e-6]]), "d.kernel.u": np.float64([[1]])}
+    norm = load_norm("spectral_norm", saved, prefix="d", dialect="flax")
+    v = saved["d.kernel"][:, 0] / np.sqrt(25e-12 + 1e-12)
+    sigma = v @ saved["d.kernel"][:, 0]  # 25e-6 / sqrt(26), which is what u is made of too
+    u = sigma / np.sqrt(sigma**2 + 1e-12)
+    np.testing.assert_allclose(norm.bake(), saved["d.kernel"] / (sigma * u), rtol=1e-12)
+
+
 # ---- which axis, which name ----------------------------------------------------------------------
 
 
@@ -468,6 +478,8 @@ def without(saved, name):
      r"weight_u: got shape \(5,\), wanted \(4,\)"),
     ("spectral_norm", {**OUV, "weight_v": np.ones(4)}, {}, ValueError,
      r"weight_v: got shape \(4,\), wanted \(3,\)"),
+    ("spectral_norm", {**OUV, "weight_orig": np.ones((4, 4, 2))}, {}, TypeError,
+     "dim: got nothing, wanted 1 for a transposed convolution, else 0, as a weight of shape"),
     ("spectral_norm", OUV, {"n_power_iterations": 0}, ValueError, "n_power_iterations: got 0, wan"),
     ("weight_norm", without(SCALED, "d.kernel.scale"), FLAX_AT_D, KeyError,
      r".parameters: got \['d\.kernel'\], wanted 'kernel\.scale' with them"),
