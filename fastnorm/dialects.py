@@ -34,14 +34,20 @@ class Dialect(NamedTuple):
 
 
 def _eps(norms: float, **others: float | None) -> Mapping[str, float | None]:
-    names = ("layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm")
+    names = (
+        "layer_norm", "layer_norm_2d", "rms_norm", "batch_norm", "group_norm", "instance_norm",
+    )  # fmt: skip
     return MappingProxyType({**dict.fromkeys(names, norms), **others})
 
 
 DIALECTS: Mapping[str, Dialect] = MappingProxyType({
-    "torch": Dialect(True, True, 0.1, 1, _eps(1e-5, rms_norm=None)),
+    "torch": Dialect(True, True, 0.1, 1, _eps(
+        1e-5, layer_norm_2d=1e-6, rms_norm=None, weight_norm=None, spectral_norm=1e-12,
+    )),
     "keras": Dialect(False, False, 0.99, -1, _eps(1e-3, rms_norm=1e-6)),
-    "flax": Dialect(False, False, 0.99, -1, _eps(1e-6, batch_norm=1e-5)),
+    "flax": Dialect(False, False, 0.99, -1, _eps(
+        1e-6, batch_norm=1e-5, weight_norm=1e-12, spectral_norm=1e-12,
+    )),
     "onnx": Dialect(False, False, 0.9, 1, _eps(1e-5)),
 })  # fmt: skip
 

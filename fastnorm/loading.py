@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from . import checks, dialects, interop
+from .checks import FLOAT64
 from .dialects import Dialect
-from .modules import LayerNorm, RMSNorm
+from .modules import LayerNorm, LayerNorm2d, RMSNorm
 from .modules_channels import BatchNorm, GroupNorm, InstanceNorm
+from .modules_weights import SpectralNorm, WeightNorm
+from .weights import weight_norm
 
 AFFINE = ("weight", "bias")
 RUNNING = ("running_mean", "running_var")
@@ -48,8 +52,35 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "running_var": ("input_var", "var", "running_var"),
     },
 }
+#: The same for the parts that a weight is made of, which lie beside the layer's other parameters.
+#: {} is the weight's own name, and * the wrapper's, which Flax puts somewhere before the layer's.
+WEIGHTS: Mapping[tuple[str, str], Mapping[str, tuple[str, ...]]] = {
+    ("weight_norm", "torch"): {
+        "weight_g": ("{}_g", "parametrizations.{}.original0"),
+        "weight_v": ("{}_v", "parametrizations.{}.original1"),
+    },
+    ("weight_norm", "flax"): {"weight_g": ("{}.scale", "*.{}.scale"), "weight_v": ("{}",)},
+    ("spectral_norm", "torch"): {
+        "weight_orig": ("{}_orig", "parametrizations.{}.original"),
+        "weight_u": ("{}_u", "parametrizations.{}.0._u"),
+        "weight_v": ("{}_v", "parametrizations.{}.0._v"),
+    },
+    ("spectral_norm", "flax"): {"weight_orig": ("{}",), "weight_u": ("{}.u", "*.{}.u")},
+}
+#: What a layer's weight is called where nothing is said.
+WEIGHT = {"torch": "weight", "flax": "kernel"}
 # Flax keeps what is trained and what is counted in trees of their own.
 COLLECTIONS = {"flax": ("params", "batch_stats")}
+
+
+class _Sought(NamedTuple):
+    """What a norm's parameters may be called below its place, and which belong together."""
+
+    names: Mapping[str, tuple[str, ...]]
+    #: A pattern: what is called so must be known.
+    own: str
+    #: All of these are there or none, and all if there can be no others.
+    together: tuple[str, ...]
 
 
 class _Found(NamedTuple):
@@ -80,31 +111,42 @@ def load_norm(
     Names become torch's: gamma, scale, beta, B, moving_mean, input_var and the rest. What is left
     out of `options` is what the dialect takes by default:
 
-    ==================  =======  =======  =======  =======
-    dialect             torch    keras    flax     onnx
-    ==================  =======  =======  =======  =======
-    eps                 1e-5     1e-3     1e-6     1e-5
-    eps of batch_norm   1e-5     1e-3     1e-5     1e-5
-    eps of rms_norm     None     1e-6     1e-6     1e-5
-    momentum            0.1      0.99     0.99     0.9
-    channel_axis        1        -1       -1       1
-    ==================  =======  =======  =======  =======
+    ====================  =======  =======  =======  =======
+    dialect               torch    keras    flax     onnx
+    ====================  =======  =======  =======  =======
+    eps                   1e-5     1e-3     1e-6     1e-5
+    eps of layer_norm_2d  1e-6     1e-3     1e-6     1e-5
+    eps of batch_norm     1e-5     1e-3     1e-5     1e-5
+    eps of rms_norm       None     1e-6     1e-6     1e-5
+    eps of weight_norm    None     -        1e-12    -
+    eps of spectral_norm  1e-12    -        1e-12    -
+    momentum              0.1      0.99     0.99     0.9
+    channel_axis          1        -1       -1       1
+    ====================  =======  =======  =======  =======
 
     The module infers as the model did where it was trained: running statistics are taken as they
     are. It goes on training in the way of its `dialect` too, which has a momentum of that sense and
     a variance of that kind. :func:`fastnorm.convert_momentum` and
     :func:`fastnorm.convert_running_var` lead from one dialect to another.
 
+    Of a weight norm or spectral norm, ``bake()`` gives the weight that the layer infers with; the
+    layer's other parameters are passed over. They are read from torch, by the older functions and
+    by parametrizations, and from flax.linen. Keras and ONNX have nothing to read: of these norms
+    there is but Keras' SpectralNormalization, which infers with the kernel as it is saved.
+
     Parameters
     ----------
-    kind : {"layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm"}
+    kind : str
+        "layer_norm", "layer_norm_2d", "rms_norm", "batch_norm", "group_norm", "instance_norm",
+        "weight_norm" or "spectral_norm".
     parameters : mapping of str to array_like, or path
         A state dict, weights by name, a tree of Flax's variables (mappings in mappings), an ONNX
         node's inputs by their names in the operator's definition. Or the path of a safetensors
         file, of which the norm's own parameters are read and nothing else.
     prefix : str
         Where in `parameters` the norm is: "encoder.layer.0.norm", with "." or "/" between names
-        and, if you like, at the end. In Flax the names below "params" and "batch_stats".
+        and, if you like, at the end. In Flax the names below "params" and "batch_stats". Of a
+        weight norm or spectral norm, where the layer is: in Flax "Dense_1", not "WeightNorm_0".
     dialect : {"torch", "keras", "flax", "onnx"}
         Whose names and defaults these are.
     **options
@@ -114,28 +156,38 @@ def load_norm(
           opset 18 has a scale for each group, which then goes to all channels of the group
         - `offset=1.0` of an RMS norm whose weight is the factor less 1, as Gemma's
         - `normalized_shape`, `num_features` or `num_channels` where there are no parameters
+        - `name` of the weight in its layer: "weight" in torch, "kernel" in Flax, if left out
+        - `dim` of a weight norm, which torch's shapes say; in Flax -1, or its feature axis
+        - `dim` of a torch spectral norm: 1 of transposed convolutions, else 0, as the vectors'
+          lengths say where these two are not the same
+        - `n_power_iterations` of a spectral norm, Flax's n_steps, which it takes in inference too
 
         `dtype`, of the parameters, is float64 where one of them is, else float32.
 
     Returns
     -------
-    LayerNorm, RMSNorm, BatchNorm, GroupNorm or InstanceNorm
+    LayerNorm, LayerNorm2d, RMSNorm, BatchNorm, GroupNorm, InstanceNorm, WeightNorm or SpectralNorm
         With the weight, the bias and the running statistics that there are, and no others. A
-        batch norm is in training, as all new modules are: ``eval()`` ends that.
+        batch norm or spectral norm is in training, as all new modules are: ``eval()`` ends that.
+        Flax's weight_g has its eps in it, and its vectors have had the iterations that it takes
+        in inference.
 
     Raises
     ------
     KeyError
-        If `parameters` has nothing, or something unknown, at `prefix`, or half of a pair.
+        If `parameters` has nothing, or something unknown, at `prefix`, or not all of what belongs
+        together.
     ImportError
         If the path of a file is given and safetensors is not installed.
     TypeError, ValueError
-        If an option or the shape of a parameter does not fit.
+        If an option or the shape of a parameter does not fit, the dialect has no such norm, or
+        the module could not do the same: Flax makes zeros of vectors and weights of zeros.
 
     References
     ----------
     torch.nn, keras.layers, flax.linen, and the operators BatchNormalization, GroupNormalization,
-    InstanceNormalization, LayerNormalization and RMSNormalization of ONNX.
+    InstanceNormalization, LayerNormalization and RMSNormalization of ONNX; weight_norm and
+    spectral_norm of torch.nn.utils and torch.nn.utils.parametrizations.
 
     Examples
     --------
@@ -148,6 +200,9 @@ def load_norm(
     >>> saved = {"model.norm.weight": np.zeros(4)}
     >>> fastnorm.load_norm("rms_norm", saved, prefix="model.norm", offset=1.0, eps=1e-6).offset
     1.0
+    >>> saved = {"conv.weight_g": np.ones((8, 1, 1)), "conv.weight_v": np.ones((8, 4, 4))}
+    >>> float(fastnorm.load_norm("weight_norm", saved, prefix="conv").bake()[0, 0, 0])
+    0.25
     """
     rules = dialects.as_dialect(dialect)
     if not isinstance(kind, str) or kind not in KINDS:
@@ -155,13 +210,12 @@ def load_norm(
         raise ValueError(f"kind: got {kind!r}, wanted one of: {wanted}")
     if not isinstance(prefix, str):
         raise TypeError(f"prefix: got {type(prefix).__name__}, wanted text")
-    build, allowed = KINDS[kind]
-    names = {role: found for role, found in NAMES[dialect].items() if role in allowed}
+    sought = _sought(kind, dialect, options)
     read = _from_mapping if isinstance(parameters, Mapping) else _from_file
     place = tuple(re.findall(r"[^./]+", prefix))
-    arrays = read(parameters, lambda keys: _chosen(keys, place, names, dialect))
+    arrays = read(parameters, lambda keys: _chosen(keys, place, sought, dialect))
     given = {"eps": rules.eps[kind], "dtype": _parameter_type(arrays), **options}
-    return build(_Found(arrays, rules, dialect, given))
+    return KINDS[kind][0](_Found(arrays, rules, dialect, given))
 
 
 # ---- finding parameters --------------------------------------------------------------------------
@@ -170,34 +224,74 @@ def load_norm(
 _Choice = Callable[[Iterable[str]], Mapping[str, str]]
 
 
+def _sought(kind: str, dialect: str, options: dict[str, Any]) -> _Sought:
+    """What to look for; a weight's name is taken out of the options."""
+    allowed = KINDS[kind][1]
+    if kind not in {weights for weights, _ in WEIGHTS}:
+        names = {role: known for role, known in NAMES[dialect].items() if role in allowed}
+        return _Sought(names, r"[^.]+", tuple(role for role in RUNNING if role in names))
+    if (kind, dialect) not in WEIGHTS:
+        infers = (kind, dialect) == ("spectral_norm", "keras")
+        why = "Keras infers with the kernel as it is saved" if infers else "it has none"
+        raise ValueError(f"dialect: got {dialect!r} for {kind!r}, wanted 'torch' or 'flax': {why}")
+    name = options.pop("name", WEIGHT[dialect])
+    if not isinstance(name, str):
+        raise TypeError(f"name: got {type(name).__name__}, wanted text")
+    parts = WEIGHTS[kind, dialect]
+    names = {role: tuple(form.format(name) for form in parts[role]) for role in parts}
+    # What else makes the weight, such as a second parametrization, must not be passed over.
+    return _Sought(names, rf"parametrizations\.{re.escape(name)}\..+", tuple(names))
+
+
 def _chosen(
-    keys: Iterable[str], place: tuple[str, ...], names: Mapping[str, tuple[str, ...]], dialect: str
+    keys: Iterable[str], place: tuple[str, ...], sought: _Sought, dialect: str
 ) -> dict[str, str]:
-    """Which keys are whose: those right below `place`, each of which must be known."""
-    role_of = {name: role for role, known in names.items() for name in known}
+    """Which keys are whose: those below `place`, of which the norm's own must be known."""
+    role_of = {name: role for role, known in sought.names.items() for name in known}
     shown, keys = ".".join(place) or "the top", list(keys)
     chosen: dict[str, str] = {}
-    for key in keys:
-        parts = re.findall(r"[^./]+", key.removesuffix(":0"))  # as TensorFlow ends its names
-        if parts[:1] and parts[0] in COLLECTIONS.get(dialect, ()):
-            parts = parts[1:]
-        if tuple(parts[:-1]) != place or not parts:
-            continue
-        role = role_of.get(parts[-1])
+    paths = {key: _path(key, dialect) for key in keys}
+    everything = set(paths.values())
+    for key, path in paths.items():
+        name = _name_below(place, path, everything)
+        role = role_of.get(name)
         if role is None:
-            raise KeyError(
-                f"parameters: got {key!r} at {shown}, wanted no other than {sorted(role_of)}"
-            )
+            if re.fullmatch(sought.own, name):
+                raise KeyError(
+                    f"parameters: got {key!r} at {shown}, wanted no other than {sorted(role_of)}"
+                )
+            continue
         if role in chosen:
             raise KeyError(f"parameters: got both {chosen[role]!r} and {key!r}, wanted one {role}")
         chosen[role] = key
-    if (RUNNING[0] in chosen) != (RUNNING[1] in chosen):
-        [missing] = [names[role][0] for role in RUNNING if role not in chosen]
-        raise KeyError(f"parameters: got {sorted(chosen.values())}, wanted {missing!r} with them")
-    if not chosen and (place or keys):
+    missing = [sought.names[role][0] for role in sought.together if role not in chosen]
+    if chosen and 0 < len(missing) < len(sought.together):
+        got = sorted(chosen.values())
+        raise KeyError(f"parameters: got {got}, wanted {missing[0]!r} with them")
+    if not chosen and (place or keys or len(missing) == len(sought.names)):
         few = f"; there are keys such as {keys[0]!r}: see prefix" if keys else ""
         raise KeyError(f"parameters: got nothing at {shown}, wanted some of {sorted(role_of)}{few}")
     return chosen
+
+
+def _path(key: str, dialect: str) -> tuple[str, ...]:
+    """A key's names from the top on, without what is not the model's."""
+    path = tuple(re.findall(r"[^./]+", key.removesuffix(":0")))  # as TensorFlow ends its names
+    return path[1:] if path[:1] and path[0] in COLLECTIONS.get(dialect, ()) else path
+
+
+def _name_below(
+    place: tuple[str, ...], path: tuple[str, ...], everything: Collection[tuple[str, ...]]
+) -> str:
+    """What a key is called below `place`, with * for a wrapper's name; "" is elsewhere."""
+    depth = len(place)
+    if path[:depth] == place:
+        return ".".join(path[depth:])
+    for wrapper in range(depth):
+        if path[:wrapper] + path[wrapper + 1 : depth + 1] == place:
+            # Where a weight lies right there, what is kept is that one's.
+            return "" if path[:-1] in everything else "*." + ".".join(path[depth + 1 :])
+    return ""
 
 
 def _from_mapping(parameters: Mapping[str, Any], choose: _Choice) -> dict[str, np.ndarray]:
@@ -283,6 +377,12 @@ def _layer_norm(found: _Found) -> LayerNorm:
     return _filled(norm, arrays)
 
 
+def _layer_norm_2d(found: _Found) -> LayerNorm2d:
+    channels = found.length("num_channels")
+    norm = LayerNorm2d(channels, elementwise_affine=bool(found.arrays), **found.options)
+    return _filled(norm, found.arrays)
+
+
 def _rms_norm(found: _Found) -> RMSNorm:
     arrays, options = found.arrays, found.options
     shape = arrays["weight"].shape if arrays else None
@@ -351,11 +451,94 @@ def _filled(norm: Any, arrays: Mapping[str, np.ndarray]) -> Any:
     return norm
 
 
+# ---- modules of weights --------------------------------------------------------------------------
+
+
+def _weight_norm(found: _Found) -> WeightNorm:
+    g, v, options = found.arrays["weight_g"], found.arrays["weight_v"], found.options
+    eps, is_flax = options.pop("eps"), found.dialect == "flax"
+    dim = options.pop("dim", _dim_of_flax(g) if is_flax else _dim_of_torch(g, v))
+    norm = WeightNorm(np.zeros(v.shape), dim, **options)
+    if is_flax and g.shape == (norm.weight_g.size,):
+        g = g.reshape(norm.weight_g.shape)  # Flax leaves out the axes of length 1
+    norm.load_state_dict({"weight_g": g, "weight_v": v})
+    if eps is not None:
+        norm.weight_g = _over_eps(g, v, norm.dim, checks.as_eps(eps))
+    return norm
+
+
+def _dim_of_flax(g: np.ndarray) -> int | None:
+    return -1 if g.ndim else None
+
+
+def _dim_of_torch(g: np.ndarray, v: np.ndarray) -> int | None:
+    """The axis that g has of v, the others being 1 long. If nothing fits, the module says so."""
+    if not g.ndim:
+        return None
+    lengths = list(zip(g.shape, v.shape, strict=False))
+    return lengths.index((g.size, g.size)) if (g.size, g.size) in lengths else 0
+
+
+def _over_eps(g: np.ndarray, v: np.ndarray, dim: int | None, eps: float) -> np.ndarray:
+    """Lengths by which ``g v / ||v||`` is Flax's ``g v / sqrt(||v||^2 + eps)``."""
+    length = weight_norm(checks.as_plain(v, FLOAT64), 1.0, dim, return_stats=True)[1]
+    if eps and not length.all():
+        raise ValueError("weight_v: got a vector of zeros, wanted none: it would become NaN, not 0")
+    with np.errstate(all="ignore"):
+        return checks.as_plain(g, FLOAT64) * (length / np.hypot(length, math.sqrt(eps)))
+
+
+def _spectral_norm(found: _Found) -> SpectralNorm:
+    arrays, options = found.arrays, found.options
+    weight, u = arrays["weight_orig"], arrays["weight_u"]
+    if found.dialect == "flax":
+        norm = SpectralNorm(np.zeros(weight.shape), dim=-1, **options)
+        arrays = {**arrays, **_improved(weight, u, norm)}
+    else:
+        if "dim" not in options:
+            options["dim"] = _dim_of_rows(weight, u)
+        norm = SpectralNorm(np.zeros(weight.shape), **options)
+    norm.load_state_dict(arrays)
+    return norm
+
+
+def _dim_of_rows(weight: np.ndarray, u: np.ndarray) -> int:
+    """0 or 1, whichever has u's length; of a matrix 0, as transposed layers have more axes."""
+    fits = [dim for dim in (0, 1) if weight.shape[dim : dim + 1] == (u.size,)]
+    if len(fits) == 2 and weight.ndim > 2:
+        raise TypeError(
+            "dim: got nothing, wanted 1 for a transposed convolution, else 0, as a weight of shape "
+            f"{weight.shape} may be of either"
+        )
+    return fits[0] if fits else 0
+
+
+def _improved(weight: np.ndarray, u: np.ndarray, norm: SpectralNorm) -> dict[str, np.ndarray]:
+    """The vectors that Flax, which keeps none but u, forms from it at each call."""
+    if u.size != weight.shape[-1]:
+        raise ValueError(f"weight_u: got shape {u.shape}, wanted (1, {weight.shape[-1]})")
+    matrix = checks.as_plain(weight, FLOAT64).reshape(-1, u.size)
+    u = checks.as_plain(u, FLOAT64).reshape(-1)
+    with np.errstate(all="ignore"):
+        for _ in range(norm.n_power_iterations):
+            v = matrix @ u
+            v /= np.sqrt(v @ v + norm.eps)
+            u = v @ matrix
+            u /= np.sqrt(u @ u + norm.eps)
+        if v @ matrix @ u == 0:
+            raise ValueError("weight_orig: got a singular value of 0, wanted another: the weight "
+                             "would become NaN, where Flax leaves it as it is")  # fmt: skip
+    return {"weight_u": u, "weight_v": v}
+
+
 #: What makes each kind of module, and the parameters it may have.
 KINDS: Mapping[str, tuple[Callable[[_Found], Any], tuple[str, ...]]] = {
     "layer_norm": (_layer_norm, AFFINE),
+    "layer_norm_2d": (_layer_norm_2d, AFFINE),
     "rms_norm": (_rms_norm, ("weight",)),
     "batch_norm": (_running_norm(BatchNorm), (*AFFINE, *RUNNING, COUNTED)),
     "group_norm": (_group_norm, AFFINE),
     "instance_norm": (_running_norm(InstanceNorm), (*AFFINE, *RUNNING, COUNTED)),
+    "weight_norm": (_weight_norm, ("weight_g", "weight_v")),
+    "spectral_norm": (_spectral_norm, ("weight_orig", "weight_u", "weight_v")),
 }

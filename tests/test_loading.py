@@ -39,6 +39,8 @@ def parameters(rng, *names, dtype=np.float32):
 
 
 ALL = ("weight", "bias", "running_mean", "running_var")
+#: Those of a weight have tests of their own, in test_loading_weights.py.
+NORMS = [kind for kind in KINDS if kind not in ("weight_norm", "spectral_norm")]
 
 
 def in_torch(p, at="net.0.norm."):
@@ -159,6 +161,17 @@ def test_layer_norm(dialect, rng):
 
 
 @BY_DIALECT
+def test_layer_norm_2d(dialect, rng):
+    """Channels first in every dialect: that is what the module is for."""
+    p, x = parameters(rng, "weight", "bias"), images(rng, "torch")
+    norm = loaded("layer_norm_2d", p, dialect)
+    assert type(norm) is fastnorm.LayerNorm2d
+    assert norm.eps == {"torch": 1e-6, "keras": 1e-3, "flax": 1e-6, "onnx": 1e-5}[dialect]
+    want = reference.layer_norm(x, weight=p["weight"], bias=p["bias"], eps=norm.eps, axis=1)
+    np.testing.assert_allclose(norm(x), want, atol=1e-6, rtol=1e-6)
+
+
+@BY_DIALECT
 def test_rms_norm(dialect, rng):
     p, x = parameters(rng, "weight"), rng.standard_normal((4, C)).astype(np.float32)
     norm = loaded("rms_norm", p, dialect)
@@ -199,7 +212,9 @@ def test_instance_norm(dialect, rng):
 # ---- what may be there, and where ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["layer_norm", "group_norm", "instance_norm", "batch_norm"])
+@pytest.mark.parametrize(
+    "kind", ["layer_norm", "layer_norm_2d", "group_norm", "instance_norm", "batch_norm"]
+)
 @pytest.mark.parametrize("name", ["weight", "bias"])
 def test_one_of_weight_and_bias(kind, name, rng):
     """Keras' scale=False and center=False, Flax's use_bias=False: what is absent stays absent."""
@@ -216,6 +231,7 @@ def test_one_of_weight_and_bias(kind, name, rng):
 def test_without_parameters():
     assert load_norm("layer_norm", {}, normalized_shape=(2, 3)).normalized_shape == (2, 3)
     assert load_norm("rms_norm", {}, normalized_shape=5).parameters() == {}
+    assert load_norm("layer_norm_2d", {}, num_channels=3).parameters() == {}
     assert load_norm("batch_norm", {}, num_features=4).state_dict() == {}
     assert load_norm("instance_norm", {}, num_features=4, dialect="onnx").state_dict() == {}
     norm = load_norm("group_norm", {}, num_channels=4, num_groups=2)
@@ -389,6 +405,18 @@ def test_a_model_trained_by_torch(torch, rng):
     assert load_norm("batch_norm", by_name, prefix="0").weight.shape == (C,)
 
 
+def test_a_layer_norm_of_convnext(torch, rng):
+    """As torchvision has it: torch's layer norm between two permutations, with an eps of 1e-6."""
+    made = torch.nn.LayerNorm(C, eps=1e-6)
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.from_numpy(images(rng, "torch"))
+    saved = {f"features.0.1.{name}": array for name, array in made.state_dict().items()}
+    norm = load_norm("layer_norm_2d", saved, prefix="features.0.1")
+    want = made(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).detach()
+    np.testing.assert_allclose(np.asarray(norm(x)), want.numpy(), atol=1e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["layer_norm", "rms_norm", "group_norm", "instance_norm"])
 def test_other_modules_of_torch(kind, torch, rng):
     made = {
@@ -420,19 +448,20 @@ def assert_close(got, want):
     np.testing.assert_allclose(np.asarray(got), np.asarray(want), atol=5e-6, rtol=5e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NORMS)
 def test_keras_itself(kind, monkeypatch, rng):
     """Its layers' weights by their paths; what is left out, as it takes it."""
     monkeypatch.setenv("KERAS_BACKEND", "numpy")
     keras = optional("keras")
     layer = {
         "layer_norm": keras.layers.LayerNormalization,
+        "layer_norm_2d": partial(keras.layers.LayerNormalization, axis=1),
         "rms_norm": keras.layers.RMSNormalization,
         "batch_norm": keras.layers.BatchNormalization,
         "group_norm": partial(keras.layers.GroupNormalization, 2),
         "instance_norm": partial(keras.layers.GroupNormalization, -1),
     }[kind](name="norm")
-    x = images(rng, "keras")
+    x = images(rng, "torch" if kind == "layer_norm_2d" else "keras")
     layer.build(x.shape)
     for weight in layer.weights:
         weight.assign(rng.random(C))
@@ -447,19 +476,20 @@ def test_keras_itself(kind, monkeypatch, rng):
     assert_close(norm(x), layer(x))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NORMS)
 def test_flax_itself(kind, rng):
     """Its modules' variables, as they are; what is left out, as it takes it."""
     jax, linen = optional("jax"), optional("flax.linen")
     module = {
         "layer_norm": linen.LayerNorm,
+        "layer_norm_2d": partial(linen.LayerNorm, reduction_axes=1, feature_axes=1),
         "rms_norm": linen.RMSNorm,
         "batch_norm": linen.BatchNorm,
         "group_norm": partial(linen.GroupNorm, 2),
         "instance_norm": linen.InstanceNorm,
     }[kind]()
     call = {"use_running_average": True} if kind == "batch_norm" else {}
-    x = images(rng, "flax")
+    x = images(rng, "torch" if kind == "layer_norm_2d" else "flax")
     variables = module.init(jax.random.key(0), x, **call)
     variables = jax.tree.map(lambda a: rng.random(a.shape).astype("f4"), variables)
     norm = load_norm(kind, variables, dialect="flax", **ARGUMENTS.get(kind, {}))
@@ -539,7 +569,7 @@ RUN = {"running_mean": np.ones(4), "running_var": np.ones(4)}
 
 
 @pytest.mark.parametrize(("arguments", "options", "error", "message"), [
-    (("norm", W), {}, ValueError, "kind: got 'norm', wanted one of: 'layer_norm', 'rms_norm'"),
+    (("norm", W), {}, ValueError, "kind: got 'norm', wanted one of: 'layer_norm', 'layer_norm_2d'"),
     ((3, W), {}, ValueError, "kind: got 3, wanted one of"),
     (("layer_norm", 3), {}, TypeError, "parameters: got int, wanted a mapping or a safetensors"),
     (("layer_norm", {1: 2}), {}, TypeError, "parameters: got the key 1, wanted text"),
@@ -552,6 +582,9 @@ RUN = {"running_mean": np.ones(4), "running_var": np.ones(4)}
     (("layer_norm", {"weight": None}), {}, TypeError, "weight: got None, wanted an array"),
     (("layer_norm", {"weight": "a"}), {}, TypeError, "weight: got dtype <U1, wanted a real number"),
     (("layer_norm", {}), {}, TypeError, "normalized_shape: got nothing, wanted a shape"),
+    (("layer_norm_2d", {}), {}, TypeError, "num_channels: got nothing, wanted a number"),
+    (("layer_norm_2d", {"weight": np.ones((4, 1, 1))}), {}, ValueError,
+     r"weight: got shape \(4, 1, 1\), wanted one axis, of channels"),
     (("rms_norm", {}), {}, TypeError, "normalized_shape: got nothing, wanted a shape"),
     (("batch_norm", {}), {}, TypeError, "num_features: got nothing, wanted a number"),
     (("batch_norm", {"running_mean": W["weight"]}), {}, KeyError,
@@ -579,5 +612,5 @@ def test_errors(arguments, options, error, message):
 
 
 def test_kinds_have_an_eps_in_every_dialect():
-    for rules in DIALECTS.values():
-        assert set(rules.eps) == set(KINDS)
+    for dialect, rules in DIALECTS.items():
+        assert set(rules.eps) == set(NORMS if dialect in ("keras", "onnx") else KINDS)
