@@ -120,14 +120,11 @@ class State:
 
     # ---- copies on devices ----------------------------------------------------------------------
 
-    def _beside(self, name: str, x: Any) -> Any:
-        """A parameter where x is: the array itself, or a copy on x's device (see LayerNorm)."""
-        return self._brought(name, getattr(self, name, None), x)
-
     def _brought(
         self, name: str, array: np.ndarray | None, x: Any, copies: dict[Any, Any] | None = None
     ) -> Any:
-        """An array where x is; `copies` are those it may be found among, at first the module's."""
+        """An array where x is: itself, or a copy on x's device (see LayerNorm). `copies` are those
+        it may be found among, at first the module's."""
         if array is None or type(x) is np.ndarray or not interop.is_on_cuda(x):
             return array
         kept = self.__dict__.setdefault(COPIES, {}) if copies is None else copies
@@ -179,6 +176,23 @@ def unpacked(saved: Any, count: int) -> tuple[Any, ...]:
         got = "None" if saved is None else type(saved).__name__
         raise TypeError(f"saved: got {got}, wanted what forward returned, a tuple of {count}")
     return tuple(saved)
+
+
+def shape_of(x: Any) -> tuple[int, ...]:
+    """x's shape, wherever x lies and whatever it is."""
+    if type(x) is np.ndarray:
+        return x.shape
+    return tuple(x.shape) if interop.is_on_cuda(x) else np.shape(interop.convert("x", x))
+
+
+def gradients(dx: Any, dweight: Any, dbias: Any = None) -> tuple[Any, dict[str, np.ndarray]]:
+    """What `backward` returns: dx, and the gradients of the parameters there are, by name."""
+    named = {}
+    if dweight is not None:
+        named["weight"] = dweight
+    if dbias is not None:
+        named["bias"] = dbias
+    return dx, named
 
 
 def present(named: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -7,12 +7,22 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from . import _core, checks, interop
-from .module_state import COPIES, State, as_dtype, own_copy, present, unpacked
+from . import _core, checks
+from .module_state import (
+    COPIES,
+    State,
+    as_dtype,
+    gradients,
+    own_copy,
+    present,
+    shape_of,
+    unpacked,
+)
 
 
 class _Norm(State, _core.BoundNorm):
-    """What these modules share: a shape, eps and parameters, and their copies."""
+    """What these modules share: a shape, eps and parameters, which BoundNorm holds, and their
+    copies. The call is BoundNorm's too, where a module has none of its own."""
 
     #: The op that a call is.
     _op: ClassVar[str]
@@ -52,16 +62,26 @@ class _Norm(State, _core.BoundNorm):
         for name, array in checked.items():
             self._set(name, array)
 
-    # ---- the call, in words ---------------------------------------------------------------------
+    # ---- calls ----------------------------------------------------------------------------------
 
     def _as_op(self, x: Any, out: Any = None) -> tuple[str, dict[str, Any]]:
+        self._check_input(x)
+        shape, axis = self._where()
         named = {name: self._get(name) for name in ("eps", *self._flags)}
         named |= {name: self._beside(name, x) for name in self._names}
-        return self._op, {"x": x, **self._where(), **named, "out": out}
+        return self._op, {"x": x, "normalized_shape": shape, "axis": axis, **named, "out": out}
 
-    def _where(self) -> dict[str, Any]:
-        """What the ops are told of the axes to normalize over."""
-        return {"normalized_shape": self.normalized_shape}
+    def _check_input(self, x: Any) -> None:
+        """Raise where x does not fit and the op would not see that."""
+
+    def _where(self) -> tuple[Any, int | None]:
+        """The axes to normalize over, as the ops are told: normalized_shape and axis."""
+        return self.normalized_shape, None
+
+    def _beside(self, name: str, x: Any) -> Any:
+        """A parameter where x is; BoundNorm asks as well."""
+        array = self._get(name)
+        return array if type(x) is np.ndarray else self._brought(name, array, x)
 
     # ---- copying --------------------------------------------------------------------------------
 
@@ -174,9 +194,11 @@ class LayerNorm(_Norm):
 
         `saved` refers to x itself: do not change x in between.
         """
+        self._check_input(x)
+        shape, axis = self._where()
         y, mean, rstd = _core.layer_norm(
-            x, weight=self._beside("weight", x), bias=self._beside("bias", x), eps=self.eps,
-            return_stats=True, **self._where(),
+            x, shape, self._beside("weight", x), self._beside("bias", x), self.eps, axis=axis,
+            return_stats=True,
         )  # fmt: skip
         return y, (x, mean, rstd)
 
@@ -188,12 +210,13 @@ class LayerNorm(_Norm):
         """
         x, mean, rstd = unpacked(saved, 3)
         weight, bias = self._beside("weight", x), self._beside("bias", x)
-        dx, dweight, dbias = _core.layer_norm_backward(
-            dy, x, mean=mean, rstd=rstd, weight=weight, bias=bias,
-            output_mask=(True, weight is not None, bias is not None),
-            **{"normalized_shape": None, **self._where()},
+        shape, axis = self._where()
+        return gradients(
+            *_core.layer_norm_backward(
+                dy, x, shape, mean, rstd, weight, bias, axis=axis,
+                output_mask=(True, weight is not None, bias is not None),
+            )
         )  # fmt: skip
-        return dx, present({"weight": dweight, "bias": dbias})
 
 
 class LayerNorm2d(LayerNorm):
@@ -248,33 +271,16 @@ class LayerNorm2d(LayerNorm):
 
     def __call__(self, x: Any, out: np.ndarray | None = None) -> np.ndarray:
         """Normalize x over its axis 1; see fastnorm.layer_norm."""
-        self._check_channels(x)
+        self._check_input(x)
         return _core.layer_norm(
-            x,
-            weight=self._beside("weight", x),
-            bias=self._beside("bias", x),
-            eps=self.eps,
-            axis=1,
-            out=out,
+            x, None, self._beside("weight", x), self._beside("bias", x), self.eps, axis=1, out=out
         )
 
-    def _as_op(self, x: Any, out: Any = None) -> tuple[str, dict[str, Any]]:
-        self._check_channels(x)
-        return super()._as_op(x, out)
+    def _where(self) -> tuple[Any, int | None]:
+        return None, 1
 
-    def forward(self, x: Any) -> tuple[np.ndarray, tuple[Any, ...]]:
-        """y, and what `backward` needs to go back from it.
-
-        `saved` refers to x itself: do not change x in between.
-        """
-        self._check_channels(x)
-        return super().forward(x)
-
-    def _where(self) -> dict[str, Any]:
-        return {"axis": 1}
-
-    def _check_channels(self, x: Any) -> None:
-        shape = tuple(x.shape) if interop.is_on_cuda(x) else np.shape(interop.convert("x", x))
+    def _check_input(self, x: Any) -> None:
+        shape = shape_of(x)
         if shape[1:2] != self.normalized_shape:
             channels = self.normalized_shape[0]
             raise ValueError(f"x: got shape {shape}, wanted (N, {channels}, ...)")
@@ -385,11 +391,12 @@ class RMSNorm(_Norm):
         """
         x, rstd = unpacked(saved, 2)
         weight = self._beside("weight", x)
-        dx, dweight = _core.rms_norm_backward(
-            dy, x, self.normalized_shape, rstd, weight, offset=self.offset,
-            output_mask=(True, weight is not None),
+        return gradients(
+            *_core.rms_norm_backward(
+                dy, x, self.normalized_shape, rstd, weight, offset=self.offset,
+                output_mask=(True, weight is not None),
+            )
         )  # fmt: skip
-        return dx, present({"weight": dweight})
 
 
 def _as_shape(value: Any, name: str = "normalized_shape") -> tuple[int, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 import sys
 from typing import Any, ClassVar
@@ -10,9 +9,19 @@ from typing import Any, ClassVar
 import numpy as np
 
 from . import _core, channels, checks, interop
-from .dialects import as_dialect, as_momentum
+from .dialects import DIALECTS, as_dialect, as_momentum
 from .memory import empty
-from .module_state import COPIES, REPLACING, State, as_dtype, own_copy, present, unpacked
+from .module_state import (
+    COPIES,
+    REPLACING,
+    State,
+    as_dtype,
+    gradients,
+    own_copy,
+    present,
+    shape_of,
+    unpacked,
+)
 
 
 class _ChannelNorm(State):
@@ -92,7 +101,7 @@ class _ChannelNorm(State):
     # ---- calls ----------------------------------------------------------------------------------
 
     def _near(self, x: Any) -> dict[str, Any]:
-        """The arrays that calls take, where x is."""
+        """The arrays that calls take, where x is: those of one moment."""
         arrays = self._arrays
         if type(x) is np.ndarray or not interop.is_on_cuda(x):
             return arrays
@@ -102,21 +111,15 @@ class _ChannelNorm(State):
             if name != "num_batches_tracked"
         }
 
-    def _shape_of(self, x: Any) -> tuple[int, ...]:
+    def _checked_shape(self, x: Any) -> tuple[int, ...]:
         """x's shape, which must have the channels."""
-        shape = tuple(x.shape) if interop.is_on_cuda(x) else np.shape(interop.convert("x", x))
-        axis = self._channel_axis
+        shape, axis = shape_of(x), self._channel_axis
         if len(shape) < 2 or not -len(shape) <= axis < len(shape) or shape[axis] != self._channels:
             raise ValueError(
                 f"x: got shape {shape}, wanted {self._channels} channels on axis {axis}, "
                 "samples on axis 0"
             )
         return shape
-
-    def _gradients(self, results: Any) -> tuple[Any, dict[str, np.ndarray]]:
-        """dx, and the parameters' gradients by name."""
-        dx, dweight, dbias = results
-        return dx, present({"weight": dweight, "bias": dbias})
 
     # ---- copying --------------------------------------------------------------------------------
 
@@ -221,14 +224,14 @@ class GroupNorm(_ChannelNorm):
 
     def __call__(self, x: Any, out: Any = None) -> Any:
         """Normalize x's groups; see fastnorm.group_norm."""
-        return channels.group_norm(**self._as_op(x, out)[1])
+        return self._normalised(x, out)
 
     def forward(self, x: Any) -> tuple[Any, tuple[Any, ...]]:
         """y, and what `backward` needs to go back from it.
 
         `saved` refers to x itself: do not change x in between.
         """
-        y, mean, rstd = channels.group_norm(**self._as_op(x)[1], return_stats=True)
+        y, mean, rstd = self._normalised(x, return_stats=True)
         return y, (x, mean, rstd)
 
     def backward(self, dy: Any, saved: tuple[Any, ...]) -> tuple[Any, dict[str, np.ndarray]]:
@@ -240,15 +243,23 @@ class GroupNorm(_ChannelNorm):
         x, mean, rstd = unpacked(saved, 3)
         near = self._near(x)
         weight, bias = near["weight"], near["bias"]
-        return self._gradients(
-            channels.group_norm_backward(
+        return gradients(
+            *channels.group_norm_backward(
                 dy, x, self._num_groups, mean, rstd, weight, bias, channel_axis=self._channel_axis,
                 output_mask=(True, weight is not None, bias is not None),
             )
         )  # fmt: skip
 
+    def _normalised(self, x: Any, out: Any = None, return_stats: bool = False) -> Any:
+        self._checked_shape(x)
+        near = self._near(x)
+        return channels.group_norm(
+            x, self._num_groups, near["weight"], near["bias"], self._eps,
+            channel_axis=self._channel_axis, out=out, return_stats=return_stats,
+        )  # fmt: skip
+
     def _as_op(self, x: Any, out: Any = None) -> tuple[str, dict[str, Any]]:
-        self._shape_of(x)
+        self._checked_shape(x)
         near = self._near(x)
         return "group_norm", {
             "x": x, "num_groups": self._num_groups, "weight": near["weight"],
@@ -378,7 +389,7 @@ class _TrackingNorm(_ChannelNorm):
     def __call__(self, x: Any, out: Any = None) -> Any:
         """Normalize x; in training, move the running statistics."""
         near = self._near(x)
-        return self._infer(x, out, near) if self._by_running() else self._train(x, out, near)
+        return self._infer(x, out, near) if self._by_running(near) else self._train(x, out, near)
 
     def forward(self, x: Any) -> tuple[Any, tuple[Any, ...]]:
         """y, and what `backward` needs to go back from it; moves what a call does.
@@ -386,9 +397,10 @@ class _TrackingNorm(_ChannelNorm):
         `saved` refers to x itself: do not change x in between.
         """
         near = self._near(x)
-        if self._by_running():
-            kept = {name: _kept(near[name]) for name in ("running_mean", "running_var")}
-            return self._infer(x, None, near), (x, {**kept, "eps": self._eps}, False)
+        if self._by_running(near):
+            mean, var = _kept(near["running_mean"]), _kept(near["running_var"])
+            statistics = {"running_mean": mean, "running_var": var, "eps": self._eps}
+            return self._infer(x, None, near), (x, statistics, False)
         y, mean, rstd = self._train(x, None, near, return_stats=True)
         return y, (x, {"mean": mean, "rstd": rstd}, True)
 
@@ -398,72 +410,85 @@ class _TrackingNorm(_ChannelNorm):
         dx is of the input's type, the parameters' gradients are float32 (float64 for float64
         input). The gradient is of the mode that `forward` ran in.
         """
-        x, statistics, by_input = unpacked(saved, 3)
-        near = self._near(x)
-        options = {
-            "weight": near["weight"], "bias": near["bias"], "channel_axis": self._channel_axis,
-            "output_mask": (True, near["weight"] is not None, near["bias"] is not None),
-            **statistics,
-        }  # fmt: skip
-        if by_input and self._op == "instance_norm":
-            return self._gradients(channels.instance_norm_backward(dy, x, **options))
-        return self._gradients(channels.batch_norm_backward(dy, x, training=by_input, **options))
+        x, known, by_input = unpacked(saved, 3)
+        near, axis = self._near(x), self._channel_axis
+        weight, bias = near["weight"], near["bias"]
+        wanted = (True, weight is not None, bias is not None)
+        if not by_input:
+            results = channels.batch_norm_backward(
+                dy, x, known["running_mean"], known["running_var"], weight, bias, False,
+                known["eps"], channel_axis=axis, output_mask=wanted,
+            )  # fmt: skip
+        elif self._op == "batch_norm":
+            results = channels.batch_norm_backward(
+                dy, x, None, None, weight, bias, True, mean=known["mean"], rstd=known["rstd"],
+                channel_axis=axis, output_mask=wanted,
+            )  # fmt: skip
+        else:
+            results = channels.instance_norm_backward(
+                dy, x, known["mean"], known["rstd"], weight, bias, channel_axis=axis,
+                output_mask=wanted,
+            )  # fmt: skip
+        return gradients(*results)
 
-    def _by_running(self) -> bool:
-        return self.track_running_stats and not self._training
-
-    def _options(self, near: dict[str, Any], out: Any) -> dict[str, Any]:
-        return {
-            "weight": near["weight"], "bias": near["bias"], "eps": self._eps,
-            "channel_axis": self._channel_axis, "out": out,
-        }  # fmt: skip
+    def _by_running(self, near: dict[str, Any]) -> bool:
+        """Whether the running statistics normalise."""
+        return not self._training and "running_mean" in near
 
     def _infer(self, x: Any, out: Any, near: dict[str, Any]) -> Any:
         """By the running statistics, which is the same for both ops."""
-        self._shape_of(x)
-        mean, var = near["running_mean"], near["running_var"]
-        return channels.batch_norm(x, mean, var, **self._options(near, out))
+        self._checked_shape(x)
+        return channels.batch_norm(
+            x, near["running_mean"], near["running_var"], near["weight"], near["bias"],
+            eps=self._eps, channel_axis=self._channel_axis, out=out,
+        )  # fmt: skip
 
     def _train(self, x: Any, out: Any, near: dict[str, Any], return_stats: bool = False) -> Any:
         """By the input's statistics, towards which the running ones move where there are any."""
-        shape = self._shape_of(x)
-        function, options = getattr(channels, self._op), self._options(near, out)
-        options["return_stats"] = return_stats
-        if self._op == "batch_norm":
-            options["training"] = True
-        if not (self.track_running_stats and self._training):
-            return function(x, None, None, **options)
-        # The batch's statistics alone, in float64; what is here moves at once when all is done.
-        is_of_new = as_dialect(self._dialect).momentum_is_of_new
-        batch = [self._brought(name, np.zeros(self._channels), x, {}) for name in ("mean", "var")]
-        result = function(
-            x, *batch, momentum=1.0 if is_of_new else 0.0, dialect=self._dialect, **options
-        )
-        if math.prod(shape):
-            self._move([_on_host(array) for array in batch], is_of_new)
+        shape = self._checked_shape(x)
+        mean = var = None
+        moves = self._training and "running_mean" in near
+        if moves:
+            # The batch's alone, in float64; what is here moves at once when all is done.
+            mean = self._brought("mean", np.zeros(self._channels), x, {})
+            var = self._brought("var", np.zeros(self._channels), x, {})
+        dialect = self._dialect
+        whole_step = 1.0 if DIALECTS[dialect].momentum_is_of_new else 0.0
+        # Both ops take these in the same order. True: by the input's statistics.
+        result = getattr(channels, self._op)(
+            x, mean, var, near["weight"], near["bias"], True, momentum=whole_step, eps=self._eps,
+            channel_axis=self._channel_axis, dialect=dialect, out=out, return_stats=return_stats,
+        )  # fmt: skip
+        if moves and 0 not in shape:
+            self._move(_on_host(mean), _on_host(var))
         return result
 
-    def _move(self, batch: list[np.ndarray], momentum_is_of_new: bool) -> None:
+    def _move(self, mean: np.ndarray, var: np.ndarray) -> None:
         """Move the running statistics to the batch's: both, or none."""
         with REPLACING:
-            held = self._held()
-            tracked = int(held["num_batches_tracked"]) + 1
-            if self._momentum is None:
-                kept, share = 1 - 1 / tracked, 1 / tracked
-            else:
-                kept, share = self._momentum, 1 - self._momentum
-                if momentum_is_of_new:
-                    kept, share = share, kept
-            moved = {"num_batches_tracked": np.array(tracked, np.int64)}
-            for name, new in zip(("running_mean", "running_var"), batch, strict=True):
-                moved[name] = held[name].copy()
-                _core.update_running(moved[name], new, kept, share)
-            self._arrays = {**self._arrays, **moved}
+            now: dict[str, Any] = self._arrays
+            tracked = int(now["num_batches_tracked"]) + 1
+            shares = self._shares(tracked)
+            self._arrays = {
+                **now,
+                "running_mean": _moved(now["running_mean"], mean, *shares),
+                "running_var": _moved(now["running_var"], var, *shares),
+                "num_batches_tracked": np.array(tracked, np.int64),
+            }
+
+    def _shares(self, tracked: int) -> tuple[float, float]:
+        """How much the running statistics keep of themselves, and take of the batch that is the
+        `tracked`-th."""
+        momentum = self._momentum
+        if momentum is None:
+            return 1 - 1 / tracked, 1 / tracked
+        is_of_new = DIALECTS[self._dialect].momentum_is_of_new
+        return (1 - momentum, momentum) if is_of_new else (momentum, 1 - momentum)
 
     def _as_op(self, x: Any, out: Any = None) -> tuple[str, dict[str, Any]]:
-        self._shape_of(x)
+        self._checked_shape(x)
         near = self._near(x)
-        by_running = self._by_running()
+        by_running = self._by_running(near)
         flag = "training" if self._op == "batch_norm" else "use_input_stats"
         # In training the running statistics are not the op's: see _train.
         return self._op, {
@@ -684,9 +709,18 @@ def _kept(array: Any) -> Any:
     return array.copy() if isinstance(array, np.ndarray) else array
 
 
+def _moved(running: Any, batch: np.ndarray, kept: float, taken: float) -> np.ndarray:
+    """A running statistic, moved to a batch's."""
+    moved: np.ndarray = running.copy()
+    _core.update_running(moved, batch, kept, taken)
+    return moved
+
+
 def _on_host(array: Any) -> np.ndarray:
     """What a device holds, as an ndarray."""
+    if isinstance(array, np.ndarray):
+        return array
     for name in ("cpu", "get", "copy_to_host"):  # torch, CuPy, Numba
-        if not isinstance(array, np.ndarray) and hasattr(array, name):
-            array = getattr(array, name)()
+        if hasattr(array, name):
+            return np.asarray(getattr(array, name)())
     return np.asarray(array)

@@ -71,7 +71,8 @@ class _Reparametrized(State):
         return checked
 
     def _keep(self, checked: dict[str, Any]) -> None:
-        self._arrays = {**self._arrays, **checked}
+        with REPLACING:
+            self._arrays = {**self._arrays, **checked}
 
     def _assign(self, name: str, value: Any) -> None:
         self._keep({name: self._checked(name, value)})
@@ -81,12 +82,11 @@ class _Reparametrized(State):
     ) -> IncompatibleKeys:
         if isinstance(state_dict, Mapping):
             # An array under both of its names stays there twice, one of them unexpected.
-            state_dict = {
-                self._aliases[key]
-                if key in self._aliases and self._aliases[key] not in state_dict
-                else key: value
-                for key, value in state_dict.items()
-            }
+            named = {}
+            for key, value in state_dict.items():
+                ours = self._aliases.get(key, key)
+                named[key if ours in state_dict else ours] = value
+            state_dict = named
         return super().load_state_dict(state_dict, strict)
 
     # ---- copying --------------------------------------------------------------------------------
@@ -385,10 +385,6 @@ class SpectralNorm(_Reparametrized):
         """The parameter, by name: the array itself. The vectors are none."""
         return {"weight_orig": self.weight_orig}
 
-    def _keep(self, checked: dict[str, Any]) -> None:
-        with REPLACING:
-            super()._keep(checked)
-
     # ---- calls ----------------------------------------------------------------------------------
 
     def __call__(self, out: Any = None) -> Any:
@@ -400,8 +396,7 @@ class SpectralNorm(_Reparametrized):
 
         `saved` refers to weight_orig itself: do not change it in between.
         """
-        y, saved = self._normalised(self._training)
-        return y, saved
+        return self._normalised(self._training)
 
     def backward(self, dw: Any, saved: tuple[Any, ...]) -> dict[str, np.ndarray]:
         """The gradient of weight_orig, by name, from the weight's gradient `dw`."""
@@ -413,17 +408,21 @@ class SpectralNorm(_Reparametrized):
         return self._normalised(False)[0]
 
     def _normalised(self, improves: bool, out: Any = None) -> tuple[Any, tuple[Any, ...]]:
+        """The weight, and what `backward` needs; `improves`: the vectors too, which are kept."""
         if not improves:
-            return self._with(dict(self._arrays), 0, out)
+            return self._formed_of(self._arrays, 0, out)
         while True:  # again where another thread was first, whose vectors are to be improved then
             now = self._arrays
-            y, saved = self._with(now, self._iterations, out)
+            y, saved = self._formed_of(now, self._iterations, out)
             with REPLACING:
                 if self._arrays is now:
                     self._arrays = {**now, "weight_u": saved[1], "weight_v": saved[2]}
                     return y, saved
 
-    def _with(self, now: dict[str, np.ndarray], count: int, out: Any) -> tuple[Any, Any]:
+    def _formed_of(
+        self, now: dict[str, np.ndarray], count: int, out: Any
+    ) -> tuple[Any, tuple[Any, ...]]:
+        """The same of these arrays, after so many iterations."""
         y, sigma, u, v = spectral_norm(
             now["weight_orig"], now["weight_u"], now["weight_v"], count, self._eps, self._rows(),
             out=out,

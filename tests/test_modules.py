@@ -331,10 +331,11 @@ def test_layer_norm_2d_is_the_norm_of_the_channels_last(dtype, shape, rng):
 @pytest.mark.parametrize("shape", [(), (9,), (2, 8), (9, 2), (2, 8, 9, 9)])
 @pytest.mark.parametrize("affine", [True, False])
 def test_layer_norm_2d_wants_its_channels(shape, affine):
-    norm = fastnorm.LayerNorm2d(9, elementwise_affine=affine)
+    norm, x = fastnorm.LayerNorm2d(9, elementwise_affine=affine), np.ones(shape, np.float32)
     for call in (norm, norm.forward):
-        with pytest.raises(ValueError, match=r"^x: got shape .*, wanted \(N, 9, \.\.\.\)"):
-            call(np.ones(shape, np.float32))
+        for given in (x, x.tolist()):
+            with pytest.raises(ValueError, match=r"^x: got shape .*, wanted \(N, 9, \.\.\.\)"):
+                call(given)
 
 
 def test_call_with_a_wrong_shape(norm):

@@ -284,9 +284,11 @@ def test_x_has_the_channels(kind, shape):
     for affine in (True, False):
         norm = MAKERS[kind](affine=affine)
         before = copy.deepcopy(norm)
+        x = np.ones(shape, np.float32)
         for call in (norm, norm.forward):
-            with pytest.raises(ValueError, match=r"^x: got shape .*, wanted 6 channels on axis 1"):
-                call(np.ones(shape, np.float32))
+            for given in (x, x.tolist()):
+                with pytest.raises(ValueError, match=r"^x: got shape .*, wanted 6 channels on ax"):
+                    call(given)
         assert norm == before
 
 

@@ -229,6 +229,42 @@ def test_explain(driver):
     assert (said["rows"], said["cols"], said["dtype"]) == (6, 24, "float32")
 
 
+# ---- modules -------------------------------------------------------------------------------------
+
+MODULES = {
+    "group": lambda: fastnorm.GroupNorm(2, C),
+    "batch": lambda: fastnorm.BatchNorm(C, 1e-3, momentum=0.25, dialect="keras"),
+    "instance": lambda: fastnorm.InstanceNorm(C, affine=True),
+    "instance, tracked": lambda: fastnorm.InstanceNorm(C, affine=True, track_running_stats=True),
+}
+
+
+@pytest.mark.parametrize(("kind", "training"), [
+    *((kind, True) for kind in MODULES), ("batch", False), ("instance, tracked", False),
+])  # fmt: skip
+def test_modules(kind, training, monkeypatch):
+    """Results, gradients and running statistics are those of the same module on the host."""
+    monkeypatch.setattr(Tensor, "cpu", host, raising=False)
+    x, dy = made(N, C, *S), made(N, C, *S, seed=1)
+    ours, theirs = MODULES[kind](), MODULES[kind]()
+    for norm in (ours, theirs):
+        norm.weight, norm.bias = made(C, seed=2), made(C, seed=3)
+        if hasattr(norm, "train"):
+            norm(made(N, C, *S, seed=4))  # so that running statistics are no ones and zeros
+            norm.train(training)
+    y, saved = ours.forward(on_device(x))
+    dx, grads = ours.backward(on_device(dy), saved)
+    want, saved = theirs.forward(x)
+    want_dx, want_grads = theirs.backward(dy, saved)
+    near(host(y), want)
+    near(host(dx), want_dx, scale=3)
+    for name, grad in grads.items():
+        near(host(grad), want_grads[name], scale=10)
+    near(host(ours(on_device(x))), theirs(x))
+    for name, array in ours.state_dict().items():
+        near(array, theirs.state_dict()[name], array.dtype)
+
+
 # ---- errors --------------------------------------------------------------------------------------
 
 X = {"x": made(N, C, *S)}
