@@ -47,10 +47,14 @@ cdef class BoundNorm:
             self._bias = value
 
     def _get(self, str name):
+        # One at a time: a dict of all five takes longer than a small call.
+        if name == "weight":
+            return self._weight
+        if name == "bias":
+            return self._bias
+        if name == "eps":
+            return self._eps
         return {
-            "eps": self._eps,
-            "weight": self._weight,
-            "bias": self._bias,
             "offset": self.opt.offset,
             "round_before_weight": self.opt.round_before_weight,
         }[name]
