@@ -393,8 +393,8 @@ class _Backward(NamedTuple):
         if threads <= BACKWARD_THREADS:
             return Tile(threads, bucket(up(self.chunks, threads))), True
         # Twice as many threads of 64 registers; or as many with twice the doubles, or with twice
-        # the elements that are moved one at a time, whose places take registers too.
-        alone = self.elements == 1
+        # the elements that are moved one or two at a time, whose places take registers too.
+        alone = self.elements <= 2 // narrower
         threads = BACKWARD_THREADS if alone else 2 * BACKWARD_THREADS // narrower
         vectors = bucket(up(self.chunks, threads))
         most = 2 * BACKWARD_ELEMENTS // narrower if alone else BACKWARD_ELEMENTS

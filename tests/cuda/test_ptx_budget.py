@@ -143,6 +143,8 @@ PLANS = {
         "float16", 8191, alignment=2, more={"dsum": "float16"}),
     "rms add backward not aligned bfloat16 8191": backward(
         "bfloat16", 8191, rms=True, alignment=2, more={"dsum": "bfloat16"}),
+    "add backward by 4 bytes, wide dy bfloat16 8190": backward(
+        "bfloat16", 8190, alignment=4, more={"dy": "float32", "dsum": "bfloat16"}),
     "wide parameters, backward bfloat16 1024": backward(
         "bfloat16", 1024, more={"weight": "float32"}),
     **{f"wide parameters, add backward float16 {cols}": backward(
