@@ -31,6 +31,8 @@ BLOCK = 128
 MOST_ELEMENTS = 32
 #: What a thread gets of a narrow row: enough to make the reductions' share small.
 NARROW_ELEMENTS = 16
+#: Bytes of the widest access.
+ACCESS_BYTES = 16
 #: Bytes of a wide row that a thread asks for before it waits: some 64 KB a multiprocessor, which is
 #: more than its share of what the memory must have under way.
 WIDE_BYTES = 64
@@ -393,11 +395,11 @@ class _Backward(NamedTuple):
         if threads <= BACKWARD_THREADS:
             return Tile(threads, bucket(up(self.chunks, threads))), True
         # Twice as many threads of 64 registers; or as many with twice the doubles, or with twice
-        # the elements that are moved one or two at a time, whose places take registers too.
-        alone = self.elements <= 2 // narrower
-        threads = BACKWARD_THREADS if alone else 2 * BACKWARD_THREADS // narrower
+        # the elements that are moved a few at a time, whose places take registers too.
+        few = self.elements * SIZES[self.types["x"]] < ACCESS_BYTES
+        threads = BACKWARD_THREADS if few else 2 * BACKWARD_THREADS // narrower
         vectors = bucket(up(self.chunks, threads))
-        most = 2 * BACKWARD_ELEMENTS // narrower if alone else BACKWARD_ELEMENTS
+        most = 2 * BACKWARD_ELEMENTS // narrower if few else BACKWARD_ELEMENTS
         if vectors * self.elements <= most:
             return Tile(threads, vectors), False
         return None

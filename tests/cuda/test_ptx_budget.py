@@ -145,6 +145,8 @@ PLANS = {
         "bfloat16", 8191, rms=True, alignment=2, more={"dsum": "bfloat16"}),
     "add backward by 4 bytes, wide dy bfloat16 8190": backward(
         "bfloat16", 8190, alignment=4, more={"dy": "float32", "dsum": "bfloat16"}),
+    "add backward by 8 bytes, wide dy bfloat16 8188": backward(
+        "bfloat16", 8188, alignment=8, more={"dy": "float32", "dsum": "bfloat16"}),
     "wide parameters, backward bfloat16 1024": backward(
         "bfloat16", 1024, more={"weight": "float32"}),
     **{f"wide parameters, add backward float16 {cols}": backward(
