@@ -144,6 +144,7 @@ cdef extern from "fastnorm.h" nogil:
     int fn_channel_norm(fn_channel_norm_args *, fn_dtype, int)
     int fn_channel_norm_backward(fn_channel_norm_backward_args *, fn_dtype, int)
     int fn_channels_last_moments(const fn_channels_last_moments_args *, fn_dtype, int)
+    void fn_rstds(double *, double, Py_ssize_t)
     int fn_plane_moments(fn_plane_moments_args *, fn_dtype, int)
     int fn_weight_norm(fn_weight_norm_args *, fn_dtype, int)
     fn_plan fn_plan_layer_norm(const fn_layer_norm_args *, fn_dtype, int)

@@ -22,7 +22,7 @@ from cpython.long cimport PyLong_AsLongLongAndOverflow, PyLong_CheckExact
 from cpython.pycapsule cimport PyCapsule_New
 from cpython.tuple cimport PyTuple_CheckExact, PyTuple_GET_ITEM, PyTuple_GET_SIZE
 from libc.float cimport DBL_MAX, DBL_MIN, FLT_MAX, FLT_MIN
-from libc.math cimport NAN, fabs, isfinite, sqrt
+from libc.math cimport NAN, fabs, isfinite
 from libc.stdlib cimport free, malloc
 from libc.string cimport memchr, memcpy, memset, strcpy
 from numpy cimport ndarray, npy_intp

@@ -220,12 +220,8 @@ cdef ndarray doubles_of(object mean, object rstd, int ndim, Py_ssize_t first, Py
 cdef ndarray running_doubles(object mean, object variance, double eps, Py_ssize_t channels):
     """Running statistics as mean and rstd; None where they are not plain."""
     cdef ndarray array = doubles_of(mean, variance, 1, 0, channels)
-    cdef double *rstd
-    cdef Py_ssize_t i
     if array is not None:
-        rstd = <double *>cnp.PyArray_DATA(array) + channels
-        for i in range(channels):
-            rstd[i] = 1.0 / sqrt(rstd[i] + eps)
+        fn_rstds(<double *>cnp.PyArray_DATA(array) + channels, eps, channels)
     return array
 
 

@@ -545,6 +545,11 @@ int fn_channel_norm_backward(fn_channel_norm_backward_args *a, fn_dtype dtype, i
                           scratch_for(&a->layout, plain, 2, dtype));
 }
 
+void fn_rstds(double *variances, double eps, ptrdiff_t n)
+{
+    fn_active_isa->rstds(variances, eps, n);
+}
+
 int fn_plane_moments(fn_plane_moments_args *a, fn_dtype dtype, int threads)
 {
     const ptrdiff_t bytes = a->rows * a->cols * fn_size_of(a->x_type);

@@ -232,6 +232,8 @@ int fn_layer_norm(fn_layer_norm_args *args, fn_dtype dtype, int threads);
 int fn_layer_norm_backward(fn_layer_norm_backward_args *args, fn_dtype dtype, int threads);
 int fn_moments(fn_moments_args *args, fn_dtype dtype, int threads);
 int fn_channel_norm(fn_channel_norm_args *args, fn_dtype dtype, int threads);
+/* 1/sqrt(variance + eps) of each, in place. */
+void fn_rstds(double *variances, double eps, ptrdiff_t n);
 int fn_channel_norm_backward(fn_channel_norm_backward_args *args, fn_dtype dtype, int threads);
 int fn_channels_last_moments(const fn_channels_last_moments_args *args, fn_dtype dtype,
                              int threads);

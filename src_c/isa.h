@@ -76,6 +76,7 @@ typedef struct {
     /* into[i] (+)= from[i] in double, and back. */
     void (*widen_add[FN_DTYPE_COUNT])(double *into, const void *from, ptrdiff_t n, int add);
     void (*narrow[FN_DTYPE_COUNT])(void *into, const double *from, ptrdiff_t n);
+    void (*rstds)(double *values, double eps, ptrdiff_t n); /* 1/sqrt(value + eps), in place */
     fn_channel_table channels;
 } fn_isa;
 

@@ -24,6 +24,17 @@
 #undef T
 #undef HAS_HALF
 
+/* Of n variances. */
+static void rstds(double *values, double eps, ptrdiff_t n)
+{
+    const vd8 padding = vd8_set1(eps), one = vd8_set1(1);
+    ptrdiff_t i = 0;
+    NO_UNROLL for (; VW_f64 > 1 && i + 8 <= n; i += 8)
+        vd8_store_f64(values + i,
+                      vd8_div(one, vd8_sqrt(vd8_add(vd8_load_f64(values + i), padding))));
+    NO_UNROLL for (; i < n; i++) values[i] = 1.0 / sqrt(values[i] + eps);
+}
+
 #define FN_STRING_(word) #word
 #define FN_STRING(word) FN_STRING_(word)
 enum {
@@ -57,6 +68,7 @@ const fn_isa FN_PASTE(fn_isa,
                                  .layer_norm_columns = OF_EACH_TYPE(layer_norm_columns),
                                  .widen_add = OF_EACH_TYPE(widen_add),
                                  .narrow = OF_EACH_TYPE(narrow),
+                                 .rstds = rstds,
                                  .channels = {.load_elements = OF_EACH_TYPE(load_elements),
                                               .store_elements = OF_EACH_TYPE(store_elements),
                                               .row_moments = OF_EACH_TYPE(row_moments),
