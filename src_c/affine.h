@@ -33,9 +33,13 @@ typedef struct {
 INLINE void affine_vector(const affine *a, const int rows, ptrdiff_t i, ptrdiff_t left,
                           const int has_w, const int has_b)
 {
-    const vec wv = has_w ? load_some(a->w + i, left) : v_zero();
-    const vec bv = has_b ? load_some(a->b + i, left) : v_zero();
+    vec wv = has_w ? load_some(a->w + i, left) : v_zero();
+    vec bv = has_b ? load_some(a->b + i, left) : v_zero();
     vec out[AFFINE_ROWS];
+    if (rows > 1 && has_w && has_b) { /* or the compiler loads them again for each row */
+        KEEP_IN_REGISTER(wv);
+        KEEP_IN_REGISTER(bv);
+    }
     /* All loads before all stores: y may be x, and rows may lie 4,096 bytes apart. */
     UNROLL for (int r = 0; r < rows; r++)
         out[r] = scale_and_shift(
@@ -47,9 +51,12 @@ INLINE void affine_vector(const affine *a, const int rows, ptrdiff_t i, ptrdiff_
 #define fetch_ahead FN_OF_T(fetch_ahead)
 INLINE void fetch_ahead(const affine *a, const int rows, ptrdiff_t i)
 {
+    ptrdiff_t x = i * (ptrdiff_t)sizeof(element) + a->x_ahead;
+    ptrdiff_t y = i * (ptrdiff_t)sizeof(element) + a->y_ahead;
+    __asm__("" : "+r"(x), "+r"(y)); /* two registers, not one for each row */
     UNROLL for (int r = 0; r < rows; r++) {
-        __builtin_prefetch((const char *)(a->x[r] + i) + a->x_ahead, 0, 2);
-        __builtin_prefetch((const char *)(a->y[r] + i) + a->y_ahead, 1, 2);
+        __builtin_prefetch((const char *)a->x[r] + x, 0, 2);
+        __builtin_prefetch((const char *)a->y[r] + y, 1, 2);
     }
 }
 
@@ -59,13 +66,12 @@ INLINE void affine_pass_with(const affine *all, const int rows, ptrdiff_t n, con
 {
     const affine a = *all; /* so that it stays in registers whatever y points to */
     ptrdiff_t i = 0;
-    if (a.x_ahead)
-        for (; i + LINE <= n; i += LINE) {
-            fetch_ahead(&a, rows, i);
-            UNROLL for (int k = 0; k < LINE; k += VW)
-                affine_vector(&a, rows, i + k, VW, has_w, has_b);
-        }
-    for (; i + VW <= n; i += VW) affine_vector(&a, rows, i, VW, has_w, has_b);
+    for (; i + LINE <= n; i += LINE) {
+        if (a.x_ahead) fetch_ahead(&a, rows, i);
+        UNROLL for (int k = 0; k < LINE; k += VW) affine_vector(&a, rows, i + k, VW, has_w, has_b);
+    }
+    if (VW < LINE)
+        NO_UNROLL for (; i + VW <= n; i += VW) affine_vector(&a, rows, i, VW, has_w, has_b);
     if (i < n) affine_vector(&a, rows, i, n - i, has_w, has_b);
 }
 

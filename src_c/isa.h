@@ -96,7 +96,7 @@ enum { FN_NO_FETCH, FN_FETCH_IN_PASSES, FN_FETCH_BETWEEN_PASSES };
  * crowd each other out of L1. */
 #define FN_FOUR_ROWS_BYTES 1024
 /* Wider rows overlap, two at a time, up to this size. */
-#define FN_OVERLAP_BYTES ((ptrdiff_t)8 << 10)
+#define FN_OVERLAP_BYTES ((ptrdiff_t)5 << 10)
 
 /* How many rows are in flight at a time, so how many rooms a thread needs for what becomes of them
  * before they are normalised. */

@@ -293,13 +293,15 @@ OUTLINE int group_prologue(const fn_layer_norm_args *a, workspace *space, ptrdif
         if (space->half) {
             sums[i] = half_sum(a, row + i, rows, stats->room[i]);
             stats->x[i] = stats->room[i];
+        } else if (space->plain_sums) {
+            sums[i] = plain_sum(s, row + i, a->shape.cols, stats->room[i], &stats->x[i]);
         } else {
             stats->x[i] = prologue(&a->shape, s, a, row + i, stats->room[i], &stats->n[i]);
         }
         fetch_share(space->ahead);
     }
     if (s->lengths || s->starts || s->mask.data) group_lengths(stats, rows);
-    return space->half != 0;
+    return space->half || space->plain_sums;
 }
 
 #define group_middle FN_OF_T(group_middle)
@@ -490,8 +492,8 @@ OUTLINE void step_group(const fn_layer_norm_args *a, workspace *space, ptrdiff_t
 }
 
 #define group_finish FN_OF_T(group_finish)
-INLINE void group_finish(const fn_layer_norm_args *a, workspace *space, ptrdiff_t row, int rows,
-                         const group_stats *stats)
+OUTLINE void group_finish(const fn_layer_norm_args *a, workspace *space, ptrdiff_t row, int rows,
+                          const group_stats *stats)
 {
     if (stats->careful)
         finish_one_by_one(a, space, row, rows, stats);
@@ -505,11 +507,20 @@ INLINE void group_finish(const fn_layer_norm_args *a, workspace *space, ptrdiff_
         finish_one_by_one(a, space, row, rows, stats);
 }
 
+/* Whether a group is started before another is finished. From rows of 4 KB on, two groups with their
+ * results and the parameters are more than L1 holds, unless the rows' own type is a half one. */
+#define groups_overlap FN_OF_T(groups_overlap)
+INLINE int groups_overlap(const fn_layer_norm_args *a, const workspace *space)
+{
+    return a->shape.cols * (ptrdiff_t)sizeof(element) < 4096 || (a->steps && space->half);
+}
+
 #define layer_norm_group FN_OF_T(layer_norm_group)
 INLINE ptrdiff_t layer_norm_group(const fn_layer_norm_args *a, workspace *space, ptrdiff_t row,
                                   ptrdiff_t end, const int rows)
 {
     const ptrdiff_t first = row;
+    const int overlap = rows > 2 || groups_overlap(a, space);
     group_stats stats[2];
     for (int i = 0; i < rows; i++) stats[0].n[i] = stats[1].n[i] = a->shape.cols;
     group_lengths(&stats[0], rows);
@@ -517,10 +528,26 @@ INLINE ptrdiff_t layer_norm_group(const fn_layer_norm_args *a, workspace *space,
     for (int now = 0;; row += rows, now = !now) {
         const int more = row + rows <= end;
         if (more) group_start(a, space, row, rows, now, &stats[now]);
-        if (row > first) group_finish(a, space, row - rows, rows, &stats[!now]);
+        if (overlap && row > first) group_finish(a, space, row - rows, rows, &stats[!now]);
         if (!more) return row;
         group_middle(a, space, row, rows, &stats[now]);
+        if (!overlap) group_finish(a, space, row, rows, &stats[now]);
     }
+}
+
+/* Apart, so that neither loop takes registers from the other. */
+#define layer_norm_fours FN_OF_T(layer_norm_fours)
+OUTLINE ptrdiff_t layer_norm_fours(const fn_layer_norm_args *a, workspace *space, ptrdiff_t row,
+                                   ptrdiff_t end)
+{
+    return layer_norm_group(a, space, row, end, 4);
+}
+
+#define layer_norm_pairs FN_OF_T(layer_norm_pairs)
+OUTLINE ptrdiff_t layer_norm_pairs(const fn_layer_norm_args *a, workspace *space, ptrdiff_t row,
+                                   ptrdiff_t end)
+{
+    return layer_norm_group(a, space, row, end, 2);
 }
 
 /* ---- row and stream --------------------------------------------------------------------------- */
@@ -627,7 +654,7 @@ OUTLINE void row_finish(const fn_layer_norm_args *a, workspace *space, ptrdiff_t
 }
 
 /* Whether the next row is started before a row is finished. It hides a scalar chain, but keeps two
- * rows in L1. Measured, it pays for rows of up to 8 KB, and for streamed rows, but for those of less
+ * rows in L1. Measured, it pays for rows of up to 5 KB, and for streamed rows, but for those of less
  * than 16 KB from main memory: they are not there in time. */
 #define rows_overlap FN_OF_T(rows_overlap)
 INLINE int rows_overlap(const fn_layer_norm_args *a)
@@ -682,8 +709,8 @@ OUTLINE ptrdiff_t layer_norm_groups(const fn_layer_norm_args *a, workspace *spac
             row = layer_norm_narrow(a, row, end, 4);
     }
     if (HAS_FOURS && n * (ptrdiff_t)sizeof(element) <= FN_FOUR_ROWS_BYTES)
-        row = layer_norm_group(a, space, row, end, 4);
-    return n <= BLOCK ? layer_norm_group(a, space, row, end, 2) : row;
+        row = layer_norm_fours(a, space, row, end);
+    return n <= BLOCK ? layer_norm_pairs(a, space, row, end) : row;
 }
 
 #define layer_norm FN_OF_T(layer_norm)
@@ -695,6 +722,7 @@ static void layer_norm(const void *args, ptrdiff_t row0, ptrdiff_t row1, void *s
     if (a->steps) {
         space = workspace_in(scratch, &a->shape, a->steps, 0);
         space.half = half_call(a);
+        space.plain_sums = VW > 1 && is_plain_sum(&a->shape, a->steps, FN_OWN_TYPE, LANES);
         space.ahead = &ahead;
         space.stream = a->stream_rooms;
     }

@@ -65,6 +65,19 @@ OUTLINE int share_parameters(const fn_shape *shape, const fn_steps *s, ptrdiff_t
     return !shape->outer_ndim || row % shape->inner + rows <= shape->inner;
 }
 
+/* Whether sums are what most are: x + residual, all of the type computed in, of rows that fill all
+ * lanes. */
+OUTLINE int is_plain_sum(const fn_shape *shape, const fn_steps *s, fn_dtype own, ptrdiff_t lanes)
+{
+    const fn_rows *arrays[] = {&s->x, &s->residual, &s->sum};
+    if (!s->residual.data || s->gate.data || s->linear_bias.data || s->mask.data || s->lengths ||
+        s->starts || shape->outer_ndim || shape->cols % lanes)
+        return 0;
+    for (int i = 0; i < 3; i++)
+        if (arrays[i]->data && (arrays[i]->dtype != own || arrays[i]->col_strides)) return 0;
+    return 1;
+}
+
 /* ---- what is to come ---- */
 
 /* What the arrays of a group to come hold, by cache lines, so far as it has not been asked for. */
@@ -148,6 +161,7 @@ typedef struct {
     double *sums;           /* backward, where parameters repeat within a row */
     ptrdiff_t room_stride, param_stride, tile;
     fn_dtype half; /* of rows that go op_half.h's way; 0: none do */
+    int plain_sums; /* rows go by plain_sum */
     int stream;    /* rows of y go from a room past the cache */
     fetcher *ahead;
 } workspace;
@@ -243,6 +257,26 @@ OUTLINE void add_strip(element *into, const element *x, const element *gate, con
     ptrdiff_t i = 0;
     for (; i + VW <= n; i += VW) add_vector(into, x, gate, bias, residual, i, VW);
     if (i < n) add_vector(into, x, gate, bias, residual, i, n - i);
+}
+
+/* Such a row of one block, into its place or `room`; meanwhile its elements are summed. */
+#define plain_sum FN_OF_T(plain_sum)
+OUTLINE quarter plain_sum(const fn_steps *s, ptrdiff_t row, ptrdiff_t n, element *room,
+                          const element **at)
+{
+    const element *x = (const element *)((char *)s->x.data + row * s->x.stride);
+    const element *residual = (element *)((char *)s->residual.data + row * s->residual.stride);
+    element *into = s->sum.data ? (element *)((char *)s->sum.data + row * s->sum.stride) : room;
+    vec sum[VECTORS];
+    *at = into;
+    UNROLL for (int k = 0; k < VECTORS; k++) sum[k] = v_zero();
+    NO_UNROLL for (ptrdiff_t i = 0; i < n; i += LANES)
+        UNROLL for (int k = 0; k < VECTORS; k++) {
+            const vec v = v_add(v_load(x + i + k * VW), v_load(residual + i + k * VW));
+            sum[k] = v_add(sum[k], v);
+            v_store(into + i + k * VW, v);
+        }
+    return v_fold(sum, VECTORS);
 }
 
 /* Where the parts of one row's sum begin; NULL for those that are absent. */

@@ -12,6 +12,8 @@
 #define HAS_HALVES 1
 #define HAS_MASKS 1
 #define HAS_HALF_LOADS 1
+#define KEEP_IN_REGISTER(v) __asm__("" : "+v"(v))
+#define FMA_SUBTRACTS 1
 #define UNROLL _Pragma("GCC unroll 8")
 
 /* ---- eight doubles ---------------------------------------------------------------------------- */

@@ -12,6 +12,8 @@
 #define HAS_HALVES 0
 #define HAS_HALF_LOADS 1
 #define HAS_MASKS 0
+#define KEEP_IN_REGISTER(v) __asm__("" : "+w"(v))
+#define FMA_SUBTRACTS 0
 #define UNROLL _Pragma("GCC unroll 16")
 
 /* ---- eight doubles ---------------------------------------------------------------------------- */

@@ -37,6 +37,9 @@
  *   UNROLL_LONG    UNROLL, for loops of up to 16 rounds
  *   VECTORS_A_SWEEP_T  how many of a block's vectors registers have room for in a sweep with two
  *                  sums; AFFINE_ROWS, how many rows share the parameters in registers
+ *   KEEP_IN_REGISTER  what has been loaded is not loaded again
+ *   FMA_SUBTRACTS  whether adders, apart from multipliers, have more to do in a sum of deviations: every
+ *                  other a - b is then a * 1 + -b, which has the same bits
  */
 #include <limits.h>
 #include <math.h>
@@ -49,6 +52,8 @@
 #define VECTORS_A_SWEEP_f32 64
 #define VECTORS_A_SWEEP_f64 32
 #define AFFINE_ROWS 1
+#define FMA_SUBTRACTS 0
+#define KEEP_IN_REGISTER(v) (void)(v)
 #define HAS_HALVES 0
 #define HAS_HALF_LOADS 0
 #define HAS_MASKS 0
