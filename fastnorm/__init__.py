@@ -1,9 +1,32 @@
-"""fastnorm: normalization layers on NumPy arrays, fast and right for every finite input."""
+"""fastnorm: normalization layers on NumPy arrays, fast and right for every finite input.
+
+- norms of rows: layer_norm, rms_norm, add_layer_norm, add_rms_norm, adaptive_layer_norm,
+  parallel_layer_norm, segment_layer_norm, segment_rms_norm; moments
+- of channels: batch_norm, group_norm, instance_norm, adaptive_instance_norm
+- of weights: weight_norm, spectral_norm, unit_norm
+- gradients: the same names with _backward
+- modules: LayerNorm, LayerNorm2d, RMSNorm, BatchNorm, GroupNorm, InstanceNorm, WeightNorm,
+  SpectralNorm; load_norm makes one of what torch, Keras, Flax or ONNX have saved
+- around batch norm: BatchStatistics, fold_batch_norm, fold_into_conv, fold_into_linear,
+  convert_momentum, convert_running_var
+- what runs, and on what: explain, show_config, num_threads, set_pool_limit, empty
+- reference: the same functions in float64 NumPy
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import _core, dispatch, threads
+try:
+    from . import _core, dispatch, threads
+except ImportError as error:
+    from importlib.util import find_spec
+
+    if find_spec("._core", __name__) is None:
+        raise ImportError(
+            f"fastnorm: got its sources ({__path__[0]}), in which nothing is compiled, wanted what "
+            "was installed: run Python from another folder (and `pip install .` in this one first)"
+        ) from error
+    raise
 from ._core import (
     add_layer_norm,
     add_rms_norm,

@@ -31,8 +31,8 @@ axis=None, output_mask=(True, True, True), from_output=False, lengths=None, mask
         Which of dx, dweight, dbias to compute; the others come back as None.
     from_output : bool
         `x` is what the forward call returned (without an activation), so that its input need not
-        be kept: ``xh = (x - bias) / weight``, which asks for a weight without zeros. `mean` is not
-        read, and may be None.
+        be kept: ``xh = (x - bias) / weight``, so one 0 in the weight makes all of dx NaN. `mean` is
+        not read, and may be None.
 
     Returns
     -------

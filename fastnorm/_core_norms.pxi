@@ -29,8 +29,9 @@ out=None, dtype=None, return_stats=False, activation=None, lengths=None, mask=No
         Added to the variance; not negative.
     axis : int or tuple of int, optional
         Axes to normalize over, in place of `normalized_shape`, as in Keras: any, in any number.
-        Where they are not last the array is read in place (``axis=1`` of an (N, C, H, W) array is
-        ConvNeXt's LayerNorm2d).
+        (None is not all axes, as in NumPy, but those of `normalized_shape`.) Where they are not
+        last the array is read in place (``axis=1`` of an (N, C, H, W) array is ConvNeXt's
+        LayerNorm2d).
     out : ndarray, optional
         Array for the result, of x's shape and the result's type. It may be x itself, but not
         overlap an input in another way.
@@ -305,7 +306,7 @@ def moments(x, axis=None):
     x : array_like
         Of any real type and layout; integers and booleans become float64.
     axis : int or tuple of int, optional
-        Axes to reduce. Default: the last.
+        Axes to reduce. None: the last (not all, as in NumPy).
 
     Returns
     -------

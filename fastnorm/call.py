@@ -19,6 +19,13 @@ MACHINE_EPS = {t: float(np.finfo(t).eps) for t in checks.COMPUTED}
 LEAST_SCALE = np.finfo(np.float32).tiny
 
 
+def eps_of(eps: Any, rms: bool, compute: np.dtype) -> float:
+    """A norm's eps; RMS norm's is that of the type it is computed in, where none is given."""
+    if eps is None and rms:
+        return MACHINE_EPS[compute]
+    return checks.as_eps(eps, " (RMS norm has no bias)" if rms else "")
+
+
 class Rows:
     """An array seen as (leading..., elements...): its normalized axes last, in place.
 

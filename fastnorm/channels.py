@@ -62,8 +62,9 @@ def batch_norm(
     ----------
     x : array_like
         Of shape (N, C, ...), 2 axes or more, float16, bfloat16, float32 or float64 (integers and
-        booleans become float64), of any layout. Arrays that are contiguous, channels first or last,
-        are read in place; others are copied.
+        booleans become float64), of any layout. C-contiguous arrays are read in place (channels
+        last: with ``channel_axis=-1``); others are copied, torch's channels_last memory format
+        too. New results are C-contiguous.
     running_mean, running_var : array_like
         Of shape (C,). Without `training` they normalise, and both are needed; with it they are
         updated in place (ndarrays then, or None).
@@ -80,7 +81,8 @@ def batch_norm(
     dialect : str
         How running statistics take up a batch's: "torch": ``(1 - momentum)*running +
         momentum*batch``, with the variance of n - 1; "keras", "flax", "onnx": ``momentum*running +
-        (1 - momentum)*batch``, with the variance of n.
+        (1 - momentum)*batch``, with the variance of n. It changes no default: 0.1 is then the share
+        of the old.
     out : ndarray, optional
         Array for the result, of x's shape and the result's type. It may be x itself.
     dtype : dtype, optional

@@ -114,7 +114,7 @@ def as_offset(offset: Any) -> float:
     try:
         value = float(operator.pos(offset))
     except (TypeError, ValueError):
-        raise TypeError(f"offset: got {offset!r}, wanted a number") from None
+        raise TypeError(f"offset: got {_in_short(offset)}, wanted a number") from None
     except OverflowError:
         value = math.inf
     if not math.isfinite(value):
@@ -122,12 +122,12 @@ def as_offset(offset: Any) -> float:
     return value
 
 
-def as_eps(eps: Any) -> float:
-    """A float that is not negative and not NaN."""
+def as_eps(eps: Any, hint: str = "") -> float:
+    """A float that is not negative and not NaN; `hint` is for who gave something else."""
     try:
         value = float(operator.pos(eps))  # which text has not
     except (TypeError, ValueError):
-        raise TypeError(f"eps: got {eps!r}, wanted a number of at least 0") from None
+        raise TypeError(f"eps: got {_in_short(eps)}, wanted a number of at least 0{hint}") from None
     except OverflowError:
         raise ValueError(f"eps: got {eps!r}, wanted a number that a float holds") from None
     if not value >= 0:
@@ -137,7 +137,7 @@ def as_eps(eps: Any) -> float:
 
 def as_count(name: str, value: Any, least: int, wanted: str) -> int:
     """An integer of at least `least`; `wanted` is what an error says of it."""
-    message = f"{name}: got {value!r}, wanted {wanted} of at least {least}"
+    message = f"{name}: got {_in_short(value)}, wanted {wanted} of at least {least}"
     try:
         count = operator.index(value)
     except TypeError:
@@ -181,9 +181,11 @@ def _as_ints(name: str, value: Any) -> tuple[int, ...]:
 
 
 def _in_short(value: Any) -> str:
-    """An array by its type and shape: a weight in the place of a shape is a likely slip."""
-    if isinstance(value, np.ndarray):
-        return f"a {value.dtype} array of shape {value.shape}"
+    """An array by its type and shape: a weight in the place of a shape, or of eps, is a likely
+    slip."""
+    shape = getattr(value, "shape", ())
+    if isinstance(shape, tuple) and shape and hasattr(value, "dtype"):
+        return f"a {value.dtype} array of shape {tuple(shape)}"
     return repr(value)
 
 

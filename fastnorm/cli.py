@@ -99,8 +99,18 @@ def _add_bench(commands: Any) -> None:
         help="cuda: on a GPU, next to torch, torch.compile, Triton and its copy speed",
     )
     ops = dict.fromkeys((*fastnorm._core.OPS, *cases.CHANNELS))
-    bench.add_argument("--op", default="layer_norm", choices=tuple(ops))
-    bench.add_argument("--dtype", default="float32", choices=fastnorm._core.DTYPES)
+    bench.add_argument(
+        "--op",
+        default="layer_norm",
+        choices=tuple(ops),
+        help="what is timed (default: %(default)s)",
+    )
+    bench.add_argument(
+        "--dtype",
+        default="float32",
+        choices=fastnorm._core.DTYPES,
+        help="type of x (default: %(default)s)",
+    )
     bench.add_argument(
         "--shapes",
         metavar="ROWSxCOLS",

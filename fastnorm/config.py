@@ -46,7 +46,7 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
         "openmp": _core.openmp(),
         "threads": _core.threads(),
         "pool_bytes": _core.pool(),
-        "ops": list(_core.OPS),
+        "ops": [*_core.OPS, *_later_ops()],
         "dtypes": list(_core.DTYPES),
         "cuda": importlib.import_module(".cuda", __package__).config(),
     }
@@ -54,6 +54,12 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
         return config
     _print(config, 0)
     return None
+
+
+def _later_ops() -> list[str]:
+    """The ops that are loaded when they are first asked for."""
+    later = importlib.import_module(__package__)._LATER
+    return [name for name, module in later.items() if module in (".channels", ".weights")]
 
 
 def _isa() -> dict[str, Any]:

@@ -12,7 +12,27 @@ from .dispatch import CALLS
 
 
 class Explanation(NamedTuple):
-    """What a call would do, and why; ``str()`` of it is meant to be read."""
+    """What a call would do, and why; ``str()`` of it is meant to be read.
+
+    Attributes
+    ----------
+    op, backend : str
+        The op's name; "cpu", or the CUDA device.
+    isa : str
+        The instruction set, or the device's architecture.
+    threads : int
+        How many share the call; on a device, those of a block.
+    regime : str
+        How the kernel goes through the rows, or which kernel it is; `reasons` says more.
+    stream : bool
+        Whether the output is written past the cache.
+    dtype : str
+        x's type.
+    rows, cols : int
+        How many rows (units, vectors) there are, and how many elements each has.
+    copies, reasons : tuple of str
+        Each copy that would be made of an array of x's size, and why; why all else is so.
+    """
 
     op: str
     backend: str
@@ -82,7 +102,8 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
     ('layer_norm', 128, 3, 'columns', ())
     """
     if isinstance(op, module_state.State) and hasattr(op, "_as_op"):
-        name, kwargs = op._as_op(*args, **kwargs)
+        given = inspect.signature(op._as_op).bind(*args, **kwargs)  # whose errors name no method
+        name, kwargs = op._as_op(*given.args, **given.kwargs)
         args = ()
     else:
         name = _name_of(op)

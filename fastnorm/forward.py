@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _core, checks, interop
-from .call import MACHINE_EPS, Call, as_output
+from .call import Call, as_output, eps_of
 
 
 class Pair(NamedTuple):
@@ -81,7 +81,7 @@ class NormCall(Call):
             "activation": checks.as_activation(activation),
             **self.valid(lengths, mask),
         }
-        self.options["eps"] = self.checked_eps(eps)
+        self.options["eps"] = eps_of(eps, rms, self.compute)
         params = [
             (self.parameter(p.names[0], p.weight), self.parameter(p.names[1], p.bias))
             for p in pairs
@@ -101,11 +101,6 @@ class NormCall(Call):
             mean=None if rms else mean, rstd=rstd, warm=self.warm, **self.options,
         )  # fmt: skip
         self.result = self.gather(outputs, several, mean, rstd, rms)
-
-    def checked_eps(self, eps: Any) -> float:
-        if eps is None and self.options["rms"]:
-            return MACHINE_EPS[self.compute]
-        return checks.as_eps(eps)
 
     def add_addends(
         self, adds: dict[str, Any], residual: Any, sum_out: Any, round_sum: Any

@@ -20,6 +20,8 @@ from .modules_weights import SpectralNorm, WeightNorm
 from .weights import weight_norm
 
 AFFINE = ("weight", "bias")
+#: The options that say that a norm has neither.
+BARE = ("elementwise_affine", "affine")
 RUNNING = ("running_mean", "running_var")
 COUNTED = "num_batches_tracked"
 
@@ -81,6 +83,8 @@ class _Sought(NamedTuple):
     own: str
     #: All of these are there or none, and all if there can be no others.
     together: tuple[str, ...]
+    #: Whether there may be nothing at its place, though there is elsewhere.
+    is_bare: bool = False
 
 
 class _Found(NamedTuple):
@@ -124,6 +128,9 @@ def load_norm(
     channel_axis          1        -1       -1       1
     ====================  =======  =======  =======  =======
 
+    No state dict of torch holds eps or num_groups: where a model sets another eps (BERT 1e-12,
+    Llama 1e-5 or 1e-6), give it.
+
     The module infers as the model did where it was trained: running statistics are taken as they
     are. It goes on training in the way of its `dialect` too, which has a momentum of that sense and
     a variance of that kind. :func:`fastnorm.convert_momentum` and
@@ -155,7 +162,10 @@ def load_norm(
         - `num_groups` of a group norm, which no parameter says, and `num_channels` where ONNX's
           opset 18 has a scale for each group, which then goes to all channels of the group
         - `offset=1.0` of an RMS norm whose weight is the factor less 1, as Gemma's
-        - `normalized_shape`, `num_features` or `num_channels` where there are no parameters
+        - ``elementwise_affine=False`` (of layer and RMS norms) or ``affine=False`` of a norm that
+          has no parameters at `prefix`, with its `normalized_shape`, `num_features` or
+          `num_channels`
+        - ``track_running_stats=False`` of a batch norm that has no running statistics
         - `name` of the weight in its layer: "weight" in torch, "kernel" in Flax, if left out
         - `dim` of a weight norm, which torch's shapes say; in Flax -1, or its feature axis
         - `dim` of a torch spectral norm: 1 of transposed convolutions, else 0, as the vectors'
@@ -176,12 +186,14 @@ def load_norm(
     ------
     KeyError
         If `parameters` has nothing, or something unknown, at `prefix`, or not all of what belongs
-        together.
+        together: a batch norm's running statistics too (torch's are in ``state_dict()``, not in
+        ``named_parameters()``, Flax's in "batch_stats", not in "params").
     ImportError
         If the path of a file is given and safetensors is not installed.
     TypeError, ValueError
-        If an option or the shape of a parameter does not fit, the dialect has no such norm, or
-        the module could not do the same: Flax makes zeros of vectors and weights of zeros.
+        If an option or the shape of a parameter does not fit, a file is not of safetensors, the
+        dialect has no such norm, or the module could not do the same: Flax makes zeros of vectors
+        and weights of zeros.
 
     References
     ----------
@@ -229,7 +241,8 @@ def _sought(kind: str, dialect: str, options: dict[str, Any]) -> _Sought:
     allowed = KINDS[kind][1]
     if kind not in {weights for weights, _ in WEIGHTS}:
         names = {role: known for role, known in NAMES[dialect].items() if role in allowed}
-        return _Sought(names, r"[^.]+", tuple(role for role in RUNNING if role in names))
+        bare = any(options.get(flag) is False for flag in BARE)
+        return _Sought(names, r"[^.]+", tuple(role for role in RUNNING if role in names), bare)
     if (kind, dialect) not in WEIGHTS:
         infers = (kind, dialect) == ("spectral_norm", "keras")
         why = "Keras infers with the kernel as it is saved" if infers else "it has none"
@@ -268,7 +281,7 @@ def _chosen(
     if chosen and 0 < len(missing) < len(sought.together):
         got = sorted(chosen.values())
         raise KeyError(f"parameters: got {got}, wanted {missing[0]!r} with them")
-    if not chosen and (place or keys or len(missing) == len(sought.names)):
+    if not (chosen or sought.is_bare) and (place or keys or len(missing) == len(sought.names)):
         few = f"; there are keys such as {keys[0]!r}: see prefix" if keys else ""
         raise KeyError(f"parameters: got nothing at {shown}, wanted some of {sorted(role_of)}{few}")
     return chosen
@@ -334,7 +347,14 @@ def _from_file(path: Any, choose: _Choice) -> dict[str, np.ndarray]:
             f"parameters: got the path {where!r}, which takes the safetensors package to read: "
             "pip install safetensors"
         ) from None
-    with safetensors.safe_open(where, framework="numpy") as file:
+    try:
+        opened = safetensors.safe_open(where, framework="numpy")
+    except safetensors.SafetensorError:
+        raise ValueError(
+            f"parameters: got {where!r}, which is no safetensors file, wanted one: load it "
+            "(torch.load, np.load, ...) and pass the mapping"
+        ) from None
+    with opened as file:
         return {
             role: _bfloat16_bits(where, key)
             if bfloat16 is None and file.get_slice(key).get_dtype() == "BF16"
@@ -373,14 +393,13 @@ def _layer_norm(found: _Found) -> LayerNorm:
     shape = options.pop("normalized_shape", shape)
     if shape is None:
         raise TypeError("normalized_shape: got nothing, wanted a shape, as no parameter has one")
-    norm = LayerNorm(shape, elementwise_affine=bool(arrays), **options)
-    return _filled(norm, arrays)
+    return _filled(LayerNorm(shape, **{BARE[0]: bool(arrays), **options}), arrays)
 
 
 def _layer_norm_2d(found: _Found) -> LayerNorm2d:
     channels = found.length("num_channels")
-    norm = LayerNorm2d(channels, elementwise_affine=bool(found.arrays), **found.options)
-    return _filled(norm, found.arrays)
+    options = {BARE[0]: bool(found.arrays), **found.options}
+    return _filled(LayerNorm2d(channels, **options), found.arrays)
 
 
 def _rms_norm(found: _Found) -> RMSNorm:
@@ -389,7 +408,7 @@ def _rms_norm(found: _Found) -> RMSNorm:
     shape = options.pop("normalized_shape", shape)
     if shape is None:
         raise TypeError("normalized_shape: got nothing, wanted a shape, as no parameter has one")
-    return _filled(RMSNorm(shape, elementwise_affine=bool(arrays), **options), arrays)
+    return _filled(RMSNorm(shape, **{BARE[0]: bool(arrays), **options}), arrays)
 
 
 def _running_norm(kind: Any) -> Callable[[_Found], Any]:
@@ -405,9 +424,19 @@ def _running_norm(kind: Any) -> Callable[[_Found], Any]:
             **found.options,
         }
         norm = kind(channels, dialect=found.dialect, **options)
+        lacks = kind is BatchNorm and RUNNING[0] not in found.arrays
+        if lacks and found.options.get("track_running_stats", True):
+            raise _no_statistics(found.dialect)
         return _filled(norm, found.arrays)
 
     return build
+
+
+def _no_statistics(dialect: str) -> KeyError:
+    names = " and ".join(repr(NAMES[dialect][role][0]) for role in RUNNING)
+    return KeyError(
+        f"parameters: got no running statistics, wanted {names} too, or track_running_stats=False"
+    )
 
 
 def _group_norm(found: _Found) -> Any:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
-import threading
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -12,20 +10,15 @@ import numpy as np
 
 from . import checks, interop
 from .memory import empty
+from .threads import lock_across_forks
 
 #: The attribute for copies of parameters on devices, which belong to no pickle.
 COPIES = "_copies_on_devices"
 
 
 #: Held while a module's arrays are replaced: some microseconds. One for all, so that a fork can
-#: wait for it: a child must not find it held by a thread that it has not.
-REPLACING = threading.Lock()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=REPLACING.acquire,
-        after_in_parent=REPLACING.release,
-        after_in_child=REPLACING.release,
-    )
+#: wait for it.
+REPLACING = lock_across_forks()
 
 
 class IncompatibleKeys(NamedTuple):
@@ -64,10 +57,6 @@ class State:
 
     def _keep(self, checked: dict[str, Any]) -> None:
         """Hold what `_checked` returned, all at once."""
-        raise NotImplementedError
-
-    def _as_op(self, x: Any, out: Any = None) -> tuple[str, dict[str, Any]]:
-        """The op that a call of the module is, and its arguments."""
         raise NotImplementedError
 
     # ---- state dicts ----------------------------------------------------------------------------

@@ -533,8 +533,9 @@ class BatchNorm(_TrackingNorm):
     channel_axis : int
         Any axis but 0, the samples'. 1: channels first; -1: channels last.
     dialect : {"torch", "keras", "flax", "onnx"}
-        As for :func:`fastnorm.batch_norm`. Keras and Flax begin with a momentum of 0.99, ONNX with
-        0.9; Keras with an eps of 1e-3.
+        As for :func:`fastnorm.batch_norm`: what momentum means, and which variance is kept. It
+        changes no default: with "keras" or "flax" give ``momentum=0.99``, with "onnx" 0.9, as those
+        do (0.1 would be the share of the old), with "keras" ``eps=1e-3``. (``load_norm`` does.)
     dtype : float16, bfloat16, float32 or float64
         Type of the parameters (bfloat16 where ml_dtypes is installed). Inputs may be of any of
         them, and results are of the input's type.

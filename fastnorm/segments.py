@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from . import _core, checks, interop
-from .call import MACHINE_EPS, Call, as_output, stand_in, why_copied
+from .call import Call, as_output, eps_of, stand_in, why_copied
 
 
 class SegmentsCall(Call):
@@ -65,7 +65,7 @@ class SegmentNormCall(SegmentsCall):
         super().__init__(x, offsets, explained)
         w, b = self.feature_parameter("weight", weight), self.feature_parameter("bias", bias)
         y_type = self.dtype if dtype is None else checks.as_result_type(dtype)
-        machine = MACHINE_EPS[self.compute] if rms and eps is None else checks.as_eps(eps)
+        padding = eps_of(eps, rms, self.compute)
         if out is not None:
             out = as_output(out, y_type)
             checks.check_out("out", out, self.source.shape, y_type)
@@ -80,7 +80,7 @@ class SegmentNormCall(SegmentsCall):
         mean, rstd = self.statistics() if return_stats else (None, None)
         self.kernel = partial(
             _core.norm_segments, self.compute, packed_x, self.starts,
-            self.longest, w, b, self.y, scale, machine, rms=rms,
+            self.longest, w, b, self.y, scale, padding, rms=rms,
             offset=checks.as_offset(offset), activation=checks.as_activation(activation),
             mean=None if rms else mean, rstd=rstd, warm=warm,
         )  # fmt: skip

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,13 +24,29 @@ from .checks import as_count
 MOST_THREADS = 1 << 20
 
 
-def set_num_threads(n: int) -> None:
+def lock_across_forks() -> threading.Lock:
+    """A lock that forks wait for: a child must not find it held by a thread that it has not."""
+    lock = threading.Lock()
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(
+            before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release
+        )
+    return lock
+
+
+#: What each ``with num_threads`` asks for, in the order they began; at None what was there before.
+_ASKED: dict[object, int] = {}
+_ASKING = lock_across_forks()
+
+
+def set_num_threads(n: int | None) -> None:
     """Let calls use at most `n` threads, in the whole process.
 
     Parameters
     ----------
-    n : int
-        At least 1. More than there are CPUs has no effect.
+    n : int or None
+        At least 1. More than there are CPUs has no effect. None: no limit but the others, whatever
+        FASTNORM_NUM_THREADS says.
 
     Raises
     ------
@@ -38,7 +55,7 @@ def set_num_threads(n: int) -> None:
     ValueError
         If `n` is less than 1.
     """
-    _core.set_requested_threads(_checked("n", n))
+    _core.set_requested_threads(0 if n is None else _checked("n", n))
 
 
 def get_num_threads() -> int:
@@ -50,14 +67,24 @@ def get_num_threads() -> int:
 
 @contextmanager
 def num_threads(n: int) -> Iterator[None]:
-    """Within the ``with`` block, let calls of the whole process use at most `n` threads."""
-    count = _checked("n", n)
-    before = _core.threads()["requested"] or 0
-    _core.set_requested_threads(count)
+    """Within the ``with`` block, let calls of the whole process use at most `n` threads.
+
+    Of blocks that overlap, in one thread or several, the last to begin counts. What was there
+    before the first is there after the last, whatever ``set_num_threads`` was given in between.
+    """
+    count, block = _checked("n", n), object()
+    with _ASKING:
+        _ASKED.setdefault(None, _core.threads()["requested"] or 0)
+        _ASKED[block] = count
+        _core.set_requested_threads(count)
     try:
         yield
     finally:
-        _core.set_requested_threads(before)
+        with _ASKING:
+            del _ASKED[block]
+            _core.set_requested_threads(list(_ASKED.values())[-1])
+            if len(_ASKED) == 1:
+                _ASKED.clear()
 
 
 def _checked(name: str, n: int) -> int:

@@ -136,7 +136,7 @@ def unit_norm(
     x, out, dtype
         As v, out and dtype of :func:`weight_norm`.
     axis : int or tuple of int
-        The axes that make a vector, in any number.
+        The axes that make a vector, in any number. (torch's `dim` is 1 where none is given.)
     eps : float
         What is divided by where the norm is less; not negative.
     return_stats : bool

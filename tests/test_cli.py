@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fastnorm
-from fastnorm import _core
+from fastnorm import _core, cli
 
 
 def fastnorm_command(*arguments):
@@ -50,6 +50,13 @@ def test_wrong_usage(arguments):
     assert done.returncode == 2
     assert "usage: python -m fastnorm" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_every_option_has_help():
+    parser = cli._parser()
+    [commands] = [action for action in parser._actions if action.dest == "command"]
+    for command in commands.choices.values():
+        assert all(action.help for action in command._actions)
 
 
 def test_help_names_every_command():

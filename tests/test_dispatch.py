@@ -120,14 +120,37 @@ def test_num_threads_restores_after_an_exception():
     assert _core.threads()["requested"] == before
 
 
+def test_num_threads_of_several_threads_restore():
+    """Blocks that do not lie within each other end where the first of them began."""
+    fastnorm.set_num_threads(3)
+    first, second = fastnorm.num_threads(1), fastnorm.num_threads(2)
+    first.__enter__()
+    second.__enter__()
+    assert _core.threads()["requested"] == 2
+    first.__exit__(None, None, None)
+    assert _core.threads()["requested"] == 2
+    second.__exit__(None, None, None)
+    assert _core.threads()["requested"] == 3
+
+
+def test_set_num_threads_forgets():
+    fastnorm.set_num_threads(1)
+    fastnorm.set_num_threads(None)
+    assert _core.threads()["requested"] is None
+
+
 def enter_num_threads(count):
     with fastnorm.num_threads(count):
         pass
 
 
-@pytest.mark.parametrize("call", [fastnorm.set_num_threads, enter_num_threads])
-@pytest.mark.parametrize(("count", "exception"), [
-    (0, ValueError), (-1, ValueError), (1.5, TypeError), ("2", TypeError), (None, TypeError),
+@pytest.mark.parametrize(("call", "count", "exception"), [
+    (enter_num_threads, None, TypeError),
+    *[
+        (call, *wrong)
+        for call in (fastnorm.set_num_threads, enter_num_threads)
+        for wrong in ((0, ValueError), (-1, ValueError), (1.5, TypeError), ("2", TypeError))
+    ],
 ])  # fmt: skip
 def test_bad_number_of_threads(call, count, exception):
     before = _core.threads()["requested"]
@@ -305,9 +328,15 @@ def test_explain_of_modules_raises_what_the_call_would():
         fastnorm.explain(norm, x)
     with pytest.raises(ValueError, match=r"^normalized_shape"):
         fastnorm.explain(fastnorm.RMSNorm(3), x)
-    for wrong in ((), (x, None, None)):
-        with pytest.raises(TypeError):
+    for wrong, why in ((), "missing a required argument: 'x'"), ((x, None, None), "too many"):
+        with pytest.raises(TypeError, match=f"^{why}"):
             fastnorm.explain(norm, *wrong)
+
+
+@pytest.mark.parametrize("kind", [fastnorm.WeightNorm, fastnorm.SpectralNorm])
+def test_explain_takes_no_modules_of_weights(kind):
+    with pytest.raises(ValueError, match=rf"^op: got {kind.__name__}\(.*, wanted one of: "):
+        fastnorm.explain(kind(np.ones((3, 4))), np.ones((3, 4)))
 
 
 def test_explain_raises_what_the_call_would():
@@ -465,6 +494,10 @@ def test_show_config_as_dicts(isa):
     assert config["isa"]["active"] == isa
     assert isa in config["isa"]["supported"]
     assert config["isa"]["why"]
+    ops = {name.removesuffix("_backward") for name in config["ops"]}
+    assert ops == {name for name in fastnorm.__all__ if f"{name}_backward" in fastnorm.__all__} | {
+        "parallel_layer_norm", "moments", "adaptive_instance_norm",
+    }  # fmt: skip
     assert config["openmp"] is _core.openmp()
     assert config["threads"]["max"] == fastnorm.get_num_threads()
     assert config["threads"].keys() >= {"requested", "openmp", "affinity", "cpu_quota"}

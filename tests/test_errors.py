@@ -277,6 +277,15 @@ def test_eps_is_not_left_open(op):
     assert_refused(op, TypeError, ["eps", "None", "number"], eps=None)
 
 
+@pytest.mark.parametrize("op", FORWARD)
+def test_a_bias_in_the_place_of_eps(op):
+    """It is not printed out, and whoever is used to layer norm is told what RMS norm lacks."""
+    words = ["eps", "a float64 array of shape (768,)", "a number of at least 0"]
+    if op in EVERY_RMS:
+        words.append("(RMS norm has no bias)")
+    assert_refused(op, TypeError, words, eps=np.ones(768))
+
+
 @pytest.mark.parametrize("op", EVERY_RMS)
 def test_offset(op):
     for value, exception, words in (

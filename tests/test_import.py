@@ -2,9 +2,13 @@
 
 import json
 import platform
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
+
+import fastnorm
 
 from .helpers import child
 
@@ -65,6 +69,18 @@ def test_reference_and_extras_are_imported_on_demand():
         print("done")
     """)
     assert done == "done"
+
+
+def test_sources_alone_say_what_they_are(tmp_path):
+    """Python finds them first in their folder. What else may go wrong is told as it is."""
+    installed = Path(fastnorm.__file__).parent
+    shutil.copytree(installed, tmp_path / "fastnorm", ignore=shutil.ignore_patterns("*.so"))
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import fastnorm"
+    wanted = f"ImportError: fastnorm: got its sources ({tmp_path}/fastnorm), in which nothing is c"
+    assert wanted in child.error(code)
+    [compiled] = installed.glob("_core.*.so")
+    (tmp_path / "fastnorm" / compiled.name).write_bytes(b"no library")
+    assert "got its sources" not in child.error(code)
 
 
 CALLS = """

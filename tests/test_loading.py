@@ -232,10 +232,27 @@ def test_without_parameters():
     assert load_norm("layer_norm", {}, normalized_shape=(2, 3)).normalized_shape == (2, 3)
     assert load_norm("rms_norm", {}, normalized_shape=5).parameters() == {}
     assert load_norm("layer_norm_2d", {}, num_channels=3).parameters() == {}
-    assert load_norm("batch_norm", {}, num_features=4).state_dict() == {}
+    batch = load_norm("batch_norm", {}, num_features=4, track_running_stats=False)
+    assert batch.state_dict() == {}
     assert load_norm("instance_norm", {}, num_features=4, dialect="onnx").state_dict() == {}
     norm = load_norm("group_norm", {}, num_channels=4, num_groups=2)
     assert (norm.num_channels, norm.affine) == (4, False)
+
+
+@pytest.mark.parametrize(("kind", "options"), [
+    ("layer_norm", {"normalized_shape": 4, "elementwise_affine": False}),
+    ("layer_norm_2d", {"num_channels": 4, "elementwise_affine": False}),
+    ("rms_norm", {"normalized_shape": 4, "elementwise_affine": False}),
+    ("group_norm", {"num_channels": 4, "num_groups": 2, "affine": False}),
+    ("instance_norm", {"num_features": 4, "affine": False}),
+    ("batch_norm", {"num_features": 4, "affine": False, "track_running_stats": False}),
+])  # fmt: skip
+def test_without_parameters_in_a_model_that_has_some(kind, options):
+    model = {"other.weight": np.ones(3)}
+    assert load_norm(kind, model, prefix="norm", **options).state_dict() == {}
+    said = {key: value for key, value in options.items() if value is not False}
+    with pytest.raises(KeyError, match="parameters: got nothing at norm"):
+        load_norm(kind, model, prefix="norm", **said)
 
 
 def test_batch_norm_without_weight(rng):
@@ -244,8 +261,18 @@ def test_batch_norm_without_weight(rng):
 
 
 def test_batch_norm_without_statistics(rng):
-    norm = load_norm("batch_norm", parameters(rng, *ALL[:2]))
+    """It is one only where that is said: they are easily left behind."""
+    p = parameters(rng, *ALL[:2])
+    norm = load_norm("batch_norm", p, track_running_stats=False)
     assert (norm.affine, norm.track_running_stats) == (True, False)
+    for dialect, names in (
+        ("torch", "'running_mean' and 'running_var'"),
+        ("keras", "'moving_mean' and 'moving_variance'"),
+        ("flax", "'mean' and 'var'"),
+    ):
+        with pytest.raises(KeyError, match=f"got no running statistics, wanted {names} too, or"):
+            loaded("batch_norm", p, dialect)
+    assert not load_norm("instance_norm", p).track_running_stats
 
 
 def test_counted_batches(rng):
@@ -541,6 +568,15 @@ def test_a_file_without_safetensors(monkeypatch):
         ImportError, match=r"^parameters: got the path 'x\.safetensors', which take"
     ):
         load_norm("layer_norm", "x.safetensors")
+
+
+def test_a_file_of_another_kind(safetensors, tmp_path):
+    path = tmp_path / "model.npz"
+    np.savez(path, weight=np.ones(4))
+    with pytest.raises(ValueError, match=r"^parameters: got '.*model\.npz', which is no safetens"):
+        load_norm("layer_norm", path)
+    with pytest.raises(FileNotFoundError):
+        load_norm("layer_norm", tmp_path / "model.safetensors")
 
 
 def test_a_model_of_sentences(safetensors):

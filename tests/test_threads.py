@@ -88,11 +88,9 @@ def test_settings_may_change_meanwhile(rng):
             with fastnorm.num_threads(1 + (k + turn) % 3):
                 assert_same_bits(fastnorm.layer_norm(x), want)
 
-    before = _core.threads()["requested"] or 0
-    try:
-        together(work)
-    finally:
-        _core.set_requested_threads(before)
+    before = _core.threads()["requested"]
+    together(work)
+    assert _core.threads()["requested"] == before
 
 
 COUNTING = """

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import _cuda, checks, interop
-from ..call import MACHINE_EPS
+from ..call import eps_of
 from ..dispatch import CALLS
 from . import launch, plan
 from .signatures import CHANNELS
@@ -388,10 +388,7 @@ class Forward(Call):
         return residual
 
     def eps(self) -> float:
-        eps = self.given["eps"]
-        if eps is None and self.family.rms:
-            return MACHINE_EPS[np.dtype(self.compute)]
-        return checks.as_eps(eps)
+        return eps_of(self.given["eps"], self.family.rms, np.dtype(self.compute))
 
 
 class Backward(Call):
