@@ -70,10 +70,10 @@ def _on_cuda_by_type(kind: type) -> bool | Callable[[Any], bool]:
         known = False
     elif hasattr(kind, "is_cuda"):  # torch, whose __cuda_array_interface__ may raise
         known = _is_cuda
-    elif hasattr(kind, "__cuda_array_interface__"):  # CuPy and Numba, who take time to make it
-        known = True
-    elif hasattr(kind, "__dlpack_device__"):
+    elif hasattr(kind, "__dlpack_device__"):  # before the interface, which JAX's class always has
         known = _exports_cuda
+    elif hasattr(kind, "__cuda_array_interface__"):  # Numba, which takes time to make it
+        known = True
     if len(_ON_CUDA) > 256:  # types can be made in a loop
         _ON_CUDA.clear()
     _ON_CUDA[kind] = known

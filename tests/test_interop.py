@@ -201,6 +201,25 @@ def test_dlpack_end_to_end():
     assert_same_bits(got, fastnorm.layer_norm(ROWS, 12, ROWS[0], ROWS[1]))
 
 
+class OfEitherDevice(VersionedExporter):
+    """JAX's, whose class has what only its arrays on a GPU answer to."""
+
+    @property
+    def __cuda_array_interface__(self):
+        raise AttributeError("__cuda_array_interface__ is only defined for arrays on a GPU")
+
+
+def test_a_class_with_cuda_arrays_may_have_others():
+    on_cpu, on_gpu = OfEitherDevice(ROWS), OfEitherDevice(ROWS, 2)
+    for _ in range(2):  # the second time by what is known of the class
+        assert not interop.is_on_cuda(on_cpu)
+        assert interop.is_on_cuda(on_gpu)
+        assert_same_bits(fastnorm.layer_norm(on_cpu), fastnorm.layer_norm(ROWS))
+    images = ROWS.reshape(5, 4, 3)
+    got = fastnorm.GroupNorm(2, 4)(OfEitherDevice(images))
+    assert_same_bits(got, fastnorm.group_norm(images, 2))
+
+
 # ---- run -----------------------------------------------------------------------------------------
 
 
