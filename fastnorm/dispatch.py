@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -254,6 +255,27 @@ def _on_cuda(name: str) -> Callable[..., Any]:
     return importlib.import_module(".cuda", __package__).op(name)
 
 
+def public_of(name: str) -> Callable[..., Any]:
+    """The op's public function, which has the straight path, its arguments by position."""
+
+    @functools.cache
+    def found() -> tuple[Callable[..., Any], int, list[str], list[Any]]:
+        function = getattr(importlib.import_module(__package__), name)
+        parameters = inspect.signature(function).parameters.values()
+        named = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+        count = len(parameters) - len(named)
+        return function, count, [p.name for p in named], [p.default for p in named]
+
+    def call(*args: Any) -> Any:
+        function, count, names, defaults = found()
+        given = args[count:]
+        if all(map(operator.is_, given, defaults)):  # each that is named takes its time
+            return function(*args[:count])
+        return function(*args[:count], **dict(zip(names, given, strict=True)))
+
+    return call
+
+
 def handler_of(call: Callable[..., Any]) -> Callable[..., Any]:
     """The op itself, its arguments by position; they need not be ndarrays."""
     names = tuple(inspect.signature(call).parameters)[:-1]
@@ -264,10 +286,10 @@ def handler_of(call: Callable[..., Any]) -> Callable[..., Any]:
     def run(*converted: Any) -> Any:
         return call(*converted).run()
 
+    on_host = interop.runner(run, names, main, public_of(name))
+
     def handle(*args: Any) -> Any:
-        if interop.is_on_cuda(args[at]):
-            return _on_cuda(name)(*args)
-        return interop.run(run, names, *args, main=main)
+        return (_on_cuda(name) if interop.is_on_cuda(args[at]) else on_host)(*args)
 
     return handle
 

@@ -3,6 +3,8 @@
 They are read and written where they lie: what is no view of host memory is refused, with the call
 that would make it one. Only a mask's Arrow booleans are copied, as they are packed into bits. None
 of these libraries is imported before a caller hands over its objects.
+A tensor that requires grad is refused, as no gradient would flow; but where torch's grad mode is
+off, as in torch.no_grad(), it is read as it is.
 Buffers (memoryview, array.array) need nothing from here: NumPy takes them as they are.
 """
 
@@ -60,20 +62,20 @@ def is_on_cuda(value: Any) -> bool:
     known = _ON_CUDA.get(type(value))
     if known is None:
         known = _on_cuda_by_type(type(value))
-    return known if known is False or known is True else known(value)
+    return known if known is False or known is True else known(value) is True
 
 
-def _on_cuda_by_type(kind: type) -> bool | Callable[[Any], bool]:
+def _on_cuda_by_type(kind: type) -> bool | Callable[[Any], Any]:
     """Whether objects of a type lie there, or how to ask one of them; kept for the next one."""
-    known: bool | Callable[[Any], bool] = _has_interface
+    known: bool | Callable[[Any], Any] = _has_interface
     if issubclass(kind, (*_NATIVE, list, tuple)):
         known = False
     elif hasattr(kind, "is_cuda"):  # torch, whose __cuda_array_interface__ may raise
         known = _is_cuda
-    elif hasattr(kind, "__cuda_array_interface__"):  # CuPy and Numba, who take time to make it
-        known = True
-    elif hasattr(kind, "__dlpack_device__"):
+    elif hasattr(kind, "__dlpack_device__"):  # before the interface, which JAX's class always has
         known = _exports_cuda
+    elif hasattr(kind, "__cuda_array_interface__"):  # Numba, which takes time to make it
+        known = True
     if len(_ON_CUDA) > 256:  # types can be made in a loop
         _ON_CUDA.clear()
     _ON_CUDA[kind] = known
@@ -84,28 +86,26 @@ def _has_interface(value: Any) -> bool:
     return hasattr(value, "__cuda_array_interface__")
 
 
-def _is_cuda(value: Any) -> bool:
-    return value.is_cuda is True
-
-
 def _exports_cuda(value: Any) -> bool:
     return int(value.__dlpack_device__()[0]) in _CUDA
 
 
-_ON_CUDA: dict[type, bool | Callable[[Any], bool]] = {}
+_is_cuda = operator.attrgetter("is_cuda")
+_ON_CUDA: dict[type, bool | Callable[[Any], Any]] = {}
 
 
 def to_ndarray(name: str, value: Any) -> np.ndarray:
     """The memory of `value` as an ndarray; nothing is copied but what is_packed.
 
     bfloat16 has ml_dtypes' type, or BITS without ml_dtypes. The result is read-only where the
-    owner of the memory says so.
+    owner of the memory says so. A tensor that requires grad is read as if detached where torch's
+    grad mode is off (``torch.no_grad()``, ``torch.inference_mode()``): none is wanted there.
 
     Raises
     ------
     TypeError, ValueError
-        If `value` is no view of host memory, or requires grad, or has nulls. `name` says which
-        argument it was.
+        If `value` is no view of host memory, or requires grad while grad mode is on, or has nulls.
+        `name` says which argument it was.
     """
     if _is_tensor(value):
         return _from_tensor(name, value)
@@ -123,6 +123,8 @@ def wants_torch(*values: Any) -> bool:
 
 def from_ndarray(result: Any) -> Any:
     """`result`, an ndarray or a tuple or list with ndarrays in it, with tensors on their memory."""
+    if type(result) is np.ndarray and result.dtype.kind != "V":
+        return sys.modules["torch"].from_numpy(result)
     if isinstance(result, (tuple, list)):
         return type(result)(map(from_ndarray, result))
     if not isinstance(result, np.ndarray):
@@ -177,6 +179,8 @@ def convert(name: str, value: Any) -> Any:
 
     Arrays become ndarrays, also in a list or tuple of SEQUENCES; torch.float32 becomes "float32".
     """
+    if type(value) in _TENSORS:
+        return _from_tensor(name, value)
     if value is None or isinstance(value, _NATIVE):
         return value
     if isinstance(value, (list, tuple)):
@@ -210,8 +214,8 @@ def run(call: Callable[..., Any], names: Sequence[str], *args: Any, main: str = 
     """``call(*args)``, where arguments need not be ndarrays.
 
     `names` are the arguments' names, for errors, and to find the `main` input and OUTPUTS.
-    Results are tensors where x is one; an output that was given comes back as the object it was.
-    `call` must return the very array that it was given to write to.
+    Results are tensors where `main` is one; an output that was given comes back as the object it
+    was. `call` must return the very array that it was given to write to.
     """
     if _PLAIN.issuperset(map(type, args)):
         return _returned(call(*args), [], False)
@@ -226,6 +230,36 @@ def run(call: Callable[..., Any], names: Sequence[str], *args: Any, main: str = 
     return _returned(result, outputs, wants_torch(args[names.index(main)]))
 
 
+def runner(
+    call: Callable[..., Any], names: Sequence[str], main: str, public: Callable[..., Any]
+) -> Callable[..., Any]:
+    """:func:`run` of an op whose `public` function, of the same arguments, is short for ndarrays.
+
+    It is called where `main` is a plain tensor, with the memory of plain tensors in their places;
+    what else there is to convert, it finds itself.
+    """
+    at = names.index(main)
+    dtype_at = names.index("dtype") if "dtype" in names else None
+    outputs_at = [names.index(name) for name in OUTPUTS if name in names]
+
+    def handle(*args: Any) -> Any:
+        if type(args[at]) not in _TENSORS:
+            return run(call, names, *args, main=main)
+        arrays = _from_plain_tensors(args) or list(map(convert, names, args))
+        dtype = None if dtype_at is None else arrays[dtype_at]
+        # What is BITS, by x or by its name, `public` would give away as uint16.
+        if is_bits(arrays[at].dtype) or not (dtype is None or type(dtype) is type):
+            return run(call, names, *args, main=main)
+        result = public(*arrays)
+        outputs: list[tuple[Any, Any]] = []
+        for i in outputs_at:
+            if args[i] is not None:
+                outputs += _pairs(arrays[i], args[i])
+        return _returned(result, outputs, True) if outputs else from_ndarray(result)
+
+    return handle
+
+
 def _pairs(converted: Any, given: Any) -> list[tuple[Any, Any]]:
     """Each array of an output, and what the caller gave for it."""
     if isinstance(converted, (list, tuple)):
@@ -235,7 +269,7 @@ def _pairs(converted: Any, given: Any) -> list[tuple[Any, Any]]:
 
 def _returned(result: Any, outputs: list[tuple[Any, Any]], as_tensors: bool) -> Any:
     if isinstance(result, (tuple, list)):
-        return type(result)(_returned(item, outputs, as_tensors) for item in result)
+        return type(result)([_returned(item, outputs, as_tensors) for item in result])
     for array, given in outputs:
         if result is array and array is not None:
             _note_written(given)
@@ -262,13 +296,18 @@ def _is_tensor(value: Any) -> bool:
 
 def _from_tensor(name: str, tensor: Any) -> np.ndarray:
     torch = sys.modules["torch"]
+    if type(tensor) in _TENSORS and tensor.dtype is not torch.bfloat16:
+        arrays = _from_plain_tensors((tensor,))
+        if arrays is not None:
+            return arrays[0]
+    _TENSORS.update((torch.Tensor, torch.nn.Parameter))
     if tensor.device.type != "cpu":
         raise TypeError(f"{name}: got a tensor on device {tensor.device}, wanted one on the CPU")
     if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
         kind = "nested" if tensor.is_nested else tensor.dtype
         kind = kind if tensor.layout == torch.strided else tensor.layout
         raise TypeError(f"{name}: got a tensor that is {kind}, wanted a dense one")
-    if tensor.requires_grad:
+    if tensor.requires_grad and torch.is_grad_enabled():
         raise TypeError(
             f"{name}: got a tensor that requires grad, wanted {name}.detach(): "
             "no gradient would flow through this call"
@@ -279,8 +318,8 @@ def _from_tensor(name: str, tensor: Any) -> np.ndarray:
     try:
         if tensor.dtype == torch.bfloat16:
             # NumPy knows no bfloat16: the bits go over as integers of the same size.
-            return tensor.view(torch.int16).numpy().view(bfloat16_or_bits())
-        return tensor.numpy()
+            return tensor.detach().view(torch.int16).numpy().view(bfloat16_or_bits())
+        return tensor.detach().numpy()
     except (RuntimeError, TypeError) as error:
         raise TypeError(
             f"{name}: got a {type(tensor).__name__} of {tensor.dtype} that has no memory NumPy "
@@ -295,6 +334,21 @@ def _note_written(value: Any) -> None:
     autograd_graph = sys.modules["torch"].autograd.graph
     if hasattr(autograd_graph, "increment_version"):
         autograd_graph.increment_version(value)
+
+
+# Plain tensors, in a fourth of the time: torch's own `numpy` refuses what _from_tensor does.
+
+#: Their types, from the first tensor on: looking for them in torch takes longer.
+_TENSORS: set[type] = set()
+
+
+def _from_plain_tensors(args: Sequence[Any]) -> list[Any] | None:
+    """`args` with arrays for plain tensors, the others as they are; None where one takes a closer
+    look."""
+    try:
+        return [value.numpy() if type(value) in _TENSORS else value for value in args]
+    except (RuntimeError, TypeError):
+        return None
 
 
 # ---- DLPack --------------------------------------------------------------------------------------

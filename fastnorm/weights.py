@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from . import _core, checks, interop, spectral
+from .dispatch import public_of
 from .weight_calls import (
     BackwardCall,
     ForwardCall,
@@ -368,12 +369,13 @@ CALLS: dict[str, Callable[..., ForwardCall | BackwardCall]] = {
 def _handler_of(call: Callable[..., ForwardCall | BackwardCall]) -> Callable[..., Any]:
     """The op itself, its arguments by position; they need not be ndarrays."""
     names = tuple(inspect.signature(call).parameters)[:-1]
+    name = call.__name__.removeprefix("_")
     main = "v" if "v" in names else "x"
 
     def run(*converted: Any) -> Any:
         return call(*converted).run()
 
-    return lambda *args: interop.run(run, names, *args, main=main)
+    return interop.runner(run, names, main, public_of(name))
 
 
 handlers = {name: _handler_of(call) for name, call in CALLS.items()}

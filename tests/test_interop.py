@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fastnorm
-from fastnorm import interop
+from fastnorm import channels, dispatch, interop, weights
 
 from .helpers import child
 from .helpers.arrays import assert_same_bits
@@ -199,6 +199,25 @@ def test_dlpack_end_to_end():
     got = fastnorm.layer_norm(Exporter(ROWS), 12, Exporter(ROWS[0]), VersionedExporter(ROWS[1]))
     assert type(got) is np.ndarray
     assert_same_bits(got, fastnorm.layer_norm(ROWS, 12, ROWS[0], ROWS[1]))
+
+
+class OfEitherDevice(VersionedExporter):
+    """JAX's, whose class has what only its arrays on a GPU answer to."""
+
+    @property
+    def __cuda_array_interface__(self):
+        raise AttributeError("__cuda_array_interface__ is only defined for arrays on a GPU")
+
+
+def test_a_class_with_cuda_arrays_may_have_others():
+    on_cpu, on_gpu = OfEitherDevice(ROWS), OfEitherDevice(ROWS, 2)
+    for _ in range(2):  # the second time by what is known of the class
+        assert not interop.is_on_cuda(on_cpu)
+        assert interop.is_on_cuda(on_gpu)
+        assert_same_bits(fastnorm.layer_norm(on_cpu), fastnorm.layer_norm(ROWS))
+    images = ROWS.reshape(5, 4, 3)
+    got = fastnorm.GroupNorm(2, 4)(OfEitherDevice(images))
+    assert_same_bits(got, fastnorm.group_norm(images, 2))
 
 
 # ---- run -----------------------------------------------------------------------------------------
@@ -499,6 +518,124 @@ def test_bfloat16_tensors_without_ml_dtypes(torch):
         print("done")
     """)
     assert done == "done"
+
+
+def test_tensors_that_require_grad_where_none_is_wanted(torch):
+    """Grad mode is off: they are read as they are, plain ones, subclasses and bfloat16."""
+
+    class Tagged(torch.Tensor):
+        pass
+
+    (x,) = tensors(torch, ROWS)
+    norm = torch.nn.LayerNorm(12)
+    want = fastnorm.layer_norm(ROWS)
+    for made in (x.clone(), x.as_subclass(Tagged), x.to(torch.bfloat16)):
+        wanted = fastnorm.layer_norm(made.detach(), 12)
+        made = made.detach().requires_grad_()
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                got = fastnorm.layer_norm(made, 12, norm.weight, norm.bias)
+                assert fastnorm.LayerNorm(12)(made).dtype == made.dtype
+            assert not got.requires_grad
+            assert torch.equal(got, wanted)
+        with pytest.raises(TypeError, match=r"^x: .*requires grad, wanted x\.detach\(\)"):
+            fastnorm.layer_norm(made)
+    with torch.no_grad():
+        out = torch.empty(5, 12, requires_grad=True)
+        assert fastnorm.layer_norm(x, out=out) is out
+    assert_same_bits(out.detach().numpy(), want)
+
+
+def plain_calls():
+    """An op's name, its arrays, and what else it takes, one of each family."""
+    rng = np.random.default_rng(11)
+    x, dy = (rng.standard_normal((5, 12)).astype(np.float32) for _ in range(2))
+    w, b, mean, rstd = x[0] + 1, x[1], x[:, 0], abs(x[:, 1]) + 1
+    images = rng.standard_normal((2, 4, 3)).astype(np.float32)
+    channel, group = images[0, :, 0], abs(images[:, :2, 0])
+    yield "layer_norm", {"x": x, "weight": w, "bias": b}, {"normalized_shape": (12,)}
+    yield "layer_norm", {"x": x.T}, {"axis": 0, "activation": "silu", "return_stats": True}
+    yield "layer_norm", {"x": x, "mask": x > 0}, {"dtype": np.float16}
+    shape = {"normalized_shape": 12}
+    yield "layer_norm_backward", {"dy": dy, "x": x, "mean": mean, "rstd": rstd, "weight": w}, shape
+    yield "rms_norm", {"x": x, "weight": w}, {"offset": 1.0, "return_stats": True}
+    yield "rms_norm_backward", {"dy": dy, "x": x, "rstd": rstd}, {
+        **shape, "output_mask": (True, False),
+    }  # fmt: skip
+    yield "add_layer_norm", {"x": x, "residual": dy, "linear_bias": b}, {}
+    yield "add_rms_norm", {"x": x, "residual": dy, "weight": w}, {"return_stats": True}
+    yield "add_rms_norm_backward", {"dy": dy, "dsum": dy, "sum": x, "rstd": rstd}, shape
+    yield "adaptive_layer_norm", {"x": x, "scale": x, "shift": dy}, {}
+    yield "segment_rms_norm", {"x": x, "offsets": np.array([0, 2, 5]), "weight": w}, {}
+    yield "moments", {"x": x[0]}, {}
+    yield "batch_norm", {"x": images, "weight": channel}, {
+        "running_mean": None, "running_var": None, "training": True, "return_stats": True,
+    }  # fmt: skip
+    yield "group_norm", {"x": images, "bias": channel}, {"num_groups": 2, "activation": "relu"}
+    yield "group_norm_backward", {"dy": images, "x": images, "mean": group, "rstd": group}, {
+        "num_groups": 2,
+    }  # fmt: skip
+    yield "adaptive_instance_norm", {"x": images, "style": images * 2}, {"ddof": 1}
+    yield "weight_norm", {"v": x, "g": abs(x[:, :1])}, {"return_stats": True}
+    yield "unit_norm_backward", {"dy": dy, "x": x}, {}
+
+
+@pytest.mark.parametrize(("op", "arrays", "others"), list(plain_calls()))
+def test_plain_tensors_give_what_arrays_do(torch, op, arrays, others):
+    """Bits and shapes, in any of the types; and tensors, whichever way a call goes."""
+    call = getattr(fastnorm, op)
+    for kind in (np.float32, np.float64, np.float16):
+        given = {name: a.astype(kind) if a.dtype == np.float32 else a for name, a in arrays.items()}
+        wanted = call(**given, **others)
+        got = call(**{name: torch.from_numpy(a) for name, a in given.items()}, **others)
+        if not isinstance(wanted, tuple):
+            wanted, got = (wanted,), (got,)
+        assert type(got) is tuple
+        for a, b in zip(got, wanted, strict=True):
+            if b is None:
+                assert a is None
+                continue
+            assert type(a) is torch.Tensor
+            assert_same_bits(a.numpy(), b)
+
+
+def test_plain_tensors_go_straight_down(torch, monkeypatch):
+    """As ndarrays do: the checks of the long way are not reached."""
+    x, w, dy, images = tensors(torch, ROWS, ROWS[0], ROWS[1:2], ROWS.reshape(5, 4, 3))
+    fastnorm.layer_norm(x)  # the first tensor makes the type known
+    y, mean, rstd = fastnorm.layer_norm(x, return_stats=True)
+
+    def fail(*args, **options):
+        raise AssertionError("the long way")
+
+    for name in ("NormCall", "NormBackwardCall", "MomentsCall"):
+        monkeypatch.setattr(dispatch, name, fail)
+    for name in ("ForwardCall", "BackwardCall"):
+        monkeypatch.setattr(channels, name, fail)
+        monkeypatch.setattr(weights, name, fail)
+    parameter = torch.nn.Parameter(w, requires_grad=False)
+    fastnorm.layer_norm(x, (12,), parameter, w)
+    fastnorm.layer_norm_backward(dy.expand(5, 12).contiguous(), x, 12, mean, rstd, w)
+    fastnorm.rms_norm(x, 12, ROWS[0], offset=1.0)
+    fastnorm.moments(x)
+    fastnorm.group_norm(images, 2)
+    fastnorm.unit_norm(x)
+    for norm in (fastnorm.LayerNorm(12), fastnorm.RMSNorm(12)):
+        norm.backward(y, norm.forward(x)[1])
+    out = torch.empty_like(x)
+    assert fastnorm.LayerNorm(12)(x, out) is out
+    assert fastnorm.GroupNorm(2, 4)(images, out=(out := torch.empty_like(images))) is out
+    with pytest.raises(AssertionError, match="the long way"):
+        fastnorm.layer_norm(x, dtype=torch.float32)
+
+
+def test_a_sum_of_float16_and_bfloat16_tensors(torch, bfloat16):
+    """float16 decides nothing: what is bfloat16 comes back as such, with ml_dtypes or without."""
+    (x,) = tensors(torch, ROWS)
+    for first, second in ((torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)):
+        y, total = fastnorm.add_layer_norm(x.to(first), x.to(second))
+        assert y.dtype == first
+        assert total.dtype == (x.to(first) + x.to(second)).dtype
 
 
 def test_module_on_tensors(torch):
