@@ -361,17 +361,16 @@ cdef int move_running(object mean, object variance, ndarray found, double share,
     scaled where it is to be unbiased. As Running.update of channel_calls.py has it."""
     cdef double *batch = <double *>cnp.PyArray_DATA(found)
     cdef Py_ssize_t i, n = cnp.PyArray_DIM(found, 1)
-    cdef double kept = share, taken = 1 - share, factor
-    if rules.momentum_is_of_new:
-        kept, taken = 1 - share, share
+    cdef double kept, taken, factor
+    kept, taken = rules.shares(share)
     if rules.is_unbiased and count > 1:
         factor = <double>count / <double>(count - 1)
         for i in range(n, 2 * n):
             batch[i] *= factor
     if mean is not None:
-        move_plain(<ndarray>mean, batch, kept, taken)
+        move_plain(<ndarray>mean, batch, n, kept, taken)
     if variance is not None:
-        move_plain(<ndarray>variance, batch + n, kept, taken)
+        move_plain(<ndarray>variance, batch + n, n, kept, taken)
     return 0
 
 
@@ -543,11 +542,14 @@ cdef tuple as_tuple(fn_channels *l):
     return l.units, l.stride, l.rows, l.row_stride, l.planes, l.plane, l.kinds, l.step
 
 
-cdef void move_plain(ndarray running, const double *batch, double kept, double taken) noexcept:
-    """running = kept*running + taken*batch, in place; running is float32 or float64."""
-    cdef Py_ssize_t i, n = cnp.PyArray_SIZE(running)
+cdef void move_plain(ndarray running, const double *batch, Py_ssize_t n, double kept,
+                     double taken) noexcept:
+    """running = kept*running + taken*batch, n numbers, in place; running is float32 or float64, and
+    may have been made smaller by another thread meanwhile."""
+    cdef Py_ssize_t i
     cdef float *f = <float *>cnp.PyArray_DATA(running)
     cdef double *d = <double *>cnp.PyArray_DATA(running)
+    n = min(n, cnp.PyArray_SIZE(running))
     if cnp.PyArray_TYPE(running) == cnp.NPY_FLOAT32:
         for i in range(n):
             f[i] = <float>(kept * f[i] + taken * batch[i])
@@ -560,7 +562,8 @@ def update_running(running, ndarray batch, double kept, double taken):
     """The same for a `running` of any kind; batch: float64, of running's length."""
     if (is_plain(running, cnp.NPY_FLOAT32, C_ALIGNED_WRITEABLE)
             or is_plain(running, cnp.NPY_FLOAT64, C_ALIGNED_WRITEABLE)):
-        move_plain(<ndarray>running, <const double *>cnp.PyArray_DATA(batch), kept, taken)
+        move_plain(<ndarray>running, <const double *>cnp.PyArray_DATA(batch),
+                   cnp.PyArray_SIZE(batch), kept, taken)
         return
     with np.errstate(all="ignore"):
         running[...] = kept * running.astype(np.float64) + taken * batch

@@ -206,10 +206,13 @@ cdef object framed_norm(options *opt, object x_object, object normalized_shape, 
 
 
 cdef inline ndarray new_array_for(ndarray x, int axis, int typenum, int *warm):
-    """For what is normalised along an axis: columns, or rows, for which a line's begin is best."""
-    if axis != cnp.PyArray_NDIM(x) - 1:
-        return new_array_beside(x, typenum, warm)
-    return new_array(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), typenum, warm)
+    """For what is normalised along an axis. Columns are read and written by whole lines where the
+    result's elements lie in lines as x's do; for rows a line's begin is best."""
+    cdef size_t offset = 0
+    if (axis != cnp.PyArray_NDIM(x) - 1 and cnp.PyArray_IS_C_CONTIGUOUS(x)
+            and size_of(typenum) == <size_t>cnp.PyArray_ITEMSIZE(x)):
+        offset = <size_t>cnp.PyArray_DATA(x)
+    return new_array(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), typenum, warm, offset)
 
 
 cdef inline bint is_apart_result(object out, ndarray x, int typenum, object weight,

@@ -31,8 +31,9 @@ pool_handler.allocator.free = pool_free
 cdef object pool_capsule = PyCapsule_New(&pool_handler, b"mem_handler", NULL)
 
 
-cdef inline ndarray new_array(int ndim, npy_intp *dims, int typenum, int *warm):
-    """An uninitialised array; `warm` says whether its pages are known to exist."""
+cdef inline ndarray new_array(int ndim, npy_intp *dims, int typenum, int *warm, size_t offset=0):
+    """An uninitialised array; `warm` says whether its pages are known to exist. offset: bytes from
+    a cache line on, where a large one had better begin."""
     cdef size_t size = size_of(typenum)
     cdef int i
     warm[0] = 0
@@ -40,26 +41,17 @@ cdef inline ndarray new_array(int ndim, npy_intp *dims, int typenum, int *warm):
         size *= <size_t>dims[i]
     if size < FN_POOL_LEAST:
         return cnp.PyArray_EMPTY(ndim, dims, typenum, 0)
-    return pooled_array(ndim, dims, typenum, warm)
+    return pooled_array(ndim, dims, typenum, warm, offset)
 
 
-cdef inline ndarray new_array_beside(ndarray x, int typenum, int *warm):
-    """The same of x's shape, where elements lie in lines as x's do, if they are as large: what goes
-    by columns reads whole lines of x and writes whole lines."""
-    cdef ndarray y
-    if size_of(typenum) == <size_t>cnp.PyArray_ITEMSIZE(x):
-        fn_pool_set_next_offset(<size_t>cnp.PyArray_DATA(x))
-    y = new_array(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), typenum, warm)
-    fn_pool_set_next_offset(0)
-    return y
-
-
-cdef ndarray pooled_array(int ndim, npy_intp *dims, int typenum, int *warm):
+cdef ndarray pooled_array(int ndim, npy_intp *dims, int typenum, int *warm, size_t offset):
     cdef object before = PyDataMem_SetHandler(pool_capsule)
     try:
+        fn_pool_set_next_offset(offset)
         array = cnp.PyArray_EMPTY(ndim, dims, typenum, 0)
         warm[0] = fn_pool_last_was_warm()
     finally:
+        fn_pool_set_next_offset(0)
         PyDataMem_SetHandler(before)
     return array
 

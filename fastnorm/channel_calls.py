@@ -86,8 +86,7 @@ class Running(NamedTuple):
 
     def update(self, mean: np.ndarray, variance: np.ndarray, count: int) -> None:
         """From the mean and the biased variance of `count` elements a channel."""
-        share = self.momentum
-        kept, taken = (1 - share, share) if self.dialect.momentum_is_of_new else (share, 1 - share)
+        kept, taken = self.dialect.shares(self.momentum)
         if self.dialect.is_unbiased and count > 1:
             variance = variance * (count / (count - 1))
         for running, batch in ((self.mean, mean), (self.var, variance)):

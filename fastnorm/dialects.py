@@ -32,6 +32,12 @@ class Dialect(NamedTuple):
     channel_axis: int
     eps: Mapping[str, float | None]
 
+    def shares(self, momentum: float) -> tuple[float, float]:
+        """What is kept of a running statistic, and taken of a batch's."""
+        if self.momentum_is_of_new:
+            return 1 - momentum, momentum
+        return momentum, 1 - momentum
+
 
 def _eps(norms: float, **others: float | None) -> Mapping[str, float | None]:
     names = (

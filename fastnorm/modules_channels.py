@@ -411,22 +411,25 @@ class _TrackingNorm(_ChannelNorm):
         input). The gradient is of the mode that `forward` ran in.
         """
         x, known, by_input = unpacked(saved, 3)
+        if type(known) is not dict:
+            got = type(known).__name__
+            raise TypeError(f"saved: got a {got} in it, wanted what forward returned")
         near, axis = self._near(x), self._channel_axis
         weight, bias = near["weight"], near["bias"]
         wanted = (True, weight is not None, bias is not None)
         if not by_input:
             results = channels.batch_norm_backward(
-                dy, x, known["running_mean"], known["running_var"], weight, bias, False,
-                known["eps"], channel_axis=axis, output_mask=wanted,
+                dy, x, known.get("running_mean"), known.get("running_var"), weight, bias, False,
+                known.get("eps", self._eps), channel_axis=axis, output_mask=wanted,
             )  # fmt: skip
         elif self._op == "batch_norm":
             results = channels.batch_norm_backward(
-                dy, x, None, None, weight, bias, True, mean=known["mean"], rstd=known["rstd"],
-                channel_axis=axis, output_mask=wanted,
+                dy, x, None, None, weight, bias, True, mean=known.get("mean"),
+                rstd=known.get("rstd"), channel_axis=axis, output_mask=wanted,
             )  # fmt: skip
         else:
             results = channels.instance_norm_backward(
-                dy, x, known["mean"], known["rstd"], weight, bias, channel_axis=axis,
+                dy, x, known.get("mean"), known.get("rstd"), weight, bias, channel_axis=axis,
                 output_mask=wanted,
             )  # fmt: skip
         return gradients(*results)
@@ -482,8 +485,7 @@ class _TrackingNorm(_ChannelNorm):
         momentum = self._momentum
         if momentum is None:
             return 1 - 1 / tracked, 1 / tracked
-        is_of_new = DIALECTS[self._dialect].momentum_is_of_new
-        return (1 - momentum, momentum) if is_of_new else (momentum, 1 - momentum)
+        return DIALECTS[self._dialect].shares(momentum)
 
     def _as_op(self, x: Any, out: Any = None) -> tuple[str, dict[str, Any]]:
         self._checked_shape(x)

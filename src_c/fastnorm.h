@@ -142,8 +142,8 @@ typedef struct {
 
 /* y = (x - mean) * rstd * weight + bias. weight and bias are of the type that is computed in, or NULL.
  * mean, variance, rstd: of each unit, to be written; where they are `given`, of each kind, to be read
- * (no variance). refused: 1 for units out of range, of which nothing is written, else 0; where
- * statistics are given it is not used. */
+ * (no variance). refused: 1 for units out of range, whose y is not written and whose statistics mean
+ * nothing, else 0; where statistics are given it is not used. */
 typedef struct {
     fn_channels layout;
     const void *x;
@@ -288,7 +288,7 @@ void fn_force_partition(int parts); /* for tests: split every call into so many 
 void *fn_pool_alloc(size_t size); /* NULL: no memory */
 void *fn_pool_realloc(void *data, size_t size);
 void fn_pool_free(void *data);
-/* The next block that this thread gets begins so far beyond a line. */
+/* The next block that this thread gets begins so far beyond a line, where its pages have room. */
 void fn_pool_set_next_offset(size_t bytes);
 int fn_pool_last_was_warm(void);      /* whether this thread's last block had its pages already */
 int fn_pool_has(size_t size);         /* whether a block would be warm */

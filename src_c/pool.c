@@ -97,6 +97,8 @@ static block *kept_block(size_t size)
     return best;
 }
 
+static size_t in_pages(size_t size) { return (size + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE; }
+
 /* Whole huge pages, so that the kernel may use them. */
 static char *map_huge(size_t capacity)
 {
@@ -124,24 +126,18 @@ static void keep_within(size_t most)
     while (kept > most) drop(oldest_kept());
 }
 
-/* NULL: no place is free, or no memory. */
-static block *new_block(size_t size)
+/* A block's in a free place, or malloc's where there is none. */
+static void *new_memory(size_t size, size_t offset)
 {
-    const size_t capacity = (size + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+    const size_t capacity = in_pages(size + offset);
     for (int i = 0; capacity >= size && i < MAX_BLOCKS; i++)
         if (!blocks[i].data) {
             char *data = map_huge(capacity);
-            if (data) blocks[i] = (block){.data = data, .capacity = capacity};
-            return data ? &blocks[i] : NULL;
+            if (!data) return NULL;
+            blocks[i] = (block){.data = data, .capacity = capacity};
+            return data + offset;
         }
-    return NULL;
-}
-
-/* A block's, or malloc's where there is none. */
-static void *new_memory(size_t size, size_t offset)
-{
-    const block *b = new_block(size + offset);
-    return b ? b->data + offset : malloc(size);
+    return malloc(size);
 }
 
 /* What is kept is given up before a result goes without. */
@@ -155,7 +151,8 @@ static void *some_memory(size_t size, size_t offset)
 
 void *fn_pool_alloc(size_t size)
 {
-    const size_t offset = next_offset;
+    /* Not for a page of its own: so a block is as large with an offset as without. */
+    const size_t offset = in_pages(size + next_offset) == in_pages(size) ? next_offset : 0;
     next_offset = 0;
     last_was_warm = 0;
     if (size < FN_POOL_LEAST) return malloc(size); /* a finaliser's, that ran meanwhile */

@@ -62,15 +62,17 @@ def test_running_statistics_move_as_far(dialect, kinds, straight, rng):
             assert_same_bits(*ways, f"{shape} {momentum}")
 
 
-def test_units_that_are_put_right_have_their_statistics(straight, rng):
+@pytest.mark.parametrize("axis", [1, -1])
+def test_units_that_are_put_right_have_their_statistics(axis, straight, rng):
     """A unit that is out of range is done in double, and its statistics are those that it has."""
     x = rng.standard_normal((2, 3, 5)).astype("f4")
     x[0, 1] *= 1e30
-    w = np.float32([1, 1e-30, 1])
+    x = np.ascontiguousarray(np.moveaxis(x, 1, axis))
+    options = {"weight": np.float32([1, 1e-30, 1]), "channel_axis": axis, "return_stats": True}
     for call in (
-        lambda **o: fastnorm.group_norm(x, 3, w, return_stats=True, **o),
-        lambda **o: fastnorm.instance_norm(x, weight=w, return_stats=True, **o),
-        lambda **o: fastnorm.batch_norm(x, None, None, w, training=True, return_stats=True, **o),
+        lambda **o: fastnorm.group_norm(x, 3, **options, **o),
+        lambda **o: fastnorm.instance_norm(x, **options, **o),
+        lambda **o: fastnorm.batch_norm(x, None, None, training=True, **options, **o),
     ):
         assert_same_bits(straight(call), call(dtype=x.dtype))
 

@@ -855,3 +855,12 @@ def test_tensors(kind, rng):
     norm = fastnorm.BatchNorm(6, dtype=torch.float64)
     norm.num_batches_tracked = torch.tensor(4)
     assert (norm.num_batches_tracked, norm.dtype) == (4, FLOAT64)
+
+
+@pytest.mark.parametrize(
+    ("known", "message"), [({}, "mean: got None"), (np.ones(4), "saved: got a ndarray in it")]
+)
+def test_what_forward_did_not_return(known, message, rng):
+    x = rng.standard_normal((3, 4)).astype("f4")
+    with pytest.raises(TypeError, match=message):
+        fastnorm.BatchNorm(4).backward(x, (x, known, True))
