@@ -271,12 +271,17 @@ cdef inline bint is_channels(object x) noexcept:
     )
 
 
+cdef inline bint is_channels_call(object x, object eps) noexcept:
+    """Whether x is such an array and eps a plain one."""
+    return is_channels(x) and PyFloat_CheckExact(eps) and <double>eps >= 0
+
+
 def straight_batch_inference(x, running_mean, running_var, weight, bias, eps, out, activation,
                              bint last):
     """y where all is plain, else None."""
     cdef Py_ssize_t channels
     cdef ndarray known
-    if not is_channels(x) or not PyFloat_CheckExact(eps) or not eps >= 0:
+    if not is_channels_call(x, eps):
         return None
     channels = channels_of(<ndarray>x, last)
     known = running_doubles(running_mean, running_var, eps, channels)
@@ -294,8 +299,8 @@ def straight_channel_norm(x, groups, weight, bias, eps, out, activation, bint la
     and rstd too, of x's type."""
     cdef Py_ssize_t channels, count
     cdef npy_intp[2] dims
-    if (not is_channels(x) or not PyFloat_CheckExact(eps) or not eps >= 0
-            or not PyLong_CheckExact(groups) or not is_bool(return_stats)):
+    if (not is_channels_call(x, eps) or not PyLong_CheckExact(groups)
+            or not is_bool(return_stats)):
         return None
     channels = channels_of(<ndarray>x, last)
     if groups < 0 or groups > channels:
@@ -320,9 +325,8 @@ def straight_batch_training(x, running_mean, running_var, weight, bias, momentum
     cdef Py_ssize_t channels
     cdef npy_intp dims
     if (
-        not is_channels(x) or not PyFloat_CheckExact(eps) or not eps >= 0
-        or not PyFloat_CheckExact(momentum) or not isfinite(momentum) or rules is None
-        or not is_bool(return_stats)
+        not is_channels_call(x, eps) or not PyFloat_CheckExact(momentum)
+        or not isfinite(momentum) or rules is None or not is_bool(return_stats)
     ):
         return None
     typenum, channels = cnp.PyArray_TYPE(<ndarray>x), channels_of(<ndarray>x, last)
@@ -345,11 +349,18 @@ def straight_batch_training(x, running_mean, running_var, weight, bias, momentum
     return with_statistics(y, found, 1, &dims, cnp.NPY_FLOAT64)
 
 
+cdef inline bint is_plain_running(object a) noexcept:
+    """Whether move_plain can update it."""
+    return (
+        is_plain(a, cnp.NPY_FLOAT32, C_ALIGNED_WRITEABLE)
+        or is_plain(a, cnp.NPY_FLOAT64, C_ALIGNED_WRITEABLE)
+    )
+
+
 cdef inline bint is_running(object a, Py_ssize_t channels, object out) noexcept:
     """Absent, or a plain array of the channels to be updated, which is no part of the result."""
     return a is None or (
-        (is_plain(a, cnp.NPY_FLOAT32, C_ALIGNED_WRITEABLE)
-         or is_plain(a, cnp.NPY_FLOAT64, C_ALIGNED_WRITEABLE))
+        is_plain_running(a)
         and cnp.PyArray_NDIM(<ndarray>a) == 1 and cnp.PyArray_DIM(<ndarray>a, 0) == channels
         and (out is None or apart(<ndarray>out, a))
     )
@@ -358,15 +369,13 @@ cdef inline bint is_running(object a, Py_ssize_t channels, object out) noexcept:
 cdef int move_running(object mean, object variance, ndarray found, double share, rules,
                       Py_ssize_t count) except -1:
     """The running statistics towards those found, of `count` elements a channel, whose variance is
-    scaled where it is to be unbiased. As Running.update of channel_calls.py has it."""
+    scaled as the dialect has it. As Running.update of channel_calls.py does."""
     cdef double *batch = <double *>cnp.PyArray_DATA(found)
     cdef Py_ssize_t i, n = cnp.PyArray_DIM(found, 1)
-    cdef double kept, taken, factor
+    cdef double kept, taken, factor = rules.variance_factor(count)
     kept, taken = rules.shares(share)
-    if rules.is_unbiased and count > 1:
-        factor = <double>count / <double>(count - 1)
-        for i in range(n, 2 * n):
-            batch[i] *= factor
+    for i in range(n, 2 * n):
+        batch[i] *= factor
     if mean is not None:
         move_plain(<ndarray>mean, batch, n, kept, taken)
     if variance is not None:
@@ -560,8 +569,7 @@ cdef void move_plain(ndarray running, const double *batch, Py_ssize_t n, double 
 
 def update_running(running, ndarray batch, double kept, double taken):
     """The same for a `running` of any kind; batch: float64, of running's length."""
-    if (is_plain(running, cnp.NPY_FLOAT32, C_ALIGNED_WRITEABLE)
-            or is_plain(running, cnp.NPY_FLOAT64, C_ALIGNED_WRITEABLE)):
+    if is_plain_running(running):
         move_plain(<ndarray>running, <const double *>cnp.PyArray_DATA(batch),
                    cnp.PyArray_SIZE(batch), kept, taken)
         return

@@ -87,8 +87,7 @@ class Running(NamedTuple):
     def update(self, mean: np.ndarray, variance: np.ndarray, count: int) -> None:
         """From the mean and the biased variance of `count` elements a channel."""
         kept, taken = self.dialect.shares(self.momentum)
-        if self.dialect.is_unbiased and count > 1:
-            variance = variance * (count / (count - 1))
+        variance = variance * self.dialect.variance_factor(count)
         for running, batch in ((self.mean, mean), (self.var, variance)):
             if running is None:
                 continue

@@ -38,6 +38,10 @@ class Dialect(NamedTuple):
             return 1 - momentum, momentum
         return momentum, 1 - momentum
 
+    def variance_factor(self, count: int) -> float:
+        """What makes of a batch's biased variance, of `count` elements, the one that is taken."""
+        return count / (count - 1) if self.is_unbiased and count > 1 else 1.0
+
 
 def _eps(norms: float, **others: float | None) -> Mapping[str, float | None]:
     names = (

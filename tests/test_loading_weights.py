@@ -12,6 +12,7 @@ from fastnorm.modules_weights import SpectralNorm, WeightNorm
 
 from .helpers.arrays import assert_same_bits
 
+EPS = np.finfo(np.float64).eps
 BIAS = {"conv.bias": np.zeros(6), "conv.inner.weight": np.ones(3), "weight_g": np.ones(1)}
 BOTH = pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm"])
 
@@ -132,7 +133,8 @@ def test_the_eps_of_flax():
     saved = {"d.kernel": np.float64([[3e-6, 30.0], [4e-6, 40.0]]), "d.kernel.scale": np.ones(2)}
     norm = load_norm("weight_norm", saved, prefix="d", dialect="flax")
     scale = np.sqrt((saved["d.kernel"] ** 2).sum(axis=0) + 1e-12)
-    np.testing.assert_allclose(norm(), saved["d.kernel"] / scale, rtol=1e-14)
+    # Some ten roundings on either side.
+    np.testing.assert_allclose(norm(), saved["d.kernel"] / scale, rtol=10 * EPS)
     assert_same_bits(norm.weight_v, saved["d.kernel"])
     plain = load_norm("weight_norm", saved, prefix="d", dialect="flax", eps=0)
     assert_same_bits(plain.weight_g, np.ones((1, 2)))
@@ -152,8 +154,10 @@ def test_spectral_norm_of_flax(steps, rng):
     assert (norm.dim, norm.eps, norm.n_power_iterations) == (2, 1e-12, steps)
     want = reference_weights.spectral_norm(kernel, u[0], None, steps, 1e-12, 2)
     np.testing.assert_allclose(norm.eval()(), want[0], rtol=1e-12)
-    np.testing.assert_allclose(norm.weight_u, want[2], rtol=1e-10)
-    np.testing.assert_allclose(norm.weight_v, want[3], rtol=1e-10)
+    # Flax's eps shortens a vector of length l by eps/(2 l^2), and no length is less than this.
+    least = np.linalg.svd(kernel.reshape(-1, 4), compute_uv=False)[-1]
+    np.testing.assert_allclose(norm.weight_u, want[2], rtol=1e-12 / least**2)
+    np.testing.assert_allclose(norm.weight_v, want[3], rtol=1e-12 / least**2)
 
 
 def test_the_eps_of_flax_in_its_vectors():
@@ -163,7 +167,8 @@ def test_the_eps_of_flax_in_its_vectors():
     v = saved["d.kernel"][:, 0] / np.sqrt(25e-12 + 1e-12)
     sigma = v @ saved["d.kernel"][:, 0]  # 25e-6 / sqrt(26), which is what u is made of too
     u = sigma / np.sqrt(sigma**2 + 1e-12)
-    np.testing.assert_allclose(norm.bake(), saved["d.kernel"] / (sigma * u), rtol=1e-12)
+    # Some twenty roundings on either side.
+    np.testing.assert_allclose(norm.bake(), saved["d.kernel"] / (sigma * u), rtol=20 * EPS)
 
 
 # ---- which axis, which name ----------------------------------------------------------------------
