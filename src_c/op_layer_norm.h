@@ -304,16 +304,38 @@ OUTLINE int group_prologue(const fn_layer_norm_args *a, workspace *space, ptrdif
     return space->half || space->plain_sums;
 }
 
+/* Bytes from a row to what is asked for while it is read: it comes two groups later, as the next one has
+ * been started already. 0: nothing is. */
+#define step_ahead FN_OF_T(step_ahead)
+OUTLINE ptrdiff_t step_ahead(const fn_steps *s)
+{
+    const int uneven = s->lengths || s->starts || s->mask.data;
+    return is_direct(&s->x) && !has_sum(s) && !uneven ? s->x.stride : 0;
+}
+
+#define group_ahead FN_OF_T(group_ahead)
+INLINE ptrdiff_t group_ahead(const fn_layer_norm_args *a, const int rows)
+{
+    if (a->fetch != FN_FETCH_IN_PASSES) return 0;
+    return 2 * rows * (a->steps ? step_ahead(a->steps) : a->x.stride);
+}
+
+/* Whether that is in the pass of deviations, where a line has more arithmetic to itself than in the
+ * affine pass, which asks for what will be written too, and has twice as many lines on their way as the
+ * last cache delivers meanwhile. Measured: not for squares alone, nor for short rows. */
+#define FETCHED_IN_MIDDLE(a, rows) ((rows) == 2 && !(a)->rms)
+
 #define group_middle FN_OF_T(group_middle)
 INLINE void group_middle(const fn_layer_norm_args *a, workspace *space, ptrdiff_t row,
                          const int rows, group_stats *stats)
 {
+    const ptrdiff_t ahead = FETCHED_IN_MIDDLE(a, rows) ? group_ahead(a, rows) : 0;
     quarter sums[8], squares[8];
     if (a->rms) {
         NO_UNROLL for (int i = 0; i < rows; i++) squares[i] = block_squares(stats->x[i], stats->n[i]);
     } else {
         NO_UNROLL for (int i = 0; i < rows; i++)
-            block_deviations(stats->x[i], stats->n[i], v_set1(stats->pivot[i]), &sums[i],
+            block_deviations(stats->x[i], stats->n[i], v_set1(stats->pivot[i]), ahead, &sums[i],
                              &squares[i]);
     }
     if (rows == 2) {
@@ -403,10 +425,8 @@ INLINE void plain_group(const fn_layer_norm_args *a, ptrdiff_t row, int rows,
 {
     group_pass pass = {.w = a->weight, .b = a->bias};
     element *y[4];
-    if (a->fetch) {
-        pass.x_ahead = a->x.stride * 2 * rows; /* the next group has been started already */
-        pass.y_ahead = a->y.stride * rows;
-    }
+    if (!FETCHED_IN_MIDDLE(a, rows)) pass.x_ahead = group_ahead(a, rows);
+    if (pass.x_ahead) pass.y_ahead = a->y.stride * rows;
     for (int i = 0; i < rows; i++) y[i] = row_at(&a->shape, &a->y, row + i);
     group_affine_of(&pass, stats, y, rows, a->shape.cols);
 }
@@ -456,12 +476,12 @@ OUTLINE void step_group(const fn_layer_norm_args *a, workspace *space, ptrdiff_t
     const int uneven = s->lengths || s->starts || s->mask.data;
     const int past = space->stream && s->mask.data && !s->activation; /* straight past the cache */
     const int direct = is_direct(&o->y) && (past || !space->stream);
-    const int fetch = a->fetch == FN_FETCH_IN_PASSES && is_direct(&s->x) && !has_sum(s) && !uneven;
+    const ptrdiff_t x_ahead = FETCHED_IN_MIDDLE(a, rows) ? 0 : group_ahead(a, rows);
     const group_pass pass = {
         .w = parameter(&a->shape, s, space, &o->weight, 0, s->offset, row),
         .b = parameter(&a->shape, s, space, &o->bias, 1, 0, row),
-        .x_ahead = fetch ? s->x.stride * 2 * rows : 0,
-        .y_ahead = fetch && direct ? o->y.stride * rows : 0,
+        .x_ahead = x_ahead,
+        .y_ahead = x_ahead && direct ? o->y.stride * rows : 0,
     };
     element *to[4];
     char *y[4];

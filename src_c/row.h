@@ -111,10 +111,12 @@ INLINE vec deviation(const element *x, ptrdiff_t left, vec pivot)
     return v_firstn(v_sub(v_loadn(x, left), pivot), left);
 }
 
+/* ahead: bytes from x to what is fetched meanwhile, a line for each of x's; 0: nothing. */
 #define block_deviations FN_OF_T(block_deviations)
-INLINE void block_deviations(const element *x, ptrdiff_t n, vec pivot, quarter *sum,
+INLINE void block_deviations(const element *x, ptrdiff_t n, vec pivot, ptrdiff_t ahead, quarter *sum,
                              quarter *squares)
 {
+    const ptrdiff_t line = 64 / (ptrdiff_t)sizeof(element);
     const vec one = v_set1(1), minus = v_sub(v_set1((element)-0.0), pivot);
     vec d_sum[VECTORS], d_squares[VECTORS];
     UNROLL for (int v = 0; v < VECTORS; v += VECTORS_A_SWEEP) {
@@ -122,6 +124,9 @@ INLINE void block_deviations(const element *x, ptrdiff_t n, vec pivot, quarter *
         UNROLL for (int k = 0; k < VECTORS_A_SWEEP; k++) a[k] = q[k] = v_zero();
         ptrdiff_t i = 0;
         NO_UNROLL for (; i + LANES <= n; i += LANES)
+        {
+            if (ahead) UNROLL for (int k = 0; k < VECTORS_A_SWEEP * VW; k += line)
+                __builtin_prefetch((const char *)(x + i + v * VW + k) + ahead, 0, 2);
             UNROLL for (int k = 0; k < VECTORS_A_SWEEP; k++) {
                 const vec e = v_load(x + i + (v + k) * VW);
                 /* The same bits, and less for the adders to do. */
@@ -129,6 +134,7 @@ INLINE void block_deviations(const element *x, ptrdiff_t n, vec pivot, quarter *
                 a[k] = v_add(a[k], d);
                 q[k] = v_fma(d, d, q[k]);
             }
+        }
         UNROLL for (int k = 0; k < VECTORS_A_SWEEP; k++) {
             const ptrdiff_t at = i + (v + k) * VW;
             if (at >= n) break;
@@ -194,7 +200,7 @@ OUTLINE deviation_sums row_deviations(const element *x, ptrdiff_t n, element piv
     for (ptrdiff_t i = 0; i < n; i += BLOCK) {
         const ptrdiff_t m = block_length(n, i);
         quarter a, q;
-        block_deviations(block_at(x + i, m, s, room), m, v_set1(pivot), &a, &q);
+        block_deviations(block_at(x + i, m, s, room), m, v_set1(pivot), 0, &a, &q);
         if (n <= BLOCK) return (deviation_sums){quarter_hsum(a), quarter_hsum(q)};
         total_a = wide_add(total_a, a);
         total_q = wide_add(total_q, q);
