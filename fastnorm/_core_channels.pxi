@@ -512,39 +512,58 @@ def straight_channel_backward(dy, x, groups, mean, rstd, weight, bias, output_ma
     if memchr(args.refused, 1, args.layout.units) is not NULL:
         return None
     i = (dims[0] - i) // channels
-    return (
-        dx,
-        sample_total(args.sums, i, channels, typenum) if mask & 2 else None,
-        sample_total(args.sums + 1, i, channels, typenum) if mask & 4 else None,
-    )
+    dweight, dbias = parameter_gradients(args.sums, i, channels, typenum, mask & 2, mask & 4)
+    return dx, dweight, dbias
 
 
-cdef ndarray sample_total(const double *sums, Py_ssize_t lots, npy_intp channels, int typenum):
-    """(C,), from every other number of `sums`, of each channel of each lot: added in double, in
-    order."""
-    cdef ndarray result = cnp.PyArray_EMPTY(1, &channels, typenum, 0)
+cdef ndarray lots_total(const double *sums, Py_ssize_t lots, Py_ssize_t channels):
+    """(2*C,), the pairs of each channel of each lot added in double, in order. Lot by lot: those of
+    a channel may lie a power of two apart, where few of them fit in a cache together."""
+    cdef npy_intp n = 2 * channels
+    cdef ndarray array = cnp.PyArray_ZEROS(1, &n, cnp.NPY_FLOAT64, 0)
+    cdef double *total = <double *>cnp.PyArray_DATA(array)
+    cdef Py_ssize_t lot, i
+    for lot in range(lots):
+        for i in range(n):
+            total[i] += sums[lot * n + i]
+    return array
+
+
+cdef ndarray each_second(const double *numbers, npy_intp n, int typenum):
+    """(n,), of float32 or float64."""
+    cdef ndarray result = cnp.PyArray_EMPTY(1, &n, typenum, 0)
     cdef void *into = cnp.PyArray_DATA(result)
-    cdef double total
-    cdef Py_ssize_t lot, j
-    for j in range(channels):
-        total = 0
-        for lot in range(lots):
-            total += sums[2 * (lot * channels + j)]
-        if typenum == cnp.NPY_FLOAT64:
-            (<double *>into)[j] = total
-        else:
-            (<float *>into)[j] = <float>total
+    cdef Py_ssize_t i
+    if typenum == cnp.NPY_FLOAT64:
+        for i in range(n):
+            (<double *>into)[i] = numbers[2 * i]
+    else:
+        for i in range(n):
+            (<float *>into)[i] = <float>numbers[2 * i]
     return result
+
+
+cdef tuple parameter_gradients(const double *sums, Py_ssize_t lots, npy_intp channels, int typenum,
+                               bint weight, bint bias):
+    """dweight and dbias, (C,) each, or None where they are not wanted, from the pairs of each
+    channel of each lot."""
+    cdef ndarray total
+    cdef const double *at
+    if not weight and not bias:
+        return None, None
+    total = lots_total(sums, lots, channels)
+    at = <const double *>cnp.PyArray_DATA(total)
+    return (
+        each_second(at, channels, typenum) if weight else None,
+        each_second(at + 1, channels, typenum) if bias else None,
+    )
 
 
 def total_over_samples(ndarray sums, compute):
     """dweight and dbias, (C,) each, from the pairs of each channel of each lot, (lots, C, 2)."""
-    cdef const double *at = <const double *>cnp.PyArray_DATA(sums)
-    cdef Py_ssize_t lots = cnp.PyArray_DIM(sums, 0), channels = cnp.PyArray_DIM(sums, 1)
-    return (
-        sample_total(at, lots, channels, compute.num),
-        sample_total(at + 1, lots, channels, compute.num),
-    )
+    return parameter_gradients(
+        <const double *>cnp.PyArray_DATA(sums), cnp.PyArray_DIM(sums, 0), cnp.PyArray_DIM(sums, 1),
+        compute.num, True, True)
 
 
 cdef tuple as_tuple(fn_channels *l):
