@@ -85,6 +85,8 @@ class _Sought(NamedTuple):
     together: tuple[str, ...]
     #: Whether there may be nothing at its place, though there is elsewhere.
     is_bare: bool = False
+    #: Whether the first names of each belong together, and the second.
+    is_of_one_form: bool = False
 
 
 class _Found(NamedTuple):
@@ -253,7 +255,8 @@ def _sought(kind: str, dialect: str, options: dict[str, Any]) -> _Sought:
     parts = WEIGHTS[kind, dialect]
     names = {role: tuple(form.format(name) for form in parts[role]) for role in parts}
     # What else makes the weight, such as a second parametrization, must not be passed over.
-    return _Sought(names, rf"parametrizations\.{re.escape(name)}\..+", tuple(names))
+    own = rf"parametrizations\.{re.escape(name)}\..+"
+    return _Sought(names, own, tuple(names), is_of_one_form=dialect == "torch")
 
 
 def _chosen(
@@ -263,6 +266,7 @@ def _chosen(
     role_of = {name: role for role, known in sought.names.items() for name in known}
     shown, keys = ".".join(place) or "the top", list(keys)
     chosen: dict[str, str] = {}
+    form: dict[str, int] = {}
     paths = {key: _path(key, dialect) for key in keys}
     everything = set(paths.values())
     for key, path in paths.items():
@@ -277,10 +281,13 @@ def _chosen(
         if role in chosen:
             raise KeyError(f"parameters: got both {chosen[role]!r} and {key!r}, wanted one {role}")
         chosen[role] = key
+        form[role] = sought.names[role].index(name)
     missing = [sought.names[role][0] for role in sought.together if role not in chosen]
+    got = sorted(chosen.values())
     if chosen and 0 < len(missing) < len(sought.together):
-        got = sorted(chosen.values())
         raise KeyError(f"parameters: got {got}, wanted {missing[0]!r} with them")
+    if sought.is_of_one_form and len(set(form.values())) > 1:
+        raise KeyError(f"parameters: got {got} at {shown}, wanted all of one form")
     if not (chosen or sought.is_bare) and (place or keys or len(missing) == len(sought.names)):
         few = f"; there are keys such as {keys[0]!r}: see prefix" if keys else ""
         raise KeyError(f"parameters: got nothing at {shown}, wanted some of {sorted(role_of)}{few}")
@@ -521,6 +528,10 @@ def _spectral_norm(found: _Found) -> SpectralNorm:
     arrays, options = found.arrays, found.options
     weight, u = arrays["weight_orig"], arrays["weight_u"]
     if found.dialect == "flax":
+        if "dim" in options:
+            raise TypeError(
+                f"dim: got {options['dim']!r}, wanted nothing: Flax takes the kernel's last axis"
+            )
         norm = SpectralNorm(np.zeros(weight.shape), dim=-1, **options)
         arrays = {**arrays, **_improved(weight, u, norm)}
     else:

@@ -437,6 +437,7 @@ def test_keras_infers_with_the_kernel_as_it_is(monkeypatch, rng):
 # ---- errors --------------------------------------------------------------------------------------
 
 GV = {"weight_g": np.ones((4, 1)), "weight_v": np.ones((4, 3))}
+HALVES = {"weight_g": np.ones((4, 1)), "parametrizations.weight.original1": np.ones((4, 3))}
 OUV = {"weight_orig": np.ones((4, 3)), "weight_u": np.ones(4), "weight_v": np.ones(3)}
 SCALED = {"d.kernel": np.ones((4, 3)), "d.kernel.scale": np.ones(3)}
 ALONG = {"d.kernel": np.ones((4, 3)), "d.kernel.u": np.ones((1, 3))}
@@ -470,6 +471,8 @@ def without(saved, name):
      r".parameters: got 'parametrizations\.weight\.1\._u' at the top, wanted no other than"),
     ("weight_norm", {**GV, "parametrizations.weight.original0": 1}, {}, KeyError,
      ".parameters: got both 'weight_g' and 'parametrizations.weight.original0', wanted one"),
+    ("weight_norm", HALVES, {}, KeyError,
+     r".parameters: got \['parametrizations\S+original1', 'weight_g'\] at the top, wanted all of"),
     ("weight_norm", {**GV, "weight_g": np.ones((3, 1))}, {}, ValueError,
      r"weight_g: got shape \(3, 1\), wanted \(4, 1\)"),
     ("weight_norm", {**GV, "weight_g": np.ones(4)}, {}, ValueError,
@@ -494,6 +497,8 @@ def without(saved, name):
      r"weight_g: got shape \(4, 3\), wanted \(1, 3\)"),
     ("weight_norm", {**SCALED, "d.kernel": np.eye(4, 3)[::-1] * [1, 1, 0]}, FLAX_AT_D, ValueError,
      "weight_v: got a vector of zeros, wanted none"),
+    ("spectral_norm", ALONG, {**FLAX_AT_D, "dim": 0}, TypeError,
+     "dim: got 0, wanted nothing: Flax takes the kernel's last axis"),
     ("spectral_norm", {**ALONG, "d.kernel": np.zeros((4, 3))}, FLAX_AT_D, ValueError,
      "weight_orig: got a singular value of 0, wanted another"),
     ("spectral_norm", {**ALONG, "d.kernel.u": np.ones((1, 4))}, FLAX_AT_D, ValueError,
