@@ -7,8 +7,8 @@
  * be halved on.
  *
  * x is read three times, from cache but for the first. What is not T goes through a room of as many
- * lines as are summed at a time. The next strip's x is asked for in the pass over deviations, its y in
- * the last one: both in one pass, which memory then holds up, cost a fifth more. */
+ * lines as are summed at a time. The next strip's x is asked for in the pass over deviations and its y in
+ * the last one: either alone is held up by memory if it asks for both. */
 
 /* Four cache lines: what lies a page or more apart is worth fetching only in some bulk. */
 #define STRIP (256 / (int)sizeof(element))
