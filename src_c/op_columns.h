@@ -7,7 +7,8 @@
  * be halved on.
  *
  * x is read three times, from cache but for the first. What is not T goes through a room of as many
- * lines as are summed at a time. */
+ * lines as are summed at a time. The next strip's x is asked for in the pass over deviations and its y in
+ * the last one: either alone is held up by memory if it asks for both. */
 
 /* Four cache lines: what lies a page or more apart is worth fetching only in some bulk. */
 #define STRIP (256 / (int)sizeof(element))
@@ -24,6 +25,13 @@
 #define LINE_VECTORS (LINE / VW)
 #define WIDE_VECTORS (LINE_VECTORS < 4 ? 4 : LINE_VECTORS)
 
+/* Quarter lanes of a block, and their totals in double, of which the first end as the sums. */
+#define column_sums FN_OF_T(column_sums)
+typedef struct {
+    _Alignas(64) element block[QUARTER][STRIP];
+    double total[QUARTER][STRIP];
+} column_sums;
+
 #define column_strip FN_OF_T(column_strip)
 typedef struct {
     const fn_layer_norm_args *a;
@@ -33,19 +41,16 @@ typedef struct {
     ptrdiff_t w_step, b_step;
     const char *x_at, *x_next; /* where the first lines of this strip and the next one begin */
     char *y_at, *y_next;
-    ptrdiff_t width; /* of a whole strip: up to STRIP */
-    ptrdiff_t rows;  /* up to that */
-    int direct;      /* x is read where it lies */
-    element pivot[STRIP], rstd[STRIP], shift[STRIP];
+    ptrdiff_t width;  /* of a whole strip: up to STRIP */
+    ptrdiff_t rows;   /* up to that */
+    int direct;       /* x is read where it lies */
+    int deviates;     /* sums are of deviations from the pivots, and of their squares */
     uint64_t careful; /* a bit for each row that needs careful_stats */
+    _Alignas(64) element pivot[STRIP], rstd[STRIP], shift[STRIP];
+    /* Here, as frames of this size cost something each time they are entered: */
+    column_sums sums[2];
+    element room[RUN][STRIP];
 } column_strip;
-
-/* Quarter lanes of a block, and their totals in double, of which the first end as the sums. */
-#define column_sums FN_OF_T(column_sums)
-typedef struct {
-    element block[QUARTER][STRIP];
-    double total[QUARTER][STRIP];
-} column_sums;
 
 /* ---- where things lie ------------------------------------------------------------------------ */
 
@@ -115,7 +120,7 @@ OUTLINE void pack_lines(const column_strip *s, ptrdiff_t i, ptrdiff_t count, ele
 OUTLINE void pack_parts(const char *line, ptrdiff_t step, ptrdiff_t count, ptrdiff_t width,
                         element *into)
 {
-    for (; count > 0; count--, line += step, into += VW)
+    for (; count > 0; count--, line += step, into += STRIP)
         v_store(into, v_loadn((const element *)line, width));
 }
 
@@ -140,30 +145,33 @@ OUTLINE void unpack_line(const column_strip *s, ptrdiff_t i, element *line)
 /* ---- sums ------------------------------------------------------------------------------------ */
 
 #define add_line FN_OF_T(add_line)
-INLINE void add_line(vec *sum, vec *squares, const char *line, vec pivot, const int deviations)
+INLINE void add_line(vec *sum, vec *squares, const char *line, ptrdiff_t ahead, vec pivot,
+                     vec minus, const int odd, const int deviations)
 {
     vec v = v_load((const element *)line);
     if (deviations) {
-        v = v_sub(v, pivot);
+        /* The same bits, and less for the adders to do. */
+        v = FMA_SUBTRACTS && odd ? v_fma(v, v_set1(1), minus) : v_sub(v, pivot);
         *squares = v_fma(v, v, *squares);
+        __builtin_prefetch(line + ahead, 0, 2);
     }
     *sum = v_add(*sum, v);
 }
 
-/* Four lanes, whose lines come in turn. */
+/* Four lanes, whose `count` lines come in turn. Deviations ask for what lies so many bytes ahead. */
 #define add_lanes FN_OF_T(add_lanes)
-INLINE void add_lanes(const char *line, ptrdiff_t step, ptrdiff_t count, const element *pivots,
+INLINE void add_lanes(const char *line, ptrdiff_t step, ptrdiff_t count, ptrdiff_t ahead, vec pivot,
                       const int deviations, element *sums, element *all_squares)
 {
     vec sum[4], squares[4];
-    const vec pivot = v_load(pivots);
+    const vec minus = v_sub(v_set1((element)-0.0), pivot);
     UNROLL for (int l = 0; l < 4; l++) sum[l] = squares[l] = v_zero();
     NO_UNROLL for (; count >= 4; count -= 4, line += 4 * step)
         UNROLL for (int l = 0; l < 4; l++)
-            add_line(&sum[l], &squares[l], line + l * step, pivot, deviations);
+            add_line(&sum[l], &squares[l], line + l * step, ahead, pivot, minus, l % 2, deviations);
     UNROLL for (int l = 0; l < 3; l++) {
         if (l >= count) break;
-        add_line(&sum[l], &squares[l], line + l * step, pivot, deviations);
+        add_line(&sum[l], &squares[l], line + l * step, ahead, pivot, minus, 0, deviations);
     }
     v_store(sums, v_add(v_add(sum[0], sum[2]), v_add(sum[1], sum[3])));
     if (!deviations) return;
@@ -171,32 +179,32 @@ INLINE void add_lanes(const char *line, ptrdiff_t step, ptrdiff_t count, const e
 }
 
 #define add_block FN_OF_T(add_block)
-INLINE void add_block(const column_strip *s, ptrdiff_t first, column_sums *sum,
-                      column_sums *squares)
+INLINE void add_block(column_strip *s, ptrdiff_t first)
 {
-    element room[RUN][STRIP];
     const ptrdiff_t end = first + block_length(s->a->shape.cols, first);
+    const ptrdiff_t rows = s->rows, to_next = s->direct ? s->x_next - s->x_at : 0;
     NO_UNROLL for (ptrdiff_t j = 0; j < QUARTER; j++) {
         const ptrdiff_t count = lines_from(first + j, end, QUARTER);
-        const char *line = (const char *)room;
-        ptrdiff_t step = sizeof room[0];
+        const char *line = (const char *)s->room;
+        ptrdiff_t step = sizeof s->room[0], ahead = to_next;
         if (s->direct) {
             line = s->x_at + (first + j) * s->x_step;
             step = QUARTER * s->x_step;
         } else {
-            pack_lines(s, first + j, count, room[0]);
+            pack_lines(s, first + j, count, s->room[0]);
         }
-        NO_UNROLL for (ptrdiff_t k = 0; k < s->rows; k += VW, line += VW * sizeof(element)) {
-            if (s->direct && k + VW > s->rows) {
-                pack_parts(line, step, count, s->rows - k, room[0]);
-                line = (const char *)room;
-                step = VW * sizeof(element);
+        NO_UNROLL for (ptrdiff_t k = 0; k < rows; k += VW, line += VW * sizeof(element)) {
+            if (s->direct && k + VW > rows) {
+                pack_parts(line, step, count, rows - k, s->room[0]);
+                line = (const char *)s->room;
+                step = sizeof s->room[0];
+                ahead = 0;
             }
-            if (squares)
-                add_lanes(line, step, count, s->pivot + k, 1, sum->block[j] + k,
-                          squares->block[j] + k);
+            element *sums = s->sums[0].block[j] + k, *squares = s->sums[1].block[j] + k;
+            if (s->deviates)
+                add_lanes(line, step, count, ahead, v_load(s->pivot + k), 1, sums, squares);
             else
-                add_lanes(line, step, count, s->pivot + k, 0, sum->block[j] + k, NULL);
+                add_lanes(line, step, count, 0, v_zero(), 0, sums, NULL);
         }
     }
 }
@@ -234,16 +242,15 @@ OUTLINE void fold_lines(column_sums *s, ptrdiff_t n, ptrdiff_t rows)
 
 /* Sums of x - pivot, and of its squares where those are wanted. */
 #define add_all FN_OF_T(add_all)
-OUTLINE void add_all(const column_strip *s, column_sums *sum, column_sums *squares)
+OUTLINE void add_all(column_strip *s, int deviates)
 {
     const ptrdiff_t n = s->a->shape.cols;
+    s->deviates = deviates;
     for (ptrdiff_t first = 0; first < n; first += BLOCK) {
-        add_block(s, first, sum, squares);
-        if (n > BLOCK) widen_block(sum, first, s->rows);
-        if (n > BLOCK && squares) widen_block(squares, first, s->rows);
+        add_block(s, first);
+        for (int i = 0; n > BLOCK && i <= deviates; i++) widen_block(&s->sums[i], first, s->rows);
     }
-    fold_lines(sum, n, s->rows);
-    if (squares) fold_lines(squares, n, s->rows);
+    for (int i = 0; i <= deviates; i++) fold_lines(&s->sums[i], n, s->rows);
 }
 
 /* ---- statistics ------------------------------------------------------------------------------ */
@@ -264,7 +271,8 @@ INLINE void eight_rstds(column_strip *s, ptrdiff_t row, ptrdiff_t i, const doubl
 {
     const fn_layer_norm_args *a = s->a;
     const ptrdiff_t left = s->rows - i < 8 ? s->rows - i : 8;
-    group_stats stats = {.careful = 0};
+    group_stats stats;
+    stats.careful = 0;
     for (int r = 0; VW == 1 && r < 8; r++) {
         row_stats one;
         const int plain = sums_to_stats(sums[i + r], squares[i + r], per_n, a->eps, 0, &one);
@@ -287,18 +295,17 @@ INLINE void eight_rstds(column_strip *s, ptrdiff_t row, ptrdiff_t i, const doubl
 #define strip_stats FN_OF_T(strip_stats)
 OUTLINE void strip_stats(column_strip *s, ptrdiff_t row)
 {
-    column_sums sum, squares;
     const double per_n = 1.0 / (double)s->a->shape.cols;
     memset(s->pivot, 0, sizeof s->pivot);
     if (!s->a->rms) {
-        add_all(s, &sum, NULL);
-        for (ptrdiff_t i = 0; i < s->rows; i += 8) eight_pivots(s, i, sum.total[0], per_n);
+        add_all(s, 0);
+        for (ptrdiff_t i = 0; i < s->rows; i += 8) eight_pivots(s, i, s->sums[0].total[0], per_n);
     }
-    add_all(s, &sum, &squares);
-    if (s->a->rms) memset(sum.total, 0, sizeof sum.total[0]);
+    add_all(s, 1);
+    if (s->a->rms) memset(s->sums[0].total, 0, sizeof s->sums[0].total[0]);
     s->careful = 0;
     for (ptrdiff_t i = 0; i < s->rows; i += 8)
-        eight_rstds(s, row, i, sum.total[0], squares.total[0], per_n);
+        eight_rstds(s, row, i, s->sums[0].total[0], s->sums[1].total[0], per_n);
 }
 
 /* ---- output ---------------------------------------------------------------------------------- */
@@ -328,9 +335,8 @@ INLINE void finish_vectors(const column_strip *s, ptrdiff_t k, int stream, const
     ptrdiff_t width[WIDE_VECTORS];
     const element *x = (const element *)s->x_at + k, *w = s->w, *b = s->b;
     element *y = (element *)s->y_at + k;
-    const char *x_next = (const char *)((const element *)s->x_next + k);
-    /* What is written past the cache is not fetched: x stands in for it. */
-    const char *y_next = stream ? x_next : (const char *)((const element *)s->y_next + k);
+    /* What is written past the cache is not fetched: x is, once more. */
+    const char *y_next = (const char *)((const element *)(stream ? s->x_next : s->y_next) + k);
     const ptrdiff_t x_step = s->x_step, y_step = s->y_step, w_step = s->w_step, b_step = s->b_step;
     const ptrdiff_t y_next_step = stream ? x_step : y_step;
     UNROLL for (int v = 0; v < count; v++) {
@@ -351,13 +357,10 @@ INLINE void finish_vectors(const column_strip *s, ptrdiff_t k, int stream, const
             UNROLL for (int v = 0; v < count; v++) v_storen(y + v * VW, out[v], width[v]);
         else
             UNROLL for (int v = 0; v < count; v++) v_store(y + v * VW, out[v]);
-        UNROLL for (int f = 0; f < count * VW; f += LINE) {
-            __builtin_prefetch((const element *)x_next + f, 0, 2);
+        UNROLL for (int f = 0; f < count * VW; f += LINE)
             __builtin_prefetch((const element *)y_next + f, 1, 2);
-        }
         x = (const element *)((const char *)x + x_step);
         y = (element *)((char *)y + y_step);
-        x_next += x_step;
         y_next += y_next_step;
     }
 }
@@ -452,7 +455,11 @@ INLINE ptrdiff_t rows_in_strip(const column_strip *s, ptrdiff_t row, ptrdiff_t e
 static void layer_norm_columns(const void *args, ptrdiff_t row0, ptrdiff_t row1, void *scratch)
 {
     const fn_layer_norm_args *a = args;
-    column_strip s = {.a = a, .x = &a->steps->x, .y = &a->steps->outputs->y};
+    column_strip s;
+    memset(&s, 0, offsetof(column_strip, sums));
+    s.a = a;
+    s.x = &a->steps->x;
+    s.y = &a->steps->outputs->y;
     s.x_step = even_step(&a->shape, s.x);
     s.y_step = even_step(&a->shape, s.y);
     s.direct = s.x->dtype == FN_OWN_TYPE && s.x_step != FN_UNEVEN;
