@@ -259,57 +259,51 @@ OUTLINE element strip_largest(const element *p, ptrdiff_t n)
     return v_largest(v_larger(even, odd));
 }
 
-/* Four vectors. */
-#define quantise_by_division FN_OF_T(quantise_by_division)
-OUTLINE void quantise_by_division(signed char *into, const element *from, vec step)
-{
-    ints q[4];
-    UNROLL for (int k = 0; k < 4; k++) q[k] = v_nearest(v_clip127(v_div(v_load(from + k * VW), step)));
-    v_store_i8(into, q, q);
-}
+/* int8 is cut from quotients that are counted in such parts. */
+#define PARTS ((element)65536)
 
-/* rint(from / step) by four vectors at a time.
- *
- * The division is dear and seldom needed. In float, 1/step is rounded by a part in 2^24, and so is
- * what makes it larger or smaller by a part in 2^22: these lie above and below the true inverse, the
- * products with them above and below the quotient (further from 0 and nearer), and, rounding being
- * monotonic, so do their roundings and the whole numbers they round to. Where these are the same,
- * so is the quotient's. It takes an inverse that is a normal number. */
-#define quantise_steps FN_OF_T(quantise_steps)
-OUTLINE void quantise_steps(signed char *into, const element *from, element step, ptrdiff_t n)
+/* rint(from / step) of four vectors. */
+#define divide FN_OF_T(divide)
+OUTLINE void divide(ints parts_of[4], const element *from, element step)
 {
-    const element inverse = 1 / step;
-    const int normal = inverse > 2 * FLT_MIN && inverse < FLT_MAX / 2;
-    const vec above = v_set1(inverse * (1 + 0x1p-22f)), below = v_set1(inverse * (1 - 0x1p-22f));
-    NO_UNROLL for (ptrdiff_t i = 0; i < n; i += 4 * VW) {
-        ints a[4], b[4];
-        UNROLL for (int k = 0; k < 4; k++) {
-            const vec v = v_load(from + i + k * VW);
-            a[k] = v_nearest(v_mul(v, above));
-            b[k] = v_nearest(v_mul(v, below));
-        }
-        if (v_store_i8(into + i, a, b) || !normal)
-            quantise_by_division(into + i, from + i, v_set1(step));
+    /* Added to a number, it leaves no place for a fraction. */
+    const vec whole = v_set1(sizeof(element) == sizeof(float) ? 0x1.8p23f : (element)0x1.8p52);
+    NO_UNROLL for (int k = 0; k < 4; k++)
+    {
+        const vec v = v_clip127(v_div(v_load(from + k * VW), v_set1(step)));
+        parts_of[k] = v_nearest(v_mul(v_sub(v_add(v, whole), whole), v_set1(PARTS)));
     }
 }
 
-/* clip(rint(from / step), -127, 127), NaN as 0, to elements `stride` bytes apart. */
+/* clip(rint(from / step), -127, 127), NaN as 0, of finite elements up to 127 steps from 0 where step is
+ * finite. Goes by four vectors, past the end, and may be in place; meanwhile it fetches what lies
+ * `ahead` further on than what it writes.
+ *
+ * The division is dear and seldom needed. Quotients are counted in parts of 1/65,536, and one half is
+ * added: then the upper half of the number is what is wanted, and the lower one begins anew at each
+ * tie. In float the number is off by 1/2 part for the rounding of 65536/step, 1/4 for that of the sum,
+ * 1/2 for that to a whole number, and the quotient that is defined moves by 1/4 when it is rounded:
+ * by less than 2. So both lie on one side of a tie unless the lower half is the tie's or next to it:
+ * 0, 1 or 2, with another part added. */
 #define quantise_strip FN_OF_T(quantise_strip)
-OUTLINE void quantise_strip(signed char *into, ptrdiff_t stride, const element *from, element step,
-                            ptrdiff_t n)
+OUTLINE void quantise_strip(signed char *into, const element *from, element step, ptrdiff_t n,
+                            ptrdiff_t ahead)
 {
-    ALIGNED signed char room[BLOCK];
-    for (ptrdiff_t m; n > 0; n -= m, into += m * stride, from += m) {
-        m = n < BLOCK ? n : BLOCK;
-        const ptrdiff_t whole = m / (4 * VW) * (4 * VW), left = m - whole;
-        signed char *q = stride == 1 && !left ? into : room;
-        quantise_steps(q, from, step, whole);
-        if (left) {
-            ALIGNED element rest[4 * VW] = {0};
-            copy_strip((char *)rest, sizeof(element), (const char *)(from + whole), sizeof(element),
-                       sizeof(element), left);
-            quantise_steps(q + whole, rest, step, 4 * VW);
+    const element per_step = PARTS / step;
+    /* No NaN either. Numbers one at a time may as well be divided. */
+    const int finite = VW > 1 && per_step > 0 && per_step <= FLT_MAX;
+    const vec factor = v_set1(per_step), half = v_set1(PARTS / 2 + 1);
+    NO_UNROLL for (ptrdiff_t i = 0; i < n; i += 4 * VW)
+    {
+        ints q[4];
+        __builtin_prefetch(into + i + ahead, 1, 2);
+        UNROLL for (int k = 0; k < 4; k++)
+            q[k] = v_nearest(v_fma(v_load(from + i + k * VW), factor, half));
+        if (!finite || v_near_tie(q)) {
+            ints divided[4];
+            divide(divided, from + i, step);
+            UNROLL for (int k = 0; k < 4; k++) q[k] = divided[k];
         }
-        if (q == room) copy_strip((char *)into, stride, (const char *)room, 1, 1, m);
+        v_store_i8(into + i, q);
     }
 }

@@ -70,6 +70,7 @@ enum { LANES_f32 = 64, LANES_f64 = 32, BLOCK = 1024 };
 #define v_clip127 FN_OF_T(v_clip127)
 #define ints FN_OF_T(ints)
 #define v_nearest FN_OF_T(v_nearest)
+#define v_near_tie FN_OF_T(v_near_tie)
 #define v_store_i8 FN_OF_T(v_store_i8)
 
 #define v_fnma FN_OF_T(v_fnma)

@@ -478,28 +478,33 @@ static float int8_scale(element largest)
     return step < FLT_MIN ? FLT_MIN : step;
 }
 
+/* A row of y in T, in a room, to int8. Four vectors past it are made 0 and rounded as well: there is
+ * room for them, but not in y. */
 #define store_int8 FN_OF_T(store_int8)
-static void store_int8(const fn_shape *shape, const fn_output *o, char *y, ptrdiff_t row,
-                       const element *from, ptrdiff_t n)
+OUTLINE void store_int8(const fn_shape *shape, const fn_output *o, char *y, ptrdiff_t row,
+                        element *from, ptrdiff_t n, element largest)
 {
-    o->scales[row] = int8_scale(strip_largest(from, n));
-    const element step = (element)o->scales[row];
-    if (!o->y.col_strides) {
-        quantise_strip((signed char *)y, 1, from, step, n);
-        return;
-    }
-    for (ptrdiff_t i = 0, left; i < n; i += left) {
+    const int whole = !o->y.col_strides && n % (4 * VW) == 0;
+    char *into = whole ? y : (char *)from;
+    o->scales[row] = int8_scale(largest);
+    if (n % (4 * VW))
+        NO_UNROLL for (int k = 0; k < 4; k++) v_store(from + n + k * VW, v_zero());
+    quantise_strip((signed char *)into, from, (element)o->scales[row], n,
+                   whole ? 2 * o->y.stride : 0);
+    if (whole) return;
+    if (!o->y.col_strides) memcpy(y, into, (size_t)n);
+    for (ptrdiff_t i = 0, left; o->y.col_strides && i < n; i += left) {
         char *run = y + run_at(shape, o->y.col_strides, i, &left);
         if (left > n - i) left = n - i;
-        quantise_strip((signed char *)run, o->y.col_strides[shape->col_ndim - 1], from + i, step,
-                       left);
+        copy_strip(run, o->y.col_strides[shape->col_ndim - 1], into + i, 1, 1, left);
     }
 }
 
-/* What is left to do with a whole row of y in T, in place of it or from a room. */
+/* What is left to do with a whole row of y in T, in place of it or from a room. largest: its largest
+ * magnitude, which only int8 asks for, or NULL. */
 #define store_row FN_OF_T(store_row)
 OUTLINE void store_row(const fn_shape *shape, const fn_steps *s, ptrdiff_t row, int stream, char *y,
-                       element *from)
+                       element *from, const element *largest)
 {
     const fn_output *o = &s->outputs[0];
     const ptrdiff_t n = step_length(shape, s, row);
@@ -509,7 +514,7 @@ OUTLINE void store_row(const fn_shape *shape, const fn_steps *s, ptrdiff_t row, 
         return;
     }
     if (o->y.dtype == FN_I8)
-        store_int8(shape, o, y, row, from, n);
+        store_int8(shape, o, y, row, from, n, largest ? *largest : strip_largest(from, n));
     else if (!is_direct(&o->y))
         store_part(shape, &o->y, y, 0, from, n);
     if (s->lengths && n < shape->cols) zero_rest(shape, &o->y, y, n);
@@ -546,7 +551,8 @@ static void write_output(const fn_shape *shape, const fn_steps *s, workspace *sp
         if (mask) keep_strip(to, mask_part(shape, &s->mask, mask, i, m, mask_room), m);
         if (!direct && !to_int8) store_part(shape, &o->y, y, i, to, m);
     }
-    if (to_int8) store_int8(shape, o, y, row, space->result, n);
+    if (to_int8)
+        store_int8(shape, o, y, row, space->result, n, strip_largest(space->result, n));
     if (!s->starts && n < shape->cols) zero_rest(shape, &o->y, y, n);
 }
 

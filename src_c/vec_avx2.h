@@ -417,32 +417,34 @@ typedef __m256i ints_f32;
 typedef __m128i ints_f64;
 INLINE ints_f32 v_nearest_f32(vec_f32 a) { return _mm256_cvtps_epi32(a); }
 INLINE ints_f64 v_nearest_f64(vec_f64 a) { return _mm256_cvtpd_epi32(a); }
-INLINE __m256i bytes_of_f32(const ints_f32 a[4])
+INLINE int v_near_tie_f32(const ints_f32 a[4])
+{
+    const __m256i least =
+        _mm256_min_epu16(_mm256_min_epu16(a[0], a[1]), _mm256_min_epu16(a[2], a[3]));
+    const __m256i past = _mm256_and_si256(least, _mm256_set1_epi32(0xfffc));
+    return _mm256_movemask_epi8(_mm256_cmpeq_epi32(past, _mm256_setzero_si256())) != 0;
+}
+INLINE int v_near_tie_f64(const ints_f64 a[4])
+{
+    const __m128i least = _mm_min_epu16(_mm_min_epu16(a[0], a[1]), _mm_min_epu16(a[2], a[3]));
+    const __m128i past = _mm_and_si128(least, _mm_set1_epi32(0xfffc));
+    return _mm_movemask_epi8(_mm_cmpeq_epi32(past, _mm_setzero_si128())) != 0;
+}
+INLINE void v_store_i8_f32(signed char *into, const ints_f32 a[4])
 {
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    const __m256i low = _mm256_packs_epi32(a[0], a[1]), high = _mm256_packs_epi32(a[2], a[3]);
-    return _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
+    __m256i q[4];
+    UNROLL for (int k = 0; k < 4; k++) q[k] = _mm256_srai_epi32(a[k], 16);
+    const __m256i low = _mm256_packs_epi32(q[0], q[1]), high = _mm256_packs_epi32(q[2], q[3]);
+    _mm256_storeu_si256((void *)into,
+                        _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order));
 }
-INLINE __m128i bytes_of_f64(const ints_f64 a[4])
+INLINE void v_store_i8_f64(signed char *into, const ints_f64 a[4])
 {
-    return _mm_packs_epi16(_mm_packs_epi32(a[0], a[1]), _mm_packs_epi32(a[2], a[3]));
-}
-/* NaN and what no integer holds have become -128. */
-INLINE int v_store_i8_f32(signed char *into, const ints_f32 a[4], const ints_f32 b[4])
-{
-    const __m256i bytes = bytes_of_f32(a);
-    _mm256_storeu_si256((void *)into, bytes);
-    const __m256i agree = _mm256_cmpeq_epi8(bytes, bytes_of_f32(b));
-    const __m256i lost = _mm256_cmpeq_epi8(bytes, _mm256_set1_epi8(-128));
-    return _mm256_movemask_epi8(_mm256_andnot_si256(lost, agree)) != -1;
-}
-INLINE int v_store_i8_f64(signed char *into, const ints_f64 a[4], const ints_f64 b[4])
-{
-    const __m128i bytes = bytes_of_f64(a);
-    _mm_storeu_si128((void *)into, bytes);
-    const __m128i agree = _mm_cmpeq_epi8(bytes, bytes_of_f64(b));
-    const __m128i lost = _mm_cmpeq_epi8(bytes, _mm_set1_epi8(-128));
-    return _mm_movemask_epi8(_mm_andnot_si128(lost, agree)) != 0xffff;
+    __m128i q[4];
+    UNROLL for (int k = 0; k < 4; k++) q[k] = _mm_srai_epi32(a[k], 16);
+    const __m128i low = _mm_packs_epi32(q[0], q[1]), high = _mm_packs_epi32(q[2], q[3]);
+    _mm_storeu_si128((void *)into, _mm_packs_epi16(low, high));
 }
 
 /* ---- activations (activation.h) -------------------------------------------------------------- */

@@ -348,32 +348,36 @@ typedef __m512i ints_f32;
 typedef __m256i ints_f64;
 INLINE ints_f32 v_nearest_f32(vec_f32 a) { return _mm512_cvtps_epi32(a); }
 INLINE ints_f64 v_nearest_f64(vec_f64 a) { return _mm512_cvtpd_epi32(a); }
-INLINE __m512i bytes_of_f32(const ints_f32 a[4])
+INLINE int v_near_tie_f32(const ints_f32 a[4])
 {
-    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    const __m512i low = _mm512_packs_epi32(a[0], a[1]), high = _mm512_packs_epi32(a[2], a[3]);
-    return _mm512_permutexvar_epi32(order, _mm512_packs_epi16(low, high));
+    const __m512i least =
+        _mm512_min_epu16(_mm512_min_epu16(a[0], a[1]), _mm512_min_epu16(a[2], a[3]));
+    return _mm512_testn_epi32_mask(least, _mm512_set1_epi32(0xfffc)) != 0;
 }
-INLINE __m256i bytes_of_f64(const ints_f64 a[4])
+INLINE int v_near_tie_f64(const ints_f64 a[4])
+{
+    const __m256i least =
+        _mm256_min_epu16(_mm256_min_epu16(a[0], a[1]), _mm256_min_epu16(a[2], a[3]));
+    return _mm256_testn_epi32_mask(least, _mm256_set1_epi32(0xfffc)) != 0;
+}
+INLINE void v_store_i8_f32(signed char *into, const ints_f32 a[4])
+{
+    const __m512i upper = _mm512_setr_epi32(
+        0x030001, 0x070005, 0x0b0009, 0x0f000d, 0x130011, 0x170015, 0x1b0019, 0x1f001d, 0x230021,
+        0x270025, 0x2b0029, 0x2f002d, 0x330031, 0x370035, 0x3b0039, 0x3f003d);
+    const __m512i low = _mm512_permutex2var_epi16(a[0], upper, a[1]);
+    const __m512i high = _mm512_permutex2var_epi16(a[2], upper, a[3]);
+    const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    _mm512_storeu_si512(into, _mm512_permutexvar_epi64(order, _mm512_packs_epi16(low, high)));
+}
+INLINE void v_store_i8_f64(signed char *into, const ints_f64 a[4])
 {
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    const __m256i low = _mm256_packs_epi32(a[0], a[1]), high = _mm256_packs_epi32(a[2], a[3]);
-    return _mm256_permutexvar_epi32(order, _mm256_packs_epi16(low, high));
-}
-/* NaN and what no integer holds have become -128. */
-INLINE int v_store_i8_f32(signed char *into, const ints_f32 a[4], const ints_f32 b[4])
-{
-    const __m512i bytes = bytes_of_f32(a);
-    _mm512_storeu_si512(into, bytes);
-    return (_mm512_cmpneq_epi8_mask(bytes, bytes_of_f32(b)) |
-            _mm512_cmpeq_epi8_mask(bytes, _mm512_set1_epi8(-128))) != 0;
-}
-INLINE int v_store_i8_f64(signed char *into, const ints_f64 a[4], const ints_f64 b[4])
-{
-    const __m256i bytes = bytes_of_f64(a);
-    _mm256_storeu_si256((void *)into, bytes);
-    return (_mm256_cmpneq_epi8_mask(bytes, bytes_of_f64(b)) |
-            _mm256_cmpeq_epi8_mask(bytes, _mm256_set1_epi8(-128))) != 0;
+    __m256i q[4];
+    UNROLL for (int k = 0; k < 4; k++) q[k] = _mm256_srai_epi32(a[k], 16);
+    const __m256i low = _mm256_packs_epi32(q[0], q[1]), high = _mm256_packs_epi32(q[2], q[3]);
+    _mm256_storeu_si256((void *)into,
+                        _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order));
 }
 
 /* ---- activations (activation.h) -------------------------------------------------------------- */

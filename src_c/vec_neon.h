@@ -307,30 +307,30 @@ typedef int32x4_t ints_f32;
 typedef int32x2_t ints_f64;
 INLINE ints_f32 v_nearest_f32(vec_f32 a) { return vcvtnq_s32_f32(a); }
 INLINE ints_f64 v_nearest_f64(vec_f64 a) { return vqmovn_s64(vcvtnq_s64_f64(a)); }
-INLINE int8x16_t bytes_of_f32(const ints_f32 a[4])
+INLINE int16x8_t upper_halves(int32x4_t a, int32x4_t b)
 {
-    const int16x8_t low = vcombine_s16(vqmovn_s32(a[0]), vqmovn_s32(a[1]));
-    const int16x8_t high = vcombine_s16(vqmovn_s32(a[2]), vqmovn_s32(a[3]));
-    return vmaxq_s8(vcombine_s8(vqmovn_s16(low), vqmovn_s16(high)), vdupq_n_s8(-127));
+    return vuzp2q_s16(vreinterpretq_s16_s32(a), vreinterpretq_s16_s32(b));
 }
-INLINE int8x8_t bytes_of_f64(const ints_f64 a[4])
+INLINE uint16x8_t lower_halves(int32x4_t a, int32x4_t b)
 {
-    const int16x4_t low = vqmovn_s32(vcombine_s32(a[0], a[1]));
-    const int16x4_t high = vqmovn_s32(vcombine_s32(a[2], a[3]));
-    return vmax_s8(vqmovn_s16(vcombine_s16(low, high)), vdup_n_s8(-127));
+    return vuzp1q_u16(vreinterpretq_u16_s32(a), vreinterpretq_u16_s32(b));
 }
-/* What no integer holds has become the nearest that there is, and NaN 0: nothing is lost. */
-INLINE int v_store_i8_f32(signed char *into, const ints_f32 a[4], const ints_f32 b[4])
+INLINE int v_near_tie_f32(const ints_f32 a[4])
 {
-    const int8x16_t bytes = bytes_of_f32(a);
-    vst1q_s8(into, bytes);
-    return vminvq_u8(vceqq_s8(bytes, bytes_of_f32(b))) == 0;
+    return vminvq_u16(vminq_u16(lower_halves(a[0], a[1]), lower_halves(a[2], a[3]))) < 4;
 }
-INLINE int v_store_i8_f64(signed char *into, const ints_f64 a[4], const ints_f64 b[4])
+INLINE int v_near_tie_f64(const ints_f64 a[4])
 {
-    const int8x8_t bytes = bytes_of_f64(a);
-    vst1_s8(into, bytes);
-    return vminv_u8(vceq_s8(bytes, bytes_of_f64(b))) == 0;
+    return vminvq_u16(lower_halves(vcombine_s32(a[0], a[1]), vcombine_s32(a[2], a[3]))) < 4;
+}
+INLINE void v_store_i8_f32(signed char *into, const ints_f32 a[4])
+{
+    const int8x8_t low = vmovn_s16(upper_halves(a[0], a[1]));
+    vst1q_s8(into, vmovn_high_s16(low, upper_halves(a[2], a[3])));
+}
+INLINE void v_store_i8_f64(signed char *into, const ints_f64 a[4])
+{
+    vst1_s8(into, vmovn_s16(upper_halves(vcombine_s32(a[0], a[1]), vcombine_s32(a[2], a[3]))));
 }
 
 /* ---- activations (activation.h) -------------------------------------------------------------- */

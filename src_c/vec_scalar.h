@@ -26,9 +26,9 @@
  *                  order, and returns how many; v_keep makes the lanes +0 whose mask bytes are 0
  *   v_larger       the larger of each lane of a, none negative, and of |v|; NaN where one is NaN;
  *                  v_largest is the largest of a vector's lanes
- *   ints_T         whole numbers; v_nearest rounds half to even; v_clip127 clips to +-127, NaN to +0;
- *                  v_store_i8 writes four vectors a as int8, and returns 0 where it is sure: where
- *                  b has the same bytes, and no NaN or number past an int8's range came out wrong
+ *   ints_T         whole numbers of 32 bits; v_nearest rounds half to even; v_clip127 clips to +-127, NaN
+ *                  to +0; v_near_tie: whether a lower half in four vectors is less than 4; v_store_i8
+ *                  writes the upper halves, within +-127, as int8
  *   v_fnma         c - a b with one rounding, as v_fma is a b + c
  *   v_max, v_min   of a, which is no NaN, and b; NaN where b is NaN. Of a +0 and a -0 it is either,
  *                  but v_max(-0, b) is b for both zeros
@@ -268,14 +268,15 @@ INLINE void vd8_store_f32_odd(float *p, vd8 a)
     {                                                                                              \
         return abs_of_type(a) < 0x1p30f ? (int)lrint((double)a) : INT_MIN;                         \
     }                                                                                              \
-    INLINE int v_store_i8_##T(signed char *into, const ints_##T a[4], const ints_##T b[4])         \
+    INLINE int v_near_tie_##T(const ints_##T a[4])                                                 \
     {                                                                                              \
-        int unsure = 0;                                                                            \
-        for (int j = 0; j < 4; j++) {                                                              \
-            into[j] = (signed char)a[j];                                                           \
-            unsure |= a[j] != b[j] || a[j] < -127 || a[j] > 127;                                   \
-        }                                                                                          \
-        return unsure;                                                                             \
+        int near = 0;                                                                              \
+        for (int j = 0; j < 4; j++) near |= (a[j] & 0xffff) < 4;                                   \
+        return near;                                                                               \
+    }                                                                                              \
+    INLINE void v_store_i8_##T(signed char *into, const ints_##T a[4])                             \
+    {                                                                                              \
+        for (int j = 0; j < 4; j++) into[j] = (signed char)(a[j] >> 16);                           \
     }
 
 SCALAR_MASKS_AND_INT8(f32, float, fabsf)

@@ -668,6 +668,35 @@ def test_int8_rounds_half_to_even(isa):
         np.testing.assert_array_equal(q[0], np.rint(bias))
 
 
+def near_ties(largest, kind, halves):
+    """So many halves of the scale that belongs to it, and the numbers next to each, as y."""
+    scale = np.float64(np.float32(cast(largest, kind) / cast(127, kind)))
+    about = [cast(halves / 2 * scale, kind)]
+    for to in (-np.inf, np.inf):
+        about.append(np.nextafter(about[0], cast(to, kind)))
+        about.append(np.nextafter(about[-1], cast(to, kind)))
+    return np.concatenate(about)
+
+
+@pytest.mark.parametrize("kind", [FLOAT32, FLOAT64], ids=str)
+@pytest.mark.parametrize(("n", "apart"), [(768, 64), (1000, 1), (2048, 1)])
+def test_int8_near_ties(isa, kind, n, apart, rng):
+    """Where an estimate of the quotient does not decide, one alone among 64 elements too. Constant
+    rows are their bias: one of ties and of the numbers next to them, by scales of all kinds."""
+    halves = np.arange(-253, 254, 2)
+    halves = halves[np.abs(halves) > (0 if apart == 1 else 200)]
+    x = np.ones((2, n), kind)
+    sizes = 2.0 ** rng.integers(-100, 100, 40) * rng.uniform(1, 2, 40)
+    for largest in cast(np.append(sizes, [127, 1, 2.0**-119, 2.0**-125]), kind):
+        every = rng.permutation(near_ties(largest, kind, halves))
+        places = np.arange(0, n - 1, apart)
+        for part in np.array_split(every, -(-every.size // places.size)):
+            y = np.full(n, largest)
+            y[places[: part.size]] = part
+            got = fastnorm.layer_norm(x, n, None, y, dtype="i1")
+            assert_int8(got, np.stack([y, y]))
+
+
 # ---- nothing in, and arguments that exclude each other -------------------------------------------
 
 
