@@ -44,7 +44,7 @@ ARITHMETIC = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 # flag.)
 COMPACT = [
     *["-fno-asynchronous-unwind-tables", "-fno-unwind-tables"],
-    *["-fno-align-jumps", "-Wno-ignored-optimization-argument"],
+    *["-fno-align-jumps", "-fno-align-functions", "-Wno-ignored-optimization-argument"],
 ]
 
 # Python's own flags may name the CPU that Python was built for. What is outside the kernels must
