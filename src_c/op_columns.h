@@ -198,16 +198,21 @@ INLINE int goes_down(const column_strip *s)
 }
 
 #define add_down FN_OF_T(add_down)
-INLINE void add_down(column_strip *s, const int deviations)
+INLINE void add_down(column_strip *s, int deviates)
 {
     const ptrdiff_t n = s->a->shape.cols, step = s->x_step, ahead = s->x_next - s->x_at;
     _Static_assert(STRIP_BYTES / 64 <= BLOCK, "one block");
     for (ptrdiff_t k = 0; k < s->rows; k += VW) {
         const char *line = s->x_at + k * (ptrdiff_t)sizeof(element);
         const vec pivot = v_load(s->pivot + k);
-        NO_UNROLL for (ptrdiff_t j = 0; j < QUARTER; j++, line += step)
-            add_lanes(line, QUARTER * step, lines_from(j, n, QUARTER), ahead, pivot, deviations,
-                      s->sums[0].block[j] + k, s->sums[1].block[j] + k);
+        NO_UNROLL for (ptrdiff_t j = 0; j < QUARTER; j++, line += step) {
+            const ptrdiff_t count = lines_from(j, n, QUARTER);
+            element *sums = s->sums[0].block[j] + k, *squares = s->sums[1].block[j] + k;
+            if (deviates)
+                add_lanes(line, QUARTER * step, count, ahead, pivot, 1, sums, squares);
+            else
+                add_lanes(line, QUARTER * step, count, 0, pivot, 0, sums, NULL);
+        }
     }
 }
 
@@ -280,8 +285,7 @@ OUTLINE void add_all(column_strip *s, int deviates)
     const ptrdiff_t n = s->a->shape.cols;
     s->deviates = deviates;
     const int down = goes_down(s);
-    if (down && deviates) add_down(s, 1);
-    if (down && !deviates) add_down(s, 0);
+    if (down) add_down(s, deviates);
     for (ptrdiff_t first = 0; !down && first < n; first += BLOCK) {
         add_block(s, first);
         for (int i = 0; n > BLOCK && i <= deviates; i++) widen_block(&s->sums[i], first, s->rows);
