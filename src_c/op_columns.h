@@ -88,6 +88,17 @@ INLINE ptrdiff_t lines_from(ptrdiff_t i, ptrdiff_t end, ptrdiff_t every)
 }
 #endif
 
+/* Not where lines would compete for the same few places in L1, nor what is converted first, by whole
+ * strips. */
+#define stays_in_l1 FN_OF_T(stays_in_l1)
+INLINE int stays_in_l1(const column_strip *s) { return s->direct && s->x_step % 2048; }
+
+#define fits_l1 FN_OF_T(fits_l1)
+INLINE int fits_l1(const column_strip *s, ptrdiff_t width)
+{
+    return s->a->shape.cols * width * (ptrdiff_t)sizeof(element) <= STRIP_BYTES;
+}
+
 /* ---- the room -------------------------------------------------------------------------------- */
 
 /* Whole strips of half types are soon converted, and not worth load_strip's and store_strip's
@@ -178,6 +189,33 @@ INLINE void add_lanes(const char *line, ptrdiff_t step, ptrdiff_t count, ptrdiff
     v_store(all_squares, v_add(v_add(squares[0], squares[2]), v_add(squares[1], squares[3])));
 }
 
+/* Lane by lane, all vectors of each; or, with less to do between runs, vector by vector, all lanes of
+ * each: where a vector is a cache line, and L1 holds them all, which are one block then. */
+#define goes_down FN_OF_T(goes_down)
+INLINE int goes_down(const column_strip *s)
+{
+    return LINE_VECTORS == 1 && s->rows % VW == 0 && stays_in_l1(s) && fits_l1(s, s->width);
+}
+
+#define add_down FN_OF_T(add_down)
+INLINE void add_down(column_strip *s, int deviates)
+{
+    const ptrdiff_t n = s->a->shape.cols, step = s->x_step, ahead = s->x_next - s->x_at;
+    _Static_assert(STRIP_BYTES / 64 <= BLOCK, "one block");
+    for (ptrdiff_t k = 0; k < s->rows; k += VW) {
+        const char *line = s->x_at + k * (ptrdiff_t)sizeof(element);
+        const vec pivot = v_load(s->pivot + k);
+        NO_UNROLL for (ptrdiff_t j = 0; j < QUARTER; j++, line += step) {
+            const ptrdiff_t count = lines_from(j, n, QUARTER);
+            element *sums = s->sums[0].block[j] + k, *squares = s->sums[1].block[j] + k;
+            if (deviates)
+                add_lanes(line, QUARTER * step, count, ahead, pivot, 1, sums, squares);
+            else
+                add_lanes(line, QUARTER * step, count, 0, pivot, 0, sums, NULL);
+        }
+    }
+}
+
 #define add_block FN_OF_T(add_block)
 INLINE void add_block(column_strip *s, ptrdiff_t first)
 {
@@ -246,7 +284,9 @@ OUTLINE void add_all(column_strip *s, int deviates)
 {
     const ptrdiff_t n = s->a->shape.cols;
     s->deviates = deviates;
-    for (ptrdiff_t first = 0; first < n; first += BLOCK) {
+    const int down = goes_down(s);
+    if (down) add_down(s, deviates);
+    for (ptrdiff_t first = 0; !down && first < n; first += BLOCK) {
         add_block(s, first);
         for (int i = 0; n > BLOCK && i <= deviates; i++) widen_block(&s->sums[i], first, s->rows);
     }
@@ -423,16 +463,15 @@ INLINE void finish_rows(const column_strip *s)
 
 /* ---- the kernel ------------------------------------------------------------------------------ */
 
-/* Strips that L1 holds until they are written: less wide where there are many lines. Not where lines
- * would compete for the same few places in L1, nor what is converted first, by whole strips. */
+/* Strips that L1 holds until they are written: less wide where there are many lines. */
 #define strip_width FN_OF_T(strip_width)
 INLINE ptrdiff_t strip_width(const column_strip *s)
 {
     const fn_shape *shape = &s->a->shape;
     const ptrdiff_t side_by_side = shape->outer_ndim ? shape->inner : shape->rows;
     ptrdiff_t width = STRIP;
-    if (!s->direct || s->x_step % 2048 == 0 || side_by_side < 2 * STRIP) return STRIP;
-    while (width > LINE && shape->cols * width * (ptrdiff_t)sizeof(element) > STRIP_BYTES) width /= 2;
+    if (!stays_in_l1(s) || side_by_side < 2 * STRIP) return STRIP;
+    while (width > LINE && !fits_l1(s, width)) width /= 2;
     return width;
 }
 
