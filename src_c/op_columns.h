@@ -190,11 +190,13 @@ INLINE void add_lanes(const char *line, ptrdiff_t step, ptrdiff_t count, ptrdiff
 }
 
 /* Lane by lane, all vectors of each; or, with less to do between runs, vector by vector, all lanes of
- * each: where a vector is a cache line, and L1 holds them all, which are one block then. */
+ * each: where a vector is a cache line, and L1 holds them all, which are one block then. (Of double it
+ * gains less than its code is worth.) */
 #define goes_down FN_OF_T(goes_down)
 INLINE int goes_down(const column_strip *s)
 {
-    return LINE_VECTORS == 1 && s->rows % VW == 0 && stays_in_l1(s) && fits_l1(s, s->width);
+    return LINE_VECTORS == 1 && sizeof(element) == sizeof(float) && s->rows % VW == 0 &&
+           stays_in_l1(s) && fits_l1(s, s->width);
 }
 
 #define add_down FN_OF_T(add_down)
