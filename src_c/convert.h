@@ -275,8 +275,8 @@ OUTLINE void divide(ints parts_of[4], const element *from, element step)
     }
 }
 
-/* clip(rint(from / step), -127, 127), NaN as 0, of finite elements up to 127 steps from 0 where step is
- * finite. Goes by four vectors, past the end, and may be in place; meanwhile it fetches what lies
+/* clip(rint(from / step), -127, 127), NaN as 0, of finite elements up to some 127 steps from 0 where
+ * step is finite. Goes by four vectors, past the end, and may be in place; meanwhile it fetches what lies
  * `ahead` further on than what it writes.
  *
  * The division is dear and seldom needed. Quotients are counted in parts of 1/65,536, and one half is

@@ -108,9 +108,9 @@ static inline int fn_rows_in_flight(const fn_shape *shape, ptrdiff_t size)
     return shape->rows < rows ? (int)shape->rows : rows;
 }
 
-/* Elements from one room to the next: at least a vector more than a row, which packing may
- * overwrite, and not a multiple of 4,096 bytes, at which loads and stores get into each other's
- * way. */
+/* Elements from one room to the next: at least 64 more than a row, four vectors, which rounding to int8
+ * may overwrite, and packing one of them; and not a multiple of 4,096 bytes, at which loads and stores
+ * get into each other's way. */
 static inline ptrdiff_t fn_room_stride(ptrdiff_t cols) { return cols / 64 * 64 + 128; }
 
 /* Parameters that repeat within a row are laid out often enough to fill a strip. */

@@ -321,8 +321,9 @@ INLINE ptrdiff_t group_ahead(const fn_layer_norm_args *a, const int rows)
 }
 
 /* Whether that is in the pass of deviations, where a line has more arithmetic to itself than in the
- * affine pass, which asks for what will be written too, and has twice as many lines on their way as the
- * last cache delivers meanwhile. Measured: not for squares alone, nor for short rows. */
+ * affine pass: what it writes is on its way then as well, and together they are more than the last cache
+ * delivers meanwhile. Nothing is gained by asking for y too, for which the CPU does it. Measured: not for
+ * squares alone, nor for short rows. */
 #define FETCHED_IN_MIDDLE(a, rows) ((rows) == 2 && !(a)->rms)
 
 #define group_middle FN_OF_T(group_middle)

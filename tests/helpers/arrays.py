@@ -33,7 +33,8 @@ def guarded(shape, dtype, offset=0):
 def bits(array):
     """The array's bits; every NaN is the same NaN."""
     array = np.array(array, order="C")
-    array[np.isnan(array)] = np.nan
+    if array.dtype.kind not in "iub":
+        array[np.isnan(array)] = np.nan
     return array.view(f"u{array.itemsize}")
 
 
