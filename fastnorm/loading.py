@@ -287,8 +287,8 @@ def _chosen(
     if chosen and 0 < len(missing) < len(sought.together):
         raise KeyError(f"parameters: got {got}, wanted {missing[0]!r} with them")
     if sought.is_of_one_form and len(set(form.values())) > 1:
-        forms = [[sought.names[role][i] for role in sought.names] for i in sorted(set(form.values()))]
-        raise KeyError(f"parameters: got {got} at {shown}, wanted one of {forms}")
+        forms = list(zip(*sought.names.values(), strict=True))
+        raise KeyError(f"parameters: got {got} at {shown}, wanted all of one of {forms}")
     if not (chosen or sought.is_bare) and (place or keys or len(missing) == len(sought.names)):
         few = f"; there are keys such as {keys[0]!r}: see prefix" if keys else ""
         raise KeyError(f"parameters: got nothing at {shown}, wanted some of {sorted(role_of)}{few}")

@@ -472,7 +472,7 @@ def without(saved, name):
     ("weight_norm", {**GV, "parametrizations.weight.original0": 1}, {}, KeyError,
      ".parameters: got both 'weight_g' and 'parametrizations.weight.original0', wanted one"),
     ("weight_norm", HALVES, {}, KeyError,
-     r".parameters: got \['parametrizations\S+original1', 'weight_g'\] at the top, wanted one of"),
+     r".parameters: got \['parametrizations\S+original1', 'weight_g'\] at the top, wanted all of"),
     ("weight_norm", {**GV, "weight_g": np.ones((3, 1))}, {}, ValueError,
      r"weight_g: got shape \(3, 1\), wanted \(4, 1\)"),
     ("weight_norm", {**GV, "weight_g": np.ones(4)}, {}, ValueError,
