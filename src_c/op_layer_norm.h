@@ -468,6 +468,25 @@ OUTLINE void uneven_row(const fn_layer_norm_args *a, const group_pass *pass, ptr
     affine_strip(x, to, pass->w, pass->b, n, &state->stats, 0, 0);
 }
 
+/* The rows of a group that differ in length, one by one. */
+#define uneven_group FN_OF_T(uneven_group)
+INLINE void uneven_group(const fn_layer_norm_args *a, workspace *space, const group_pass *pass,
+                         ptrdiff_t row, int rows, const group_stats *stats, element *const *to,
+                         int stream)
+{
+    for (int i = 0; i < rows; i++) {
+        row_state state; /* no more of it is asked for */
+        state.x = stats->x[i];
+        state.room = stats->room[i];
+        state.n = stats->n[i];
+        state.stats.pivot = stats->pivot[i];
+        state.stats.rstd = stats->rstd[i];
+        state.stats.shift = stats->shift[i];
+        uneven_row(a, pass, row + i, &state, to[i], stream);
+        fetch_share(space->ahead);
+    }
+}
+
 /* Two rows of a group, and the largest magnitude of each, NaN where there is a NaN. Of float only: for
  * int8 of double one pass more is less code. */
 #define HAS_LARGEST (VW > 1 && sizeof(element) == sizeof(float))
@@ -534,19 +553,10 @@ OUTLINE void step_group(const fn_layer_norm_args *a, workspace *space, ptrdiff_t
         to[i] = direct ? (element *)y[i]
                 : stats->x[i] == stats->room[i] ? stats->room[i]
                                                 : space->rooms + i * space->room_stride;
-        if (uneven) {
-            row_state state; /* no more of it is asked for */
-            state.x = stats->x[i];
-            state.room = stats->room[i];
-            state.n = stats->n[i];
-            state.stats.pivot = stats->pivot[i];
-            state.stats.rstd = stats->rstd[i];
-            state.stats.shift = stats->shift[i];
-            uneven_row(a, &pass, row + i, &state, to[i], past);
-            fetch_share(space->ahead);
-        }
     }
-    if (!uneven) {
+    if (uneven) {
+        uneven_group(a, space, &pass, row, rows, stats, to, past);
+    } else {
         if (quick_int8)
             for (int i = 0; i < rows; i += 2)
                 affine_largest(&pass, stats, i, to, a->shape.cols, largest);
